@@ -1,1 +1,32 @@
+"""Training-free token pruning for Hugging Face Transformers.
+
+>>> from hf_tokenprune import ZeroTPruneConfig, prune, unprune
+>>> prune(model, ZeroTPruneConfig())  # in place  # doctest: +SKIP
+>>> unprune(model)  # and back, bit for bit  # doctest: +SKIP
+"""
+
+from .config import PruneConfig
+from .engine import prune, pruned, record, unprune
+from .errors import TokenPruneError
+from .methods.random import RandomConfig
+from .methods.uniform import UniformConfig
+from .methods.zero_tprune import ZeroTPruneConfig
+from .registry import list_adapters, list_methods, register_adapter, register_method
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "PruneConfig",
+    "RandomConfig",
+    "TokenPruneError",
+    "UniformConfig",
+    "ZeroTPruneConfig",
+    "list_adapters",
+    "list_methods",
+    "prune",
+    "pruned",
+    "record",
+    "register_adapter",
+    "register_method",
+    "unprune",
+]

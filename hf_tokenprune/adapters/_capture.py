@@ -1,0 +1,113 @@
+"""Reading the attention of the layers that score tokens, and of no others.
+
+One function is registered with Transformers' ``AttentionInterface``; only the attention modules of scoring layers get a
+shadow copy of their config that names it. All other layers keep SDPA or FlashAttention.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..signals import Signals
+
+CAPTURE_NAME = "hf_tokenprune_capture"
+CAPTURE_ARGUMENT = "token_prune_capture"
+CACHE_BYTES = 2 << 20
+"""Probabilities of this size are written and read again within a CPU's cache; a whole batch of them is not."""
+
+
+class Capture:
+    """Carries signals from the attention of one block to the block itself, for one forward.
+
+    It travels as a keyword argument, so no state outlives the forward or is shared between threads.
+    """
+
+    def __init__(self, needs: frozenset[str]) -> None:
+        self.needs = needs
+        self.found: dict[str, Tensor] = {}
+        self.attention: list[Tensor] = []  # consecutive pieces of the batch
+
+    def store(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        available = {"queries": queries, "keys": keys, "values": values}
+        self.found = {name: tensor.detach() for name, tensor in available.items() if name in self.needs}
+
+    def signals(self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool) -> Iterator[Signals]:
+        """The signals of consecutive pieces of the batch, each small enough to be worked through in cache."""
+        start = 0
+        for attention in self.attention or [None]:
+            end = start + len(attention) if attention is not None else len(tokens)
+            yield Signals(
+                tokens=tokens[start:end],
+                inputs=inputs[start:end],
+                num_protected=num_protected,
+                has_cls=has_cls,
+                attention=attention,
+                **{name: tensor[start:end] for name, tensor in self.found.items()},
+            )
+            start = end
+
+
+def enable_capture(attention: nn.Module) -> None:
+    """Route this attention module through :func:`capture_attention_forward`."""
+    shadow = copy.copy(attention.config)
+    shadow.token_prune_original = attention.config
+    shadow._attn_implementation_internal = CAPTURE_NAME
+    attention.config = shadow
+
+
+def disable_capture(attention: nn.Module) -> None:
+    """Give the module the very config object back that it had."""
+    attention.config = getattr(attention.config, "token_prune_original", attention.config)
+
+
+def capture_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of (B, H, T, d) tensors that also fills the :class:`Capture` in its keyword arguments.
+
+    With one QKᵀ the probabilities serve the output and the method. They are made in float32 whatever the model's dtype,
+    and in pieces of the batch that stay in cache. Where no probabilities are needed the model's own kernel runs.
+    """
+    capture: Capture | None = kwargs.pop(CAPTURE_ARGUMENT, None)
+    implementation = module.config.token_prune_original._attn_implementation
+    if capture is not None:
+        capture.store(query, key, value)
+    if capture is None or "attention" not in capture.needs:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    outputs = []
+    with torch.autocast(query.device.type, enabled=False):
+        for q, k, v in zip(*(tensor.split(_piece(query, key)) for tensor in (query, key, value)), strict=True):
+            attention = ((q.float() * scaling) @ k.float().transpose(-1, -2)).softmax(-1)
+            capture.attention.append(attention.detach())
+            weights = F.dropout(attention.to(v.dtype), p=dropout, training=module.training)
+            outputs.append((weights @ v).transpose(1, 2))
+    # Only the eager attention returns its weights (for output_attentions); a fused one would not.
+    weights = torch.cat(capture.attention).to(query.dtype) if implementation == "eager" else None
+    return torch.cat(outputs), weights
+
+
+def _piece(query: Tensor, key: Tensor) -> int:
+    """Samples of the batch to work on at a time."""
+    if query.device.type != "cpu":
+        return query.shape[0]
+    return max(1, CACHE_BYTES // (4 * query.shape[1] * query.shape[2] * key.shape[2]))
+
+
+AttentionInterface.register(CAPTURE_NAME, capture_attention_forward)

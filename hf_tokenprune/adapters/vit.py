@@ -1,0 +1,60 @@
+"""ViT: ``ViTModel`` and ``ViTForImageClassification`` (also timm's DeiT without distillation, converted)."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.vit.modeling_vit import ViTForMaskedImageModeling, ViTLayer
+
+from ..registry import register_adapter
+from ..signals import ModelShape
+from .vision import PrunedVisionBlock, VisionAdapter, as_pair, linear_macs
+
+
+class ViTHalves(PrunedVisionBlock):
+    """The halves of ``ViTLayer.forward``, which ``DeiTLayer.forward`` repeats."""
+
+    def attention_half(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), None, **kwargs)
+        return self.dropout(attended) + hidden_states
+
+    def mlp_half(self, hidden_states: Tensor) -> Tensor:
+        return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
+
+
+class PrunedViTLayer(ViTHalves, ViTLayer):
+    stock_class = ViTLayer
+
+
+# Device maps and FSDP policies match blocks by this name; pickle goes by __qualname__.
+PrunedViTLayer.__name__ = ViTLayer.__name__
+
+
+@register_adapter("vit")
+class ViTAdapter(VisionAdapter):
+    block_class = PrunedViTLayer
+    full_grid_heads: ClassVar = {ViTForMaskedImageModeling: "it reconstructs every patch, so none may leave"}
+    num_protected = 1
+
+    def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
+        return self.encoder(model).layers
+
+    def attention(self, block: nn.Module) -> nn.Module:
+        return block.attention
+
+    def shape(self, model: PreTrainedModel) -> ModelShape:
+        config, encoder = model.config, self.encoder(model)
+        heads = [module for name, module in model.named_children() if module is not encoder and encoder is not model]
+        return ModelShape(
+            depth=len(encoder.layers),
+            width=config.hidden_size,
+            mlp_width=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            head_dim=encoder.layers[0].attention.head_dim,
+            image_size=as_pair(config.image_size),
+            patch_size=as_pair(config.patch_size),
+            num_channels=config.num_channels,
+            num_protected=self.num_protected,
+            has_cls=True,
+            head_macs=linear_macs(encoder.pooler, *heads),
+        )

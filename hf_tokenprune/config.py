@@ -1,0 +1,253 @@
+"""``PruneConfig``: what to prune, as typed, frozen, versioned data that travels as ``prune_config.json``.
+
+A config is data. Reading one executes nothing and imports nothing it names; whatever is unknown, of the wrong type or
+out of range is an error, never a default, because a dropped field changes accuracy silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError
+from .registry import get_method
+
+if TYPE_CHECKING:
+    from .signals import ModelShape, Stage
+
+CONFIG_NAME = "prune_config.json"
+FORMAT_VERSION = 1
+MAX_FILE_BYTES = 1 << 20  # a config is a few hundred bytes; a larger file is not one
+MAX_VALUES = 1024  # entries of a tuple field: no model has more blocks
+
+Where = Literal["after_block", "mid_block"]
+C = TypeVar("C", bound="PruneConfig")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Base of all method configs: one frozen dataclass a method, validated when it is made.
+
+    Raises:
+        ConfigError: a field has the wrong type or is out of range; the message names it, its value and what is allowed.
+    """
+
+    method: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if not self.method:
+            raise ConfigError("PruneConfig is a base; use a method's config or PruneConfig.for_method(name, ...)")
+        for name, hint in _field_types(type(self)).items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, _convert(value, hint))
+            except TypeError:
+                self.check(False, name, _describe(hint))
+        self.validate()
+
+    def validate(self) -> None:
+        """Check ranges and how fields fit together. Types are already right."""
+
+    def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
+        """The pruning points this config means for a model of this shape, in the order of their layers."""
+        raise NotImplementedError
+
+    def scaled(self: C, strength: float) -> C:
+        """The same schedule with every removal multiplied by ``strength`` (0 removes nothing, 1 is this config)."""
+        raise NotImplementedError(f"{self.method} has no schedule that could be scaled")
+
+    def check(self, condition: bool, field: str, allowed: str) -> None:
+        """Raise :class:`ConfigError` about ``field`` unless ``condition`` holds."""
+        if not condition:
+            raise ConfigError(f"{field}={getattr(self, field)!r} in {type(self).__name__}: expected {allowed}")
+
+    # -- dictionaries and files ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def for_method(name: str, **fields: Any) -> PruneConfig:
+        """The config of the method called ``name``: ``PruneConfig.for_method("random", keep_ratios=0.7)``."""
+        return PruneConfig.from_dict({"method": name, **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only: ``{"method": ..., "format_version": 1, <fields>}``."""
+        fields = {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"method": self.method, "format_version": FORMAT_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PruneConfig:
+        """Inverse of :meth:`to_dict`. Missing fields take the method's defaults, unknown ones raise."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"a prune config is an object with a 'method', got {type(data).__name__}: {data!r:.80}")
+        fields = dict(data)
+        version = fields.pop("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ConfigError(f"format_version={version!r}: expected the integer {FORMAT_VERSION}")
+        if version > FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version={version} is newer than {FORMAT_VERSION}, the newest this version reads; "
+                "pip install -U hf-tokenprune"
+            )
+        name = fields.pop("method", cls.method or None)
+        if not isinstance(name, str):
+            raise ConfigError(f"method={name!r}: expected the name of a method, such as 'zero_tprune'")
+        config_class = get_method(name)
+        if not issubclass(config_class, cls):
+            raise ConfigError(f"method={name!r} is not what {cls.__name__} reads ({cls.method!r}); use PruneConfig")
+        known = [f.name for f in dataclasses.fields(config_class)]
+        for field in fields:
+            if field not in known:
+                close = difflib.get_close_matches(str(field), known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"method {name!r} has no field {field!r} (has: {', '.join(known)}){hint}")
+        return config_class(**fields)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
+        """Write ``prune_config.json`` (sorted, indented) into a folder, made if need be; returns its path."""
+        path = Path(save_directory) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self._to_json_text(), encoding="utf-8")
+        return path
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None, **kwargs: Any) -> str:
+        """Upload ``prune_config.json`` to a Hub repository, created if need be; returns the commit's address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        kwargs.setdefault("commit_message", f"Upload {CONFIG_NAME} ({self.method})")
+        content = self._to_json_text().encode()
+        return str(api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, **kwargs))
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> PruneConfig:
+        """Read ``prune_config.json`` from a file, a folder or a Hub repository.
+
+        Args:
+            path_or_repo: local file, local folder, or ``owner/name`` on the Hub.
+            hub_kwargs: what ``huggingface_hub.hf_hub_download`` takes: ``revision``, ``token``, ``subfolder``, ...
+
+        Raises:
+            ConfigError: there is no such file, or it is not a valid config.
+        """
+        path = find_config_file(path_or_repo, **hub_kwargs)
+        if path is None:
+            raise ConfigError(f"no {CONFIG_NAME} in {str(path_or_repo)!r}")
+        try:
+            return cls.from_dict(_read_json(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def _to_json_text(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def as_config(value: PruneConfig | dict[str, Any] | str | os.PathLike[str], **hub_kwargs: Any) -> PruneConfig:
+    """A config, a dictionary, or a path or Hub repository that holds one, as a :class:`PruneConfig`."""
+    if isinstance(value, PruneConfig):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return PruneConfig.from_pretrained(value, **hub_kwargs)
+    return PruneConfig.from_dict(value)
+
+
+def find_config_file(path_or_repo: str | os.PathLike[str], subfolder: str = "", **hub_kwargs: Any) -> Path | None:
+    """Where ``prune_config.json`` is, downloaded from the Hub if need be; None if there is none."""
+    path = Path(path_or_repo)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        path = path / subfolder / CONFIG_NAME
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(path_or_repo), CONFIG_NAME, subfolder=subfolder or None, **hub_kwargs))
+    except EntryNotFoundError:  # also what an offline machine gets for a file that is not in its cache
+        return None
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ConfigError(f"{str(path_or_repo)!r} is neither a local path nor a Hub repository: {error}") from error
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ConfigError(f"{path.stat().st_size} bytes; a prune config has at most {MAX_FILE_BYTES}")
+    try:
+        return json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"not valid JSON ({error}); write it again with PruneConfig.save_pretrained") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ConfigError(f"{name} is not a JSON number; expected a finite one")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in unique:
+            raise ConfigError(f"field {key!r} stands twice; keep one")
+        unique[key] = value
+    return unique
+
+
+# -- types of fields -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _field_types(config_class: type[PruneConfig]) -> dict[str, Any]:
+    hints = get_type_hints(config_class)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config_class)}
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """``value`` as what a field's annotation asks for (lists become tuples, int becomes float), or TypeError."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for arg in args:
+            try:
+                return _convert(value, arg)
+            except TypeError:
+                continue
+    elif origin is Literal:
+        if any(value == arg and type(value) is type(arg) for arg in args):
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)) and len(value) <= MAX_VALUES:
+            if args[-1] is Ellipsis:
+                return tuple(_convert(item, args[0]) for item in value)
+            if len(args) == len(value):
+                return tuple(_convert(item, arg) for item, arg in zip(value, args, strict=True))
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    raise TypeError
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is Literal:
+        return " or ".join(repr(arg) for arg in args)
+    if origin is tuple:
+        inner = _describe(args[0])
+        return f"a list of ({inner})" if args[-1] is Ellipsis else f"a list of {len(args)} ({inner})"
+    names = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "None"}
+    return names.get(hint, str(hint))
+
+
+def _to_json(value: Any) -> Any:
+    return [_to_json(item) for item in value] if isinstance(value, tuple) else value

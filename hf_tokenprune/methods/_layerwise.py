@@ -1,0 +1,82 @@
+"""What configs share that keep a ratio of the tokens at each of several layers."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from ..config import PruneConfig, Where
+from ..signals import ModelShape
+
+C = TypeVar("C", bound="LayerwiseConfig")
+
+
+def at_depth(blocks_of_12: tuple[int, ...], depth: int) -> list[int]:
+    """0-based layers of a model of ``depth`` blocks that lie where ``blocks_of_12`` (1-based) lie among 12."""
+    rounded = [int(depth * block / 12 + 0.5) for block in blocks_of_12]
+    return [min(max(block, 1), max(depth - 1, 1)) - 1 for block in rounded]
+
+
+@dataclass(frozen=True)
+class LayerwiseConfig(PruneConfig):
+    """Fields of every config that prunes at several layers.
+
+    Args:
+        layers: 0-based blocks, ascending. None: the default for the model's depth.
+        keep_ratios: fraction of the prunable tokens kept at each layer, in (0, 1]; a number holds for all layers.
+            None: the method's default (only where ``layers`` is None too).
+        where: "after_block", or "mid_block": between attention and MLP, whose work then shrinks too.
+    """
+
+    layers: tuple[int, ...] | None = None
+    keep_ratios: float | tuple[float, ...] | None = None
+    where: Where = "after_block"
+
+    default_blocks: ClassVar[tuple[int, ...]] = ()
+    """1-based blocks of 12 after which the method prunes by default."""
+    default_keep_ratios: ClassVar[tuple[float, ...]] = ()
+
+    def validate(self) -> None:
+        if self.layers is not None:
+            ascending = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
+            self.check(
+                bool(self.layers) and self.layers[0] >= 0 and ascending, "layers", "ascending block numbers >= 0"
+            )
+            self.check(self.keep_ratios is not None, "keep_ratios", "one ratio a layer where layers is given")
+            if isinstance(self.keep_ratios, tuple):
+                allowed = f"{len(self.layers)} values, one for each of layers={self.layers}"
+                self.check(len(self.keep_ratios) == len(self.layers), "keep_ratios", allowed)
+        ratios = self.keep_ratios if isinstance(self.keep_ratios, tuple) else (self.keep_ratios,)
+        self.check(all(r is None or 0 < r <= 1 for r in ratios), "keep_ratios", "0 < ratio <= 1, the fraction kept")
+
+    def plan(self, shape: ModelShape) -> list[tuple[int, float]]:
+        """The (layer, keep ratio) pairs for a model of this shape; fields that do not fit it raise ConfigError."""
+        if self.layers is None:
+            layers = at_depth(self.default_blocks, shape.depth)
+            ratios = self._ratios(len(layers), self.default_keep_ratios)
+            merged: dict[int, float] = {}
+            for layer, ratio in zip(layers, ratios, strict=True):  # in a shallow model several may meet in one block
+                merged[layer] = merged.get(layer, 1.0) * ratio
+            return list(merged.items())
+        beyond = [layer for layer in self.layers if layer >= shape.depth]
+        self.check(
+            not beyond,
+            "layers",
+            f"blocks 0..{shape.depth - 1}: block {', '.join(map(str, beyond))} does not exist, "
+            f"this model has {shape.depth} blocks",
+        )
+        return list(zip(self.layers, self._ratios(len(self.layers), ()), strict=True))
+
+    def _ratios(self, count: int, default: tuple[float, ...]) -> tuple[float, ...]:
+        if self.keep_ratios is None:
+            return default
+        if isinstance(self.keep_ratios, float):
+            return (self.keep_ratios,) * count
+        allowed = f"{count} values, one for each default layer (or give layers too)"
+        self.check(len(self.keep_ratios) == count, "keep_ratios", allowed)
+        return self.keep_ratios
+
+    def scaled(self: C, strength: float) -> C:
+        """Every removed fraction multiplied by ``strength``, which may exceed 1; at least 1 % stays at each layer."""
+        ratios = self.default_keep_ratios if self.keep_ratios is None else self.keep_ratios
+        scale = [max(0.01, 1 - (1 - r) * strength) for r in (ratios if isinstance(ratios, tuple) else (ratios,))]
+        return dataclasses.replace(self, keep_ratios=tuple(scale) if isinstance(ratios, tuple) else scale[0])

@@ -1,0 +1,38 @@
+"""A regular grid: keep tokens at even distances, whatever the image shows."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..registry import register_method
+from ..signals import ModelShape, Reduction, Signals, Stage
+from ..tokens import num_to_keep
+from ._layerwise import LayerwiseConfig
+
+
+@register_method("uniform")
+@dataclass(frozen=True)
+class UniformConfig(LayerwiseConfig):
+    """Keep evenly spaced tokens (in raster order) at each layer. By default 70 % after blocks 3, 6 and 9 of 12."""
+
+    default_blocks: ClassVar[tuple[int, ...]] = (3, 6, 9)
+    default_keep_ratios: ClassVar[tuple[float, ...]] = (0.7, 0.7, 0.7)
+
+    def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
+        return tuple(UniformStage(layer, self.where, ratio) for layer, ratio in self.plan(shape))
+
+
+@dataclass(frozen=True)
+class UniformStage(Stage):
+    keep_ratio: float
+
+    def num_kept(self, num_prunable: int) -> int:
+        return num_to_keep(num_prunable, self.keep_ratio)
+
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
+        batch, num_tokens = signals.tokens.shape[:2]
+        num_prunable = num_tokens - signals.num_protected
+        steps = torch.arange(n_keep, device=signals.tokens.device)
+        keep = (steps * num_prunable + num_prunable // 2).div(max(n_keep, 1), rounding_mode="floor")
+        return Reduction(keep.expand(batch, -1))

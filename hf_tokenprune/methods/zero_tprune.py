@@ -1,0 +1,302 @@
+"""Zero-TPrune: token pruning on the attention graph, without training.
+
+Follows the published description of Hongjie Wang, Bhishma Dedhia, Niraj K. Jha, "Zero-TPrune: Zero-Shot Token Pruning
+through Leveraging of the Attention Graph in Pre-Trained Transformers", CVPR 2024 (arXiv 2305.17328). There is no
+official code. One pruning layer runs I' → S → I:
+
+- I': one round of voting on the attention graph ranks the tokens; nothing leaves.
+- S:  of each pair of similar tokens the less important one leaves, so that a large group of look-alikes (background)
+      cannot vote itself to the top.
+- I:  weighted page rank on the graph of the remaining tokens; the least important ones leave.
+
+Axes: B batch, H heads, T all tokens (protected ones first), P protected, N = T - P prunable, d head width.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..registry import register_method
+from ..signals import ModelShape, Reduction, Signals, Stage
+from ..tokens import gather_tokens, num_to_keep, position_noise, top_tokens, with_protected
+from ._layerwise import LayerwiseConfig
+
+Partition = Literal["sequential_unimportant", "sequential_important", "alternate", "random", "none"]
+Feature = Literal["key", "key_mean", "query", "value", "input", "output"]
+Metric = Literal["cosine", "dot", "manhattan", "euclidean", "minkowski3", "minkowski4", "minkowski5", "chebyshev"]
+DISTANCE_ORDERS = {
+    "manhattan": 1.0,
+    "euclidean": 2.0,
+    "minkowski3": 3.0,
+    "minkowski4": 4.0,
+    "minkowski5": 5.0,
+    "chebyshev": math.inf,
+}
+MAX_ITERATIONS = 1000
+
+
+@register_method("zero_tprune")
+@dataclass(frozen=True)
+class ZeroTPruneConfig(LayerwiseConfig):
+    """Zero-TPrune. The defaults are the schedule known for DeiT-S at 3.1 GMACs, carried to other depths and sizes.
+
+    Args:
+        layers: 0-based blocks, ascending. None: where (0, 2, 5, 8, 10) lie in 12 blocks.
+        keep_ratios: fraction kept by the I-stage, of what the similarity stage left; at 1 the I-stage is skipped.
+            None: (1, 0.9, 0.8, 0.7, 1). At least one token stays.
+        num_similar: tokens the S-stage drops at each layer: an int, or a fraction of the patches that the checkpoint's
+            own image size has (so it does not grow with the image); one for all layers, or one a layer. At 0 the
+            I'- and S-stages are skipped. Never more than half of the tokens that enter.
+        num_iterations: rounds of weighted page rank in the I-stage, one for all layers or one a layer. None: 30 in the
+            first quarter of the blocks, 1 in the last, 5 between (the paper: 30-50, 5-10, 1).
+        cls_boost: CLS starts with sqrt(T) times the score of other tokens; False is the paper's "-uni".
+        head_variance_range: heads whose scores, divided by their mean, have a variance outside this range are left out
+            (if none is inside, all count). None: no head filter. The paper's range cannot be meant on raw scores, whose
+            variance never reaches 0.01 for 99 tokens or more.
+        where: "after_block" as in the paper, or "mid_block".
+        partition: which tokens may leave in S and what they are compared with, by I' importance.
+            "sequential_unimportant": the less important half leaves, compared with the other; "sequential_important":
+            the reverse; "alternate": every second; "random": random halves; "none": every token, compared with all
+            more important ones.
+        similarity_feature: "key" (heads concatenated), "key_mean" (mean over heads), "query", "value", "input" (of the
+            block) or "output" (where the tokens leave).
+        similarity_metric: cosine, dot product, or the negative of a distance.
+        renormalize: rows of the attention graph sum to 1 again after S.
+    """
+
+    num_similar: int | float | tuple[int | float, ...] = 10 / 196
+    num_iterations: int | tuple[int, ...] | None = None
+    cls_boost: bool = True
+    head_variance_range: tuple[float, float] | None = (0.01, 0.7)
+    partition: Partition = "sequential_unimportant"
+    similarity_feature: Feature = "key"
+    similarity_metric: Metric = "cosine"
+    renormalize: bool = True
+
+    default_blocks: ClassVar[tuple[int, ...]] = (1, 3, 6, 9, 11)
+    default_keep_ratios: ClassVar[tuple[float, ...]] = (1.0, 0.9, 0.8, 0.7, 1.0)
+
+    def validate(self) -> None:
+        super().validate()
+        similar = self.num_similar if isinstance(self.num_similar, tuple) else (self.num_similar,)
+        allowed = "a count >= 0 (integer) or a fraction of the patches (0 <= fraction < 1)"
+        self.check(all(r >= 0 and (isinstance(r, int) or r < 1) for r in similar), "num_similar", allowed)
+        rounds = self.num_iterations if isinstance(self.num_iterations, tuple) else (self.num_iterations,)
+        allowed = f"1 to {MAX_ITERATIONS} rounds"
+        self.check(all(t is None or 1 <= t <= MAX_ITERATIONS for t in rounds), "num_iterations", allowed)
+        if self.layers is not None:
+            for field in ("num_similar", "num_iterations"):
+                self._check_length(field, len(self.layers))
+        if self.head_variance_range is not None:
+            low, high = self.head_variance_range
+            self.check(0 <= low < high, "head_variance_range", "(low, high) with 0 <= low < high, or None")
+        if not any(similar):
+            defaults = {f.name: f.default for f in dataclasses.fields(self)}
+            for field in ("partition", "similarity_feature", "similarity_metric", "renormalize"):
+                unused = "its default: it has no effect with num_similar=0"
+                self.check(getattr(self, field) == defaults[field], field, unused)
+
+    def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
+        plan = self.plan(shape)
+        similar = self._per_layer("num_similar", len(plan))
+        rounds = self._per_layer("num_iterations", len(plan))
+        return tuple(
+            ZeroTPruneStage(
+                layer=layer,
+                where=self.where,
+                keep_ratio=ratio,
+                num_similar=r if isinstance(r, int) else int(r * shape.num_patches + 0.5),
+                num_iterations=default_iterations(layer, shape.depth) if t is None else t,
+                config=self,
+            )
+            for (layer, ratio), r, t in zip(plan, similar, rounds, strict=True)
+        )
+
+    def scaled(self, strength: float) -> "ZeroTPruneConfig":
+        def scale(r: int | float) -> int | float:
+            return int(r * strength + 0.5) if isinstance(r, int) else min(r * strength, 0.99)
+
+        similar = self.num_similar
+        similar = tuple(scale(r) for r in similar) if isinstance(similar, tuple) else scale(similar)
+        return dataclasses.replace(super().scaled(strength), num_similar=similar)
+
+    def _check_length(self, field: str, count: int) -> None:
+        value = getattr(self, field)
+        if isinstance(value, tuple):
+            self.check(len(value) == count, field, f"{count} values, one for each pruned layer")
+
+    def _per_layer(self, field: str, count: int) -> tuple:
+        self._check_length(field, count)
+        value = getattr(self, field)
+        return value if isinstance(value, tuple) else (value,) * count
+
+
+@dataclass(frozen=True)
+class ZeroTPruneStage(Stage):
+    keep_ratio: float
+    num_similar: int
+    num_iterations: int
+    config: ZeroTPruneConfig
+
+    @property
+    def needs(self) -> frozenset[str]:
+        feature = {"key": "keys", "key_mean": "keys", "query": "queries", "value": "values"}
+        used = feature.get(self.config.similarity_feature)
+        return frozenset({"attention"} | ({used} if used and self.num_similar else set()))
+
+    def num_kept(self, num_prunable: int) -> int:
+        return num_to_keep(self.num_dissimilar(num_prunable), self.keep_ratio)
+
+    def num_dissimilar(self, num_prunable: int) -> int:
+        """Tokens that the S-stage leaves: at most half can go, and none of one."""
+        return num_prunable - min(self.num_similar, (num_prunable + 1) // 2) if num_prunable > 1 else num_prunable
+
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
+        attention, num_protected = signals.need("attention"), signals.num_protected
+        num_tokens = attention.shape[-1] - num_protected
+        config = self.config
+
+        def rank(num_iterations: int, kept: Tensor | None) -> Tensor:
+            scores = weighted_page_rank(
+                attention, num_iterations, config.cls_boost and signals.has_cls, kept, config.renormalize
+            )
+            return importance(scores[..., num_protected:], config.head_variance_range)
+
+        n_dissimilar = self.num_dissimilar(num_tokens)
+        if n_dissimilar == num_tokens:
+            return Reduction(top_tokens(rank(self.num_iterations, None), n_keep))
+        candidates = least_similar(
+            similarity_features(signals, config.similarity_feature),
+            rank(1, None),
+            n_dissimilar,
+            config.partition,
+            config.similarity_metric,
+        )
+        if n_keep == n_dissimilar:
+            return Reduction(candidates)
+        best = top_tokens(rank(self.num_iterations, with_protected(candidates, num_protected)), n_keep)
+        return Reduction(candidates.gather(1, best))
+
+
+def default_iterations(layer: int, depth: int) -> int:
+    """Rounds by depth: 30 in the first quarter of the blocks, 1 in the last, 5 between (3, 6 and 3 of 12)."""
+    edge = max(1, int(depth / 4 + 0.5))
+    return 30 if layer < edge else 1 if layer >= depth - edge else 5
+
+
+def weighted_page_rank(
+    attention: Tensor,
+    num_iterations: int,
+    cls_boost: bool,
+    kept: Tensor | None = None,
+    renormalize: bool = True,
+) -> Tensor:
+    """Importance a head gives each token: ``s ← Aᵀ s`` on the attention graph, a fixed number of rounds (Algorithm 1).
+
+    Args:
+        attention: (B, H, T, T) float32, rows sum to 1; row i is what token i attends to, so it votes by its row.
+        cls_boost: token 0 starts with sqrt(n) times the score 1 / n of the others.
+        kept: (B, n) positions of the tokens in the graph; None: all T. The other tokens neither vote nor are voted for.
+        renormalize: rows of the remaining graph are divided by their sum.
+
+    Returns:
+        (B, H, n) scores, in the order of ``kept``.
+    """
+    batch, heads, num_tokens, _ = attention.shape
+    n = num_tokens if kept is None else kept.shape[1]
+    scores = attention.new_full((batch, heads, 1, num_tokens), 1 / n)
+    if cls_boost:
+        scores[..., 0] *= math.sqrt(n)
+    if kept is None:
+        for _ in range(num_iterations):
+            scores = scores @ attention  # the row form s A is Aᵀ s, several times faster
+        return scores.squeeze(2)
+    # The graph is not copied: a token outside it gets weight 0 as voter and as candidate.
+    mask = attention.new_zeros(batch, num_tokens).scatter(1, kept, 1.0)[:, None, None]
+    voter = mask
+    if renormalize:
+        voter = mask / (attention @ mask.transpose(2, 3)).transpose(2, 3).clamp_min(1e-12)
+    scores = scores * voter
+    for _ in range(num_iterations - 1):
+        scores = (scores @ attention) * voter
+    scores = (scores @ attention).squeeze(2)
+    return scores.gather(2, kept[:, None].expand(-1, heads, -1))
+
+
+def importance(scores: Tensor, head_variance_range: tuple[float, float] | None) -> Tensor:
+    """Join the heads: variance-based head filter, then root mean square (emphasising informative region).
+
+    Args:
+        scores: (B, H, N) of the prunable tokens only, so that a CLS sink does not decide which heads count.
+        head_variance_range: of the variance of a head's scores divided by their mean; None: all heads count.
+
+    Returns:
+        (B, N) float32.
+    """
+    if head_variance_range is None:
+        return scores.square().mean(1).sqrt()
+    low, high = head_variance_range
+    variance = (scores / scores.mean(-1, keepdim=True)).var(-1, correction=0)
+    informative = (variance >= low) & (variance <= high)
+    informative |= ~informative.any(1, keepdim=True)
+    weight = informative.to(scores.dtype).unsqueeze(-1)
+    return ((scores.square() * weight).sum(1) / weight.sum(1)).sqrt()
+
+
+def similarity_features(signals: Signals, feature: Feature) -> Tensor:
+    """(B, N, features) float32 of the prunable tokens, heads concatenated unless averaged."""
+    if feature in ("input", "output"):
+        states = signals.inputs if feature == "input" else signals.tokens
+    else:
+        name = {"key": "keys", "key_mean": "keys", "query": "queries", "value": "values"}[feature]
+        per_head = signals.need(name).transpose(1, 2)
+        states = per_head.float().mean(2) if feature == "key_mean" else per_head.flatten(2)
+    return states[:, signals.num_protected :].float()
+
+
+def least_similar(features: Tensor, importance: Tensor, n_keep: int, partition: Partition, metric: Metric) -> Tensor:
+    """S-stage: every candidate is matched with its most similar partner; the most similar candidates leave.
+
+    Args:
+        features: (B, N, F).
+        importance: (B, N) from the I'-stage.
+        n_keep: tokens that stay, at least half of them.
+
+    Returns:
+        (B, n_keep) int64, ascending. Ties: lower position stays.
+    """
+    num_tokens = importance.shape[1]
+    half = num_tokens // 2
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    if partition == "none":
+        ranked = gather_tokens(features, order)
+        less_important = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=order.device).tril(-1)
+        nearest = similarity(ranked, ranked, metric).masked_fill(~less_important, -math.inf).amax(-1)
+        candidates = order
+    else:
+        if partition == "sequential_unimportant":
+            partners, candidates = order[:, :half], order[:, half:]
+        elif partition == "sequential_important":
+            partners, candidates = order[:, num_tokens - half :], order[:, : num_tokens - half]
+        elif partition == "alternate":
+            partners, candidates = order[:, : 2 * half : 2], torch.cat([order[:, 1::2], order[:, 2 * half :]], 1)
+        else:
+            shuffled = position_noise(num_tokens, 0, order.device).argsort(stable=True).expand_as(order)
+            partners, candidates = shuffled[:, :half], shuffled[:, half:]
+        nearest = similarity(gather_tokens(features, candidates), gather_tokens(features, partners), metric).amax(-1)
+    redundancy = torch.full_like(importance, -math.inf).scatter(1, candidates, nearest)
+    return top_tokens(-redundancy, n_keep)
+
+
+def similarity(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
+    """(B, n, m) similarity of ``a`` (B, n, F) and ``b`` (B, m, F), higher = more alike. Zero vectors have cosine 0."""
+    if metric in DISTANCE_ORDERS:
+        return -torch.cdist(a, b, p=DISTANCE_ORDERS[metric], compute_mode="donot_use_mm_for_euclid_dist")
+    if metric == "cosine":
+        a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    return a @ b.transpose(1, 2)

@@ -1,0 +1,94 @@
+"""Two dictionaries, of methods and of model-family adapters, and how names get into them.
+
+Modules of ``hf_tokenprune.methods`` and ``hf_tokenprune.adapters`` register on import and are discovered; another
+package names a module in the entry point group ``hf_tokenprune`` and it is imported before the first look-up.
+"""
+
+import importlib
+import pkgutil
+import re
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from .errors import ConfigError, TokenPruneError, UnsupportedModelError
+
+T = TypeVar("T", bound=type)
+
+_METHODS: dict[str, Any] = {}
+_ADAPTERS: dict[str, Any] = {}
+_discovered: set[str] = set()
+
+
+def register_method(name: str) -> Callable[[T], T]:
+    """Class decorator: make a config class known as ``method: name`` (lower case, digits, underscores)."""
+
+    def register(config_class: T) -> T:
+        _add(_METHODS, "method", name, config_class)
+        config_class.method = name
+        return config_class
+
+    return register
+
+
+def register_adapter(name: str) -> Callable[[T], T]:
+    """Class decorator: make an adapter class responsible for models whose ``config.model_type`` is ``name``."""
+
+    def register(adapter_class: T) -> T:
+        _add(_ADAPTERS, "adapter", name, adapter_class())
+        return adapter_class
+
+    return register
+
+
+def get_method(name: str) -> Any:
+    """The config class of a method; an unknown name raises :class:`ConfigError` that lists the known ones."""
+    if name not in list_methods():
+        raise ConfigError(f"method={name!r}: no such method (have: {', '.join(list_methods())})")
+    return _METHODS[name]
+
+
+def get_adapter(model_type: str) -> Any:
+    """The adapter of a model family; an unknown one raises :class:`UnsupportedModelError` that lists the known ones."""
+    if model_type not in list_adapters():
+        raise UnsupportedModelError(
+            f"no adapter for model_type={model_type!r} (have: {', '.join(list_adapters())}). "
+            "Write one: docs/add_a_family.md"
+        )
+    return _ADAPTERS[model_type]
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    _discover("methods")
+    return sorted(_METHODS)
+
+
+def list_adapters() -> list[str]:
+    """Names (``config.model_type``) of all registered model families, sorted."""
+    _discover("adapters")
+    return sorted(_ADAPTERS)
+
+
+def _add(table: dict[str, Any], kind: str, name: str, entry: Any) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise TokenPruneError(f"{kind} name {name!r}: use lower-case letters, digits and underscores")
+    if name in table:
+        raise TokenPruneError(f"there is already a {kind} {name!r} ({table[name]!r}); choose another name")
+    table[name] = entry
+
+
+def _discover(kind: str) -> None:
+    if kind in _discovered:
+        return
+    _discovered.add(kind)
+    package = importlib.import_module(f"{__package__}.{kind}")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    for plugin in entry_points(group="hf_tokenprune"):
+        try:
+            plugin.load()
+        except Exception as error:  # somebody else's package must not take this one down
+            warnings.warn(f"plugin {plugin.value!r} of hf_tokenprune did not load: {error!r}", stacklevel=3)

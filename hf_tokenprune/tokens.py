@@ -1,0 +1,54 @@
+"""Arithmetic on tokens: how many stay, which score best, and taking them out of a tensor.
+
+Axes: B batch, P protected tokens, N prunable tokens, D width, n kept.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .errors import TokenPruneError
+
+
+def num_to_keep(num_tokens: int, keep_ratio: float) -> int:
+    """``max(1, floor(num_tokens · keep_ratio))``, and 0 of 0. The epsilon keeps 0.7 · 10 at 7."""
+    return max(1, math.floor(num_tokens * keep_ratio + 1e-9)) if num_tokens else 0
+
+
+def top_tokens(importance: Tensor, n_keep: int) -> Tensor:
+    """Positions of the ``n_keep`` most important tokens.
+
+    Args:
+        importance: ``(B, N)``, higher = keep.
+        n_keep: ``0 <= n_keep <= N``.
+
+    Returns:
+        ``(B, n_keep)`` int64, ascending. Ties: lower position first.
+
+    Raises:
+        TokenPruneError: ``n_keep`` is out of range.
+    """
+    if not 0 <= n_keep <= importance.shape[1]:
+        raise TokenPruneError(f"n_keep={n_keep}: expected 0 <= n_keep <= {importance.shape[1]}, the number of tokens")
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    return order[:, :n_keep].sort(dim=1).values
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """``tokens`` (B, N, D) at ``index`` (B, n), as (B, n, D)."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def with_protected(keep: Tensor, num_protected: int) -> Tensor:
+    """Positions in the whole sequence: ``keep`` (B, n) of the prunable tokens behind the protected ones, (B, P + n)."""
+    protected = torch.arange(num_protected, device=keep.device).expand(keep.shape[0], -1)
+    return torch.cat([protected, keep + num_protected], dim=1)
+
+
+def position_noise(num_tokens: int, seed: int, device: torch.device) -> Tensor:
+    """(1, N) pseudo-random numbers in [0, 1) from integer arithmetic: no generator state, the same on every device."""
+    x = (torch.arange(1, num_tokens + 1, device=device) + seed * 0x9E3779B1) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # the "lowbias32" integer hash
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return ((x ^ (x >> 16)).float() / 2**32).unsqueeze(0)
