@@ -11,6 +11,7 @@ from .errors import TokenPruneError
 from .methods.random import RandomConfig
 from .methods.uniform import UniformConfig
 from .methods.zero_tprune import ZeroTPruneConfig
+from .pretrained import disable_auto, enable_auto, from_pretrained, save_pretrained
 from .registry import list_adapters, list_methods, register_adapter, register_method
 
 __version__ = "0.1.0"
@@ -21,6 +22,9 @@ __all__ = [
     "TokenPruneError",
     "UniformConfig",
     "ZeroTPruneConfig",
+    "disable_auto",
+    "enable_auto",
+    "from_pretrained",
     "list_adapters",
     "list_methods",
     "prune",
@@ -28,5 +32,6 @@ __all__ = [
     "record",
     "register_adapter",
     "register_method",
+    "save_pretrained",
     "unprune",
 ]

@@ -1,0 +1,32 @@
+"""What every test may use: where the shared data is, and determinism. Tiny models come from ``tests/families.py``."""
+
+import os
+from pathlib import Path
+
+# Before anything imports transformers: no test needs a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Folder with golden vectors and real data, beside the checkout; its tests skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"golden vectors and real data are not at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

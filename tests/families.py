@@ -1,0 +1,61 @@
+"""Tiny random models of every registered family, found without a list kept by hand."""
+
+import importlib
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_tokenprune import list_adapters
+from hf_tokenprune.registry import get_adapter
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 8,
+    "image_size": 32,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+
+
+def model_classes(family: str) -> list[type[PreTrainedModel]]:
+    """Every concrete model class that Transformers has for a family."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    classes = (getattr(module, name) for name in module.__all__)
+    concrete = [c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    return [c for c in concrete if c.forward is not PreTrainedModel.forward and not c.__name__.endswith("PreTrainedModel")]
+
+
+def supported_classes() -> list[tuple[str, type[PreTrainedModel]]]:
+    """(family, model class) pairs whose heads can work on fewer tokens."""
+    return [
+        (family, cls)
+        for family in list_adapters()
+        for cls in model_classes(family)
+        if cls not in get_adapter(family).full_grid_heads
+    ]
+
+
+def tiny_model(family: str, cls: type[PreTrainedModel], attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
+    """A model with random weights whose attention is far from uniform, in eval mode."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **{**TINY, **overrides})
+    config._attn_implementation = attention
+    model = cls(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(8)
+    return model
+
+
+def images(batch: int = 2, size: int = TINY["image_size"]) -> torch.Tensor:
+    """(B, 3, size, size) random pixels."""
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """Logits of a classifier, last hidden state of a base model."""
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
