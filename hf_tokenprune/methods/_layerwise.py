@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, TypeVar
 
 from ..config import PruneConfig, Where
@@ -37,7 +38,7 @@ class LayerwiseConfig(PruneConfig):
 
     def validate(self) -> None:
         if self.layers is not None:
-            ascending = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
+            ascending = all(a < b for a, b in pairwise(self.layers))
             self.check(
                 bool(self.layers) and self.layers[0] >= 0 and ascending, "layers", "ascending block numbers >= 0"
             )
