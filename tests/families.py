@@ -25,7 +25,9 @@ def model_classes(family: str) -> list[type[PreTrainedModel]]:
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     classes = (getattr(module, name) for name in module.__all__)
     concrete = [c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel)]
-    return [c for c in concrete if c.forward is not PreTrainedModel.forward and not c.__name__.endswith("PreTrainedModel")]
+    return [
+        c for c in concrete if c.forward is not PreTrainedModel.forward and not c.__name__.endswith("PreTrainedModel")
+    ]
 
 
 def supported_classes() -> list[tuple[str, type[PreTrainedModel]]]:

@@ -186,8 +186,8 @@ def test_similarity_stage_stops_the_major_group() -> None:
     """40 background tokens that attend to each other outvote 8 objects, unless S thins them out first."""
     generator = torch.Generator().manual_seed(3)
     logits = 0.1 * torch.randn(1, 2, 49, 49, generator=generator)
-    logits[..., 1:41, 1:41] += 2.0
-    logits[..., 41:, 41:] += 3.0
+    logits[..., 1:41, 1:41] += 2.5
+    logits[..., 41:, 41:] += 4.0
     keys = torch.randn(1, 2, 49, 16, generator=generator)
     keys[:, :, 1:41] = keys[:, :, 1:2] + 0.01 * keys[:, :, 1:41]
     signals = replace(make_signals(1, 48), attention=logits.softmax(-1), keys=keys)

@@ -1,0 +1,52 @@
+"""Evaluate classifiers, dense and pruned: takes any model and knows no method.
+
+Importing this needs torch and Pillow alone; `evaluate`, `datasets` and `accelerate` (``pip install
+"hf-tokenprune[eval]"``) are imported by what uses them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from hf_tokenprune.evaluation.data import load_images
+from hf_tokenprune.evaluation.images import ImageDataset
+from hf_tokenprune.evaluation.loop import Logits, collect_logits
+from hf_tokenprune.evaluation.preprocess import PreprocessedImages
+from hf_tokenprune.evaluation.report import PairedReport, PairedRow, evaluate_paired
+from hf_tokenprune.evaluation.scores import (
+    agreement,
+    kl_divergence,
+    mean_interval,
+    paired_interval,
+    summarize,
+    topk_correct,
+)
+from hf_tokenprune.evaluation.trainer import compute_metrics
+
+if TYPE_CHECKING:
+    from hf_tokenprune.evaluation.metric import TokenPruningMetric
+
+__all__ = [
+    "ImageDataset",
+    "Logits",
+    "PairedReport",
+    "PairedRow",
+    "PreprocessedImages",
+    "TokenPruningMetric",
+    "agreement",
+    "collect_logits",
+    "compute_metrics",
+    "evaluate_paired",
+    "kl_divergence",
+    "load_images",
+    "mean_interval",
+    "paired_interval",
+    "summarize",
+    "topk_correct",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TokenPruningMetric":  # a subclass of evaluate.Metric: naming it imports evaluate
+        from hf_tokenprune.evaluation.metric import TokenPruningMetric
+
+        return TokenPruningMetric
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

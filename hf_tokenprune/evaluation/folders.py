@@ -1,0 +1,78 @@
+"""Evaluation images from a folder: with a labels.csv, with a subfolder per class, or without labels."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from hf_tokenprune.errors import DataError
+from hf_tokenprune.evaluation.images import ImageDataset, to_label
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+def from_csv(folder: Path, label_column: str | None) -> ImageDataset:
+    """Images that ``folder/labels.csv`` lists in its column ``file``: relative to the folder or to its ``images/``.
+
+    Raises:
+        DataError: the file is not CSV, lacks a column, lists nothing or a file that does not exist, or a label is not
+            an integer; the message has the line.
+    """
+    table = folder / "labels.csv"
+    needed = {"file"} if label_column is None else {"file", label_column}
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(file)
+            if lacking := sorted(needed - set(reader.fieldnames or ())):
+                raise DataError(
+                    f"{table} has no column {', '.join(map(repr, lacking))} (it has: {reader.fieldnames or 'no header'}"
+                    "); name it so in the first line, or pass label_column=..., or None to evaluate without labels"
+                )
+            rows = [(reader.line_num, row) for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{table} cannot be read as CSV in UTF-8 ({error}); save it again as such") from error
+    if not rows:
+        raise DataError(f"{table} lists no images; write one line for each under its header")
+    paths, labels = [], []
+    for line, row in rows:
+        paths.append(_find(folder, row["file"], f"{table}, line {line}"))
+        labels.append(None if label_column is None else to_label(row[label_column], f"{table}, line {line}"))
+    return ImageDataset(paths, list(map(str, paths)), labels)
+
+
+def _find(folder: Path, file: str | None, where: str) -> Path:
+    for path in (folder / (file or ""), folder / "images" / (file or "")):
+        if path.is_file():
+            return path
+    raise DataError(f"{where}: there is no file {file!r} in {folder} or {folder / 'images'}; add it or delete the line")
+
+
+def from_folder(folder: Path, label_column: str | None) -> ImageDataset:
+    """Images of a folder. A subfolder is a class, labelled by its place in the sorted names; no subfolders, no labels.
+
+    Raises:
+        DataError: no images, or images both beside and in the subfolders; the message names the folder.
+    """
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    flat = list(_images(folder, "*"))
+    labelled = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name, "**/*")]
+    if flat and labelled:
+        raise DataError(
+            f"{folder} holds images both directly and in subfolders ({classes[0]}, ...); "
+            "put all of them into one subfolder per class, or write a labels.csv with the columns file,label"
+        )
+    if not flat and not labelled:
+        raise DataError(
+            f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); put them there, in one subfolder per "
+            "class or beside a labels.csv with the columns file,label"
+        )
+    paths = flat or [path for path, _ in labelled]
+    names = list(map(str, paths))
+    if flat or label_column is None:
+        return ImageDataset(paths, names, [None] * len(paths))
+    return ImageDataset(paths, names, [label for _, label in labelled], tuple(classes))
+
+
+def _images(folder: Path, pattern: str) -> Iterator[Path]:
+    for path in sorted(folder.glob(pattern)):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
+            yield path

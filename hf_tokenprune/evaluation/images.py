@@ -1,0 +1,163 @@
+"""Images with optional labels: the one form in which every source reaches the evaluation loop."""
+
+import io
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypedDict
+
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from hf_tokenprune.errors import DataError
+
+
+class Sample(TypedDict):
+    """One image: RGB, its class index (None without one) and what to call it in a message."""
+
+    image: Image.Image
+    label: int | None
+    name: str
+
+
+@dataclass(frozen=True)
+class ImageDataset(Dataset[Sample]):
+    """``len``, and ``dataset[i]`` as a `Sample`; images are decoded when they are asked for.
+
+    Attributes:
+        sources: one an image: a path, a PIL image, an ``(H, W, 3)`` uint8 array, encoded bytes, or a mapping with
+            ``"bytes"`` or ``"path"`` as `datasets` stores images.
+        names: what to call each image in a message.
+        labels: class index or None, one an image.
+        classes: names of the classes in the order of their labels, where the source says so. Then the model must have
+            exactly as many: other labels would be taken for its classes without notice.
+    """
+
+    sources: Sequence[Any]
+    names: Sequence[str]
+    labels: Sequence[int | None]
+    classes: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Decode one image.
+
+        Raises:
+            DataError: it is truncated or no image; the message names it.
+        """
+        name = self.names[index]
+        return {"image": _decode(self.sources[index], name), "label": self.labels[index], "name": name}
+
+    def spread(self, limit: int) -> "ImageDataset":
+        """At most ``limit`` images, evenly spaced and in order, so that a source sorted by class keeps its variety."""
+        n = len(self)
+        if limit >= n:
+            return self
+        chosen = [i * n // limit for i in range(limit)]
+        return ImageDataset(
+            _Selected(self.sources, chosen),
+            [self.names[i] for i in chosen],
+            [self.labels[i] for i in chosen],
+            self.classes,
+        )
+
+
+class _Selected(Sequence[Any]):
+    """Some items of a sequence, fetched when asked for: the sequence may decode images or read from disk."""
+
+    def __init__(self, items: Sequence[Any], chosen: Sequence[int]) -> None:
+        self.items = items
+        self.chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[self.chosen[index]]
+
+
+def to_label(value: Any, where: str) -> int | None:
+    """A class index, or None for a missing one (None, an empty string, or -1, which Hub test splits use).
+
+    Raises:
+        DataError: not an integer, or below -1; the message has ``where``, the value and what to do.
+    """
+    if value is None or value == "":
+        return None
+    try:
+        label = int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
+        label = -2
+    if label < -1 or isinstance(value, bool):
+        raise DataError(
+            f"{where}: label {value!r} is not a class index; write 0, 1, 2, ... in the order of the model's classes, "
+            "or evaluate without labels (label_column=None)"
+        )
+    return None if label == -1 else label
+
+
+def check_files(paths: Iterable[Path]) -> None:
+    """Find broken image files before any time is spent on a model. Headers, PNG checksums and the ends of JPEGs are
+    read, not the pixels: about a millisecond a file. What that cannot see shows when the image is decoded.
+
+    Raises:
+        DataError: files that are not images or are cut short; the message names up to five.
+    """
+    broken = [f"{path} ({reason})" for path in paths if (reason := _broken(path))]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise DataError(f"cannot read {', '.join(broken[:5])}{more}; delete or replace it")
+
+
+def _broken(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            is_jpeg = image.format == "JPEG"
+            image.verify()
+        # verify() checks nothing of a JPEG's data. Most end with their end marker; the rest are decoded to be sure,
+        # since a few bytes after the marker do no harm.
+        if is_jpeg and not _ends_with(path, b"\xff\xd9"):
+            with Image.open(path) as image:
+                image.load()
+    except Exception as error:  # decoders of damaged bytes raise nearly anything
+        return _reason(error)
+    return None
+
+
+def _ends_with(path: Path, marker: bytes) -> bool:
+    with path.open("rb") as file:
+        file.seek(-len(marker), io.SEEK_END)
+        return file.read() == marker
+
+
+def _decode(source: Any, name: str) -> Image.Image:
+    try:
+        if isinstance(source, Image.Image):
+            return _upright(source)
+        if isinstance(source, Mapping) and ("bytes" in source or "path" in source):
+            source = source.get("bytes") or source["path"]
+        if hasattr(source, "__array_interface__"):
+            return _upright(Image.fromarray(source))
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        if isinstance(source, (str, PathLike, io.BytesIO)):
+            with Image.open(source) as image:
+                return _upright(image)
+    except Exception as error:  # decoders of damaged bytes raise nearly anything
+        raise DataError(f"cannot read {name} ({_reason(error)}); delete or replace it") from error
+    raise DataError(
+        f"{name} is of type {type(source).__name__}; expected a PIL image, a path, encoded bytes or an array"
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """RGB and turned as its EXIF data say: what `datasets` and the pipelines of transformers show a model."""
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

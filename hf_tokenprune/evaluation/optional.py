@@ -1,0 +1,24 @@
+"""The packages of ``hf-tokenprune[eval]``, imported only when something needs them."""
+
+from importlib import import_module
+from types import ModuleType
+
+
+def missing(error: ModuleNotFoundError) -> ImportError:
+    """The error to raise instead of ``error``: it names the package and how to install it."""
+    return ImportError(
+        f"hf_tokenprune.evaluation needs the package {error.name!r}, which is not installed: "
+        'pip install "hf-tokenprune[eval]"'
+    )
+
+
+def require(module: str) -> ModuleType:
+    """Import ``module``.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise missing(error) from error

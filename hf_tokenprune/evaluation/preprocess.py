@@ -1,0 +1,98 @@
+"""Images to model inputs, once for all runs that share them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hf_tokenprune.errors import DataError
+from hf_tokenprune.evaluation.images import ImageDataset
+
+
+class Example(TypedDict):
+    """What the processor made of one image, without batch axis, and its label (-1 without one)."""
+
+    inputs: dict[str, Tensor]
+    label: int
+
+
+class Batch(TypedDict):
+    """B examples: every input with a batch axis first, and ``(B,)`` int64 labels."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+
+class PreprocessedImages(Dataset[Example]):
+    """Images behind an image processor; what was made of them is kept in memory if all of it fits.
+
+    Args:
+        images: what `load_images` returns.
+        processor: an image processor of transformers, or a callable like one: ``processor(images=[image],
+            return_tensors="pt")`` gives a mapping of ``(1, ...)`` tensors.
+        cache_bytes: keep the results if those of all images fit into this many bytes; 0 keeps none.
+    """
+
+    def __init__(self, images: ImageDataset, processor: Callable[..., Mapping[str, Any]], cache_bytes: int = 0) -> None:
+        self.images = images
+        self.processor = processor
+        self.cache_bytes = cache_bytes
+        self._cache: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        """Decode and process one image, or take it from memory.
+
+        Raises:
+            DataError: it cannot be decoded; the message names it.
+        """
+        label = self.images.labels[index]
+        inputs = self._cache.get(index)
+        if inputs is None:
+            batch = self.processor(images=[self.images[index]["image"]], return_tensors="pt")
+            inputs = {key: value[0] for key, value in batch.items() if isinstance(value, Tensor)}
+            # All images become inputs of one size, so the first tells whether all fit. In a distributed run a process
+            # fills in only what it is asked for.
+            if sum(value.nbytes for value in inputs.values()) * len(self) <= self.cache_bytes:
+                self._cache[index] = inputs
+        return {"inputs": inputs, "label": -1 if label is None else label}
+
+    def check_labels(self, n_classes: int) -> None:
+        """Hold the labels against the number of classes of a model.
+
+        Raises:
+            DataError: a label is not below ``n_classes``, or the source names another number of classes.
+        """
+        labels, classes = self.images.labels, self.images.classes
+        for name, label in zip(self.images.names, labels, strict=True):
+            if label is not None and label >= n_classes:
+                raise DataError(
+                    f"{name}: label {label} is outside the model's {n_classes} classes (0..{n_classes - 1}); correct "
+                    "the label, or evaluate without labels (label_column=None)"
+                )
+        if classes is not None and len(classes) != n_classes:
+            raise DataError(
+                f"the images have {len(classes)} classes ({', '.join(classes[:3])}, ...), the model has {n_classes}, "
+                "so its class numbers mean something else; give the model's in a labels.csv or in an integer column, "
+                "or evaluate without labels (label_column=None)"
+            )
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Stack examples.
+
+    Raises:
+        DataError: the processor made inputs of different sizes.
+    """
+    try:
+        inputs = {key: torch.stack([example["inputs"][key] for example in examples]) for key in examples[0]["inputs"]}
+    except RuntimeError as error:
+        raise DataError(
+            f"the processor makes inputs of different sizes ({error}); have it resize or crop to one size, or use "
+            "batch_size=1"
+        ) from error
+    return {"inputs": inputs, "labels": torch.tensor([example["label"] for example in examples])}

@@ -1,0 +1,418 @@
+"""What every registered family owes, with every registered method: exact counts, exact undo, and no surprises with what
+people do to models (copy, pickle, checkpoint, compile, offload, save)."""
+
+import copy
+import io
+import pickle
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, PreTrainedModel
+
+from hf_tokenprune import from_pretrained, list_methods, prune, pruned, record, save_pretrained, unprune
+from hf_tokenprune.engine import plan
+from hf_tokenprune.registry import get_adapter, get_method
+from hf_tokenprune.signals import Signals, Stage
+from hf_tokenprune.tokens import with_protected
+
+from .families import TINY, first_tensor, images, supported_classes, tiny_model
+
+CLASSES = supported_classes()
+PLACES = ("after_block", "mid_block")
+
+
+@pytest.fixture(params=CLASSES, ids=lambda pair: pair[1].__name__)
+def family(request: pytest.FixtureRequest) -> tuple[str, type[PreTrainedModel]]:
+    return request.param
+
+
+@pytest.fixture(params=list_methods())
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=PLACES)
+def config(request: pytest.FixtureRequest, method: str):
+    return replace(get_method(method)(), where=request.param)
+
+
+def run(model: nn.Module, pixels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return first_tensor(model(images() if pixels is None else pixels, **kwargs))
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    return get_adapter(model.config.model_type).blocks(model)
+
+
+# -- counts and kept sets --------------------------------------------------------------------------------------------
+
+
+def test_tokens_leave_as_scheduled(family, config) -> None:
+    model = tiny_model(*family)
+    shape = get_adapter(family[0]).shape(model)
+    by_layer = {stage.layer: stage for stage in plan(config, shape)}
+    prune(model, config)
+    with record(model) as rec:
+        run(model)
+    remaining, entering = shape.num_patches, []
+    for layer in range(shape.depth):
+        entering.append(remaining + shape.num_protected)
+        remaining = by_layer[layer].num_kept(remaining) if layer in by_layer else remaining
+        if layer in by_layer:
+            assert rec.kept[layer].shape == (2, remaining)
+    assert list(rec.tokens.values()) == entering
+    assert remaining < shape.num_patches, "pruning happened"
+    assert set(rec.kept) == {str(layer) for layer in by_layer}
+
+
+def test_protected_tokens_are_the_first_ones_and_stay(family, config) -> None:
+    """Original positions of everything that is left: protected tokens first, then ascending patches."""
+    model = tiny_model(*family)
+    adapter = get_adapter(family[0])
+    encoder = adapter.encoder(model)
+    prune(model, config)
+    with record(model) as rec, torch.no_grad():
+        states = encoder(images(), output_hidden_states=True).hidden_states
+    protected = adapter.shape(model).num_protected
+    lengths = [state.shape[1] for state in states]
+    assert lengths == [*rec.tokens.values(), rec.kept[list(rec.kept)[-1]].shape[1] + protected]
+
+
+def test_equals_the_dense_model_with_dropped_tokens_masked(family, config) -> None:
+    """Removing a token is masking it, as a key, in every later block."""
+    dense, model = tiny_model(*family, attention="masked_oracle"), tiny_model(*family)
+    prune(model, config)
+    with record(model) as rec:
+        result = run(model)
+    protected = get_adapter(family[0]).shape(model).num_protected
+    num_patches = get_adapter(family[0]).shape(model).num_patches
+    kept: torch.Tensor | None = None
+    for layer, block in enumerate(blocks_of(dense)):
+        block.attention.allowed = None if kept is None else kept
+        if str(layer) in rec.kept:
+            kept = torch.zeros(2, num_patches + protected, dtype=torch.bool)
+            kept.scatter_(1, with_protected(rec.kept[layer], protected), True)
+    expected = run(dense)
+    if expected.dim() == 3:  # states: compare the tokens that are left
+        expected = expected[kept].view(2, -1, expected.shape[-1])
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4)
+
+
+def masked_oracle(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    scores = query @ key.transpose(-1, -2) * scaling
+    if module.allowed is not None:
+        scores = scores.masked_fill(~module.allowed[:, None, None], -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("masked_oracle", masked_oracle)
+
+
+def test_sdpa_and_eager_keep_the_same(family, config) -> None:
+    kept = {}
+    for attention in ("sdpa", "eager"):
+        model = prune(tiny_model(*family, attention=attention), config)
+        with record(model) as rec:
+            run(model)
+        kept[attention] = rec.kept
+    for layer in kept["sdpa"]:
+        assert torch.equal(kept["sdpa"][layer], kept["eager"][layer])
+
+
+def test_a_batch_is_its_samples_alone(family, config) -> None:
+    model, pixels = prune(tiny_model(*family), config), images(3)
+    alone = torch.cat([run(model, pixels[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(run(model, pixels), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_beyond_the_cache_is_worked_through_in_pieces(family, config, monkeypatch) -> None:
+    model, pixels = prune(tiny_model(*family), config), images(5)
+    whole = run(model, pixels)
+    monkeypatch.setattr("hf_tokenprune.adapters._capture.CACHE_BYTES", 2 * 4 * 4 * 70**2)  # two samples
+    torch.testing.assert_close(run(model, pixels), whole, atol=1e-6, rtol=1e-5)
+
+
+# -- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+class KeepAll(Stage):
+    """A stage that asks for everything a family offers and drops nothing."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"attention", "queries", "keys", "values"})
+
+    def num_kept(self, num_prunable: int) -> int:
+        return num_prunable
+
+    def reduce(self, signals: Signals, n_keep: int):
+        raise AssertionError("nothing is to be decided where everything stays")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("where", PLACES)
+def test_keep_all_is_bit_identical(family, where: str, attention: str) -> None:
+    model = tiny_model(*family, attention=attention)
+    dense = run(model)
+    adapter = get_adapter(family[0])
+    adapter.attach(model, tuple(KeepAll(layer, where) for layer in range(TINY["num_hidden_layers"])))
+    assert len(adapter.pruned_blocks(model)) == TINY["num_hidden_layers"]
+    assert torch.equal(run(model), dense)
+
+
+def test_block_halves_are_the_block_bit_for_bit(family) -> None:
+    model = tiny_model(*family)
+    adapter = get_adapter(family[0])
+    states = torch.randn(2, 9, TINY["hidden_size"])
+    with torch.no_grad():
+        stock = [block(states, None) for block in blocks_of(model)]
+        adapter.attach(model, (KeepAll(0, "mid_block"),))
+        halves = [block.mlp_half(block.attention_half(states)) for block in blocks_of(model)]
+    assert all(torch.equal(a, b) for a, b in zip(stock, halves, strict=True))
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything about a model that pruning might touch."""
+    return {
+        "classes": [type(module) for module in model.modules()],
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+        "configs": [id(module.__dict__.get("config")) for module in model.modules()],
+        "config": model.config.to_dict(),
+        "state": list(model.state_dict()),
+    }
+
+
+def test_unprune_is_exact(family, config) -> None:
+    model = tiny_model(*family)
+    dense, before = run(model), snapshot(model)
+    prune(model, config)
+    assert not torch.equal(run(model), dense) or run(model).shape != dense.shape
+    unprune(model)
+    assert snapshot(model) == before
+    assert torch.equal(run(model), dense)
+
+
+def test_unprune_is_exact_after_an_exception(family, config) -> None:
+    model = tiny_model(*family)
+    dense, before = run(model), snapshot(model)
+    with pytest.raises(RuntimeError, match="boom"), pruned(model, config), record(model):
+        handle = blocks_of(model)[-1].register_forward_pre_hook(boom)
+        try:
+            run(model)
+        finally:
+            handle.remove()
+    assert snapshot(model) == before
+    assert torch.equal(run(model), dense)
+
+
+def boom(*_: Any) -> None:
+    raise RuntimeError("boom")
+
+
+def test_weights_class_and_architecture_stay(family, config, tmp_path) -> None:
+    model = tiny_model(*family)
+    before, kind = {k: v.clone() for k, v in model.state_dict().items()}, type(model)
+    assert prune(model, config) is model
+    assert type(model) is kind
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).architectures == [kind.__name__]
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+def test_deepcopy(family, config) -> None:
+    model = tiny_model(*family)
+    dense = run(model)
+    result = run(prune(model, config))
+    clone = copy.deepcopy(model)
+    assert torch.equal(run(clone), result)
+    assert torch.equal(run(unprune(clone)), dense)
+    assert torch.equal(run(model), result), "the original is still pruned"
+    assert torch.equal(run(unprune(model)), dense)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+def test_pickle(family, config, how: str) -> None:
+    model = tiny_model(*family)
+    dense = run(model)
+    result = run(prune(model, config))
+    if how == "pickle":
+        clone = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        clone = torch.load(buffer, weights_only=False)
+    assert torch.equal(run(clone), result)
+    assert torch.equal(run(unprune(clone)), dense)
+
+
+def test_save_and_load(family, config, tmp_path) -> None:
+    model = prune(tiny_model(*family), config)
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(run(loaded), run(model))
+
+
+# -- what people do to models ----------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing(family, config) -> None:
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        model = prune(tiny_model(*family), config).train()
+        calls = [0] * len(blocks_of(model))
+        for layer, block in enumerate(blocks_of(model)):
+            norm = next(module for module in block.modules() if isinstance(module, nn.LayerNorm))
+            norm.register_forward_hook(count(calls, layer))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        first_tensor(model(images())).square().sum().backward()
+        assert calls == [2 if checkpointing else 1] * len(calls), "every block is run again, pruned ones too"
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    assert any(re.search(r"layers\.0\.", name) for name in plain)
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name])
+
+
+def count(calls: list[int], layer: int):
+    def hook(*_: Any) -> None:
+        calls[layer] += 1
+
+    return hook
+
+
+def test_compiles_as_one_graph(family, config) -> None:
+    model = prune(tiny_model(*family), config)
+    expected = run(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(compiled), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_bfloat16(family, config) -> None:
+    model = prune(tiny_model(*family).to(torch.bfloat16), config)
+    with record(model) as rec:
+        result = run(model, images().to(torch.bfloat16))
+    assert result.dtype == torch.bfloat16 and result.isfinite().all()
+    assert rec.tokens[TINY["num_hidden_layers"] - 1] < rec.tokens[0]
+
+
+def test_autocast_scores_in_float32(family, config) -> None:
+    """The first pruned layer sees the same q and k with and without autocast being on around the decision."""
+    model = prune(tiny_model(*family), config)
+    with record(model) as rec, torch.autocast("cpu", dtype=torch.bfloat16):
+        result = run(model)
+    assert result.isfinite().all()
+    assert rec.tokens[TINY["num_hidden_layers"] - 1] < rec.tokens[0]
+
+
+def test_other_image_sizes(family, config) -> None:
+    model = prune(tiny_model(*family), config)
+    shape = get_adapter(family[0]).shape(model)
+    with record(model) as rec:
+        result = run(model, torch.randn(2, 3, 48, 64), interpolate_pos_encoding=True)
+    assert result.isfinite().all()
+    assert rec.tokens[0] == 12 * 16 + shape.num_protected
+    remaining = 12 * 16
+    for stage in plan(config, shape):
+        remaining = stage.num_kept(remaining)
+        assert rec.kept[stage.layer].shape[1] == remaining
+
+
+def test_training_mode_prunes_and_learns(family, config) -> None:
+    model = prune(tiny_model(*family, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1), config).train()
+    first_tensor(model(images())).square().sum().backward()
+    grads = [p.grad for name, p in model.named_parameters() if "layers.0" in name]
+    assert all(g is not None and g.isfinite().all() for g in grads)
+
+
+# -- accelerate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["hooks, then prune", "prune, then hooks"])
+def test_accelerate_hooks(family, config, order: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    assert accelerate
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model = tiny_model(*family)
+    dense = run(model)
+    expected = run(prune(copy.deepcopy(model), config))
+    hooks = [Counting() for _ in blocks_of(model)]
+    steps = [
+        lambda: [add_hook_to_module(b, h) for b, h in zip(blocks_of(model), hooks, strict=True)],
+        lambda: prune(model, config),
+    ]
+    for step in steps if order.startswith("hooks") else reversed(steps):
+        step()
+    assert torch.equal(run(model), expected)
+    assert [hook.calls for hook in hooks] == [1] * len(hooks)
+    unprune(model)
+    assert torch.equal(run(model), dense)
+    assert [hook.calls for hook in hooks] == [2] * len(hooks)
+    prune(model, config)
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(run(model), expected), "still pruned when accelerate is gone"
+    assert torch.equal(run(unprune(model)), dense)
+    assert torch.equal(run(prune(model, config)), expected), "and prunes again"
+
+
+@pytest.mark.parametrize("order", ["offload, then prune", "prune, then offload"])
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_offload(family, config, order: str, kind: str, tmp_path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model(*family)
+    expected = run(prune(copy.deepcopy(model), config))
+
+    def offload() -> None:
+        if kind == "cpu":
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        else:
+            accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+
+    steps = [offload, lambda: prune(model, config)]
+    for step in steps if order.startswith("offload") else reversed(steps):
+        step()
+    assert next(blocks_of(model)[-1].parameters()).device.type == "meta", "the weights are not there"
+    assert torch.equal(run(model), expected)
+
+
+# -- a real accelerator ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpu(family, config, dtype: torch.dtype) -> None:
+    """Counts on CUDA in every precision; in float32 the same sets as on the CPU."""
+    model = prune(tiny_model(*family), config)
+    with record(model) as on_cpu:
+        run(model)
+    model.to("cuda", dtype)
+    with record(model) as on_gpu:
+        result = run(model, images().to("cuda", dtype))
+    assert result.isfinite().all()
+    assert list(on_gpu.tokens.values()) == list(on_cpu.tokens.values())
+    if dtype == torch.float32:
+        for layer in on_cpu.kept:
+            assert torch.equal(on_gpu.kept[layer].cpu(), on_cpu.kept[layer])
