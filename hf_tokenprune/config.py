@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
-import math
 import os
+import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +66,8 @@ class PruneConfig:
     def check(self, condition: bool, field: str, allowed: str) -> None:
         """Raise :class:`ConfigError` about ``field`` unless ``condition`` holds."""
         if not condition:
-            raise ConfigError(f"{field}={getattr(self, field)!r} in {type(self).__name__}: expected {allowed}")
+            value = f"{getattr(self, field)!r:.200}"
+            raise ConfigError(f"{field}={value} in {type(self).__name__}: expected {allowed}")
 
     # -- dictionaries and files ----------------------------------------------------------------------------------
 
@@ -139,7 +139,9 @@ class PruneConfig:
         """
         path = find_config_file(path_or_repo, **hub_kwargs)
         if path is None:
-            raise ConfigError(f"no {CONFIG_NAME} in {str(path_or_repo)!r}")
+            unknown = "; no such folder is here, and the Hub or (offline) its cache has no such file"
+            hint = "" if os.path.isdir(path_or_repo) else unknown
+            raise ConfigError(f"no {CONFIG_NAME} in {str(path_or_repo)!r}{hint}")
         try:
             return cls.from_dict(_read_json(path))
         except ConfigError as error:
@@ -158,13 +160,15 @@ def as_config(value: PruneConfig | dict[str, Any] | str | os.PathLike[str], **hu
     return PruneConfig.from_dict(value)
 
 
-def find_config_file(path_or_repo: str | os.PathLike[str], subfolder: str = "", **hub_kwargs: Any) -> Path | None:
+def find_config_file(
+    path_or_repo: str | os.PathLike[str], subfolder: str | None = None, **hub_kwargs: Any
+) -> Path | None:
     """Where ``prune_config.json`` is, downloaded from the Hub if need be; None if there is none."""
     path = Path(path_or_repo)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long for a file
         return path
-    if path.is_dir():
-        path = path / subfolder / CONFIG_NAME
+    if os.path.isdir(path):
+        path = path / (subfolder or "") / CONFIG_NAME
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
@@ -184,7 +188,9 @@ def _read_json(path: Path) -> Any:
         return json.loads(
             path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, an integer of thousands of digits; too deep
         raise ConfigError(f"not valid JSON ({error}); write it again with PruneConfig.save_pretrained") from error
 
 
@@ -204,7 +210,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # -- types of fields -------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def _field_types(config_class: type[PruneConfig]) -> dict[str, Any]:
     hints = get_type_hints(config_class)
     return {f.name: hints[f.name] for f in dataclasses.fields(config_class)}
@@ -229,7 +234,7 @@ def _convert(value: Any, hint: Any) -> Any:
             if len(args) == len(value):
                 return tuple(_convert(item, arg) for item, arg in zip(value, args, strict=True))
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
     elif type(value) is hint:
         return value
@@ -244,7 +249,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(repr(arg) for arg in args)
     if origin is tuple:
         inner = _describe(args[0])
-        return f"a list of ({inner})" if args[-1] is Ellipsis else f"a list of {len(args)} ({inner})"
+        return f"a list of up to {MAX_VALUES} ({inner})" if args[-1] is Ellipsis else f"a list of {len(args)} ({inner})"
     names = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "None"}
     return names.get(hint, str(hint))
 

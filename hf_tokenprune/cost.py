@@ -7,7 +7,8 @@ A block of N tokens of width D costs ``4·N·D² + 2·N²·D`` for attention and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -128,41 +129,59 @@ def cost(model: nn.Module, config: ConfigLike | None = None, image_size: tuple[i
     stages = plan(config, shape) if config is not None else ()
     num_patches = None
     if image_size is not None:
+        if len(image_size) != 2 or any(size < patch for size, patch in zip(image_size, shape.patch_size, strict=True)):
+            raise ConfigError(
+                f"image_size={image_size}: expected (height, width) in pixels, at least one patch {shape.patch_size}"
+            )
         num_patches = (image_size[0] // shape.patch_size[0]) * (image_size[1] // shape.patch_size[1])
     return CostReport(model_cost(shape, (), num_patches), model_cost(shape, stages, num_patches))
 
 
-def config_for_macs(model: nn.Module, config: PruneConfig, macs: float) -> PruneConfig:
+def config_for_macs(model: nn.Module, config: ConfigLike, macs: float) -> PruneConfig:
     """The config with every removal scaled alike (:meth:`PruneConfig.scaled`) so that one image costs at most ``macs``.
 
     Args:
         model: a model with an adapter.
-        config: gives method and shape of the schedule.
+        config: gives method and shape of the schedule; a config, its dictionary, or where one is saved.
         macs: budget for one image.
 
     Returns:
-        The config nearest below the budget. Counts are integers, so a little of it stays unused.
+        The config nearest below the budget. Tokens are whole, so a little of it stays unused.
 
     Raises:
         ConfigError: the dense model is within the budget already, or no strength of this schedule reaches it.
     """
+    config = as_config(config)
     shape = find_adapter(model).shape(model)
     dense = model_cost(shape).macs
     if not 0 < macs < dense:
         raise ConfigError(f"macs={macs:.4g}: expected more than 0 and less than the dense model's {dense:.4g}")
 
-    def macs_at(strength: float) -> int:
-        return model_cost(shape, config.scaled(strength).stages(shape)).macs
+    def macs_of(candidate: PruneConfig) -> int:
+        return model_cost(shape, candidate.stages(shape)).macs
 
-    low, high = 0.0, 1.0
-    while macs_at(high) > macs:
+    def least(candidate: Callable[[float], PruneConfig], high: float) -> float:
+        """The least strength up to ``high``, which is within the budget, that is within it too."""
+        low = 0.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (low, middle) if macs_of(candidate(middle)) <= macs else (middle, high)
+        return high
+
+    high = 1.0
+    while macs_of(config.scaled(high)) > macs:
         if high > 100:
             raise ConfigError(
-                f"macs={macs:.4g} is out of reach of this {config.method} schedule, which ends at {macs_at(high):.4g}; "
-                "prune in more or earlier layers"
+                f"macs={macs:.4g} is out of reach of this {config.method} schedule, which ends at "
+                f"{macs_of(config.scaled(high)):.4g}; prune in more or earlier layers"
             )
-        low, high = high, 2 * high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if macs_at(middle) <= macs else (middle, high)
-    return config.scaled(high)
+        high *= 2
+    best = config.scaled(least(config.scaled, high))
+    if not hasattr(best, "keep_ratios"):
+        return best
+
+    def with_ratios_of(strength: float) -> PruneConfig:
+        return replace(best, keep_ratios=config.scaled(strength).keep_ratios)  # type: ignore[attr-defined, call-arg]
+
+    # Counts that are the same in every layer (num_similar) come in large steps; the ratios fill what is left.
+    return with_ratios_of(least(with_ratios_of, high))

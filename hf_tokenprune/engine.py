@@ -37,11 +37,13 @@ def prune(model: Model, config: ConfigLike) -> Model:
     config = as_config(config)
     adapter = find_adapter(model)
     if adapter.pruned_blocks(model):
-        raise PruneStateError(f"this model is already pruned by {_name_of(model)}; call unprune(model) first")
+        raise PruneStateError(f"this model is already pruned by {current_config(model)}; call unprune(model) first")
     stages = plan(config, adapter.shape(model))
     adapter.check(model, stages)
     try:
         adapter.attach(model, stages)
+        for block in adapter.pruned_blocks(model).values():
+            block.token_prune.config = config
     except BaseException:
         adapter.detach(model)
         raise
@@ -60,7 +62,7 @@ def unprune(model: Model) -> Model:
         raise PruneStateError("this model is not pruned; call prune(model, config) first")
     adapter.detach(model)
     if hasattr(model.config, "prune_config"):
-        del model.config.prune_config  # type: ignore[union-attr]
+        del model.config.prune_config
     return model
 
 
@@ -84,9 +86,9 @@ def pruned(model: Model, config: ConfigLike) -> Iterator[Model]:
 
 def current_config(model: nn.Module) -> PruneConfig | None:
     """The config a model is pruned with, or None if it is dense."""
-    if not find_adapter(model).pruned_blocks(model):
-        return None
-    return PruneConfig.from_dict(model.config.prune_config)  # type: ignore[union-attr, arg-type]
+    # Not from model.config: it may be shared with another model, and anybody can write to it.
+    blocks = find_adapter(model).pruned_blocks(model)
+    return next((block.token_prune.config for block in blocks.values()), None)
 
 
 def find_adapter(model: nn.Module) -> Any:
@@ -98,9 +100,8 @@ def find_adapter(model: nn.Module) -> Any:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        inner = next(
-            (name for name in ("module", "_orig_mod", "base_model") if name in dict(model.named_children())), ""
-        )
+        wrappers = ("module", "_orig_mod", "base_model", "model")
+        inner = next((name for name in wrappers if isinstance(getattr(model, name, None), nn.Module)), "")
         hint = f"; pass model.{inner}, or prune before wrapping" if inner else ""
         raise UnsupportedModelError(f"expected a transformers PreTrainedModel, got {type(model).__name__}{hint}")
     return get_adapter(model.config.model_type)
@@ -112,9 +113,16 @@ def plan(config: PruneConfig, shape: ModelShape) -> tuple[Stage, ...]:
     Raises:
         ConfigError: the config does not fit the shape, or nothing would be dropped.
     """
+    stages = config.stages(shape)
+    layers = [stage.layer for stage in stages]
+    if layers != sorted(set(layers)) or not all(0 <= layer < shape.depth for layer in layers):
+        raise ConfigError(
+            f"{config} prunes in blocks {layers}: expected ascending ones of 0..{shape.depth - 1}, "
+            f"this model has {shape.depth} blocks"
+        )
     remaining = shape.num_patches
     effective = []
-    for stage in config.stages(shape):
+    for stage in stages:
         n_keep = stage.num_kept(remaining)
         if n_keep < remaining:
             effective.append(stage)
@@ -157,12 +165,14 @@ class Record:
         self._local: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
 
+    def on_start(self) -> None:
+        self._local.clear()
+        self._lengths.clear()
+
     def on_reduction(self, layer: int, keep: Tensor) -> None:
         self._local[layer] = keep
 
     def on_block(self, layer: int, num_tokens: int) -> None:
-        if layer == 0:
-            self._local.clear()  # a new forward begins
         self._lengths[layer] = num_tokens
 
     @property
@@ -216,14 +226,11 @@ def record(model: nn.Module) -> Iterator[Record]:
         return hook
 
     with ExitStack() as undo:
+        # Not with block 0: gradient checkpointing may call the blocks once more, last one first.
+        undo.callback(adapter.encoder(model).register_forward_pre_hook(lambda *_: rec.on_start()).remove)
         for layer, block in enumerate(blocks):
             undo.callback(block.register_forward_pre_hook(count(layer)).remove)
         for block in changed.values():
+            undo.callback(setattr, block.token_prune, "recorder", block.token_prune.recorder)
             block.token_prune.recorder = rec
-            undo.callback(setattr, block.token_prune, "recorder", None)
         yield rec
-
-
-def _name_of(model: nn.Module) -> str:
-    config = getattr(model.config, "prune_config", None)
-    return repr(config["method"]) if isinstance(config, dict) and "method" in config else "hf_tokenprune"

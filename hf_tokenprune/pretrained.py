@@ -6,6 +6,7 @@ Where a checkpoint says more than once how it is pruned, the order is: argument,
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -23,8 +24,7 @@ from .errors import ConfigError, PruneStateError
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 _originals: dict[type, Any] = {}
-_AUTO, _OFF = "auto", "off"
-_argument: ContextVar[Any] = ContextVar("prune_config", default=_AUTO)
+_part_of_a_load: ContextVar[bool] = ContextVar("part_of_a_load", default=False)
 
 
 def from_pretrained(
@@ -43,7 +43,8 @@ def from_pretrained(
         kwargs: for ``auto_class.from_pretrained``.
 
     Returns:
-        The pruned model, in eval mode as stock ``from_pretrained`` leaves it.
+        The pruned model, in eval mode as stock ``from_pretrained`` leaves it (with ``output_loading_info=True``: the
+        same pair as there).
 
     Raises:
         ConfigError: no config was given and the checkpoint has none, or the config is invalid or does not fit.
@@ -53,16 +54,19 @@ def from_pretrained(
 
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     remote = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
-    model_config = kwargs.get("config") or AutoConfig.from_pretrained(path_or_repo, **hub_kwargs, **remote)
+    model_config = kwargs.get("config") or path_or_repo
+    if isinstance(model_config, (str, os.PathLike)):
+        model_config = AutoConfig.from_pretrained(model_config, **hub_kwargs, **remote)
     chosen = choose_config(path_or_repo, prune_config, getattr(model_config, "prune_config", None), hub_kwargs)
     if chosen is None:
         raise ConfigError(
             f"no prune config for {str(path_or_repo)!r}: give prune_config=..., or add a {CONFIG_NAME}; "
             "to load it dense, use Transformers' own from_pretrained"
         )
-    with _prune_config_argument(_OFF):
-        model = (auto_class or _class_of(model_config)).from_pretrained(path_or_repo, **kwargs)  # type: ignore[attr-defined]
-    return prune(model, chosen)
+    with _one_load():
+        loaded = (auto_class or class_of(model_config)).from_pretrained(path_or_repo, **kwargs)  # type: ignore[union-attr]
+    prune(_model_of(loaded), chosen)
+    return loaded
 
 
 def save_pretrained(
@@ -76,9 +80,9 @@ def save_pretrained(
     """Save a pruned model as a stock checkpoint with ``prune_config.json`` beside it.
 
     Args:
-        push_to_hub: upload both as well, to ``repo_id`` (None: the folder's name).
+        push_to_hub: upload both as well, the config in a commit of its own, to ``repo_id`` (None: the folder's name).
         token: of the Hub; None: the one you are logged in with.
-        kwargs: for ``model.save_pretrained``.
+        kwargs: for ``model.save_pretrained``; with ``push_to_hub`` also ``private``, ``commit_message``, ``create_pr``.
 
     Raises:
         PruneStateError: the model is not pruned.
@@ -86,12 +90,12 @@ def save_pretrained(
     config = current_config(model)
     if config is None:
         raise PruneStateError("this model is not pruned; call prune first, or save it with model.save_pretrained")
-    model.save_pretrained(save_directory, **kwargs)  # type: ignore[operator]
+    repo_id = repo_id or Path(save_directory).resolve().name
+    hub = {"push_to_hub": True, "repo_id": repo_id, "token": token} if push_to_hub else {}
+    model.save_pretrained(save_directory, **hub, **kwargs)  # type: ignore[operator]
     config.save_pretrained(save_directory)
     if push_to_hub:
-        repo_id = repo_id or Path(save_directory).resolve().name
-        model.push_to_hub(repo_id, token=token)  # type: ignore[operator]
-        config.push_to_hub(repo_id, token=token)
+        config.push_to_hub(repo_id, token=token, create_pr=kwargs.get("create_pr", False))
 
 
 def enable_auto() -> None:
@@ -100,12 +104,11 @@ def enable_auto() -> None:
     They then take ``prune_config=`` and follow the config that a checkpoint carries; checkpoints without one load dense
     as ever. Calling it twice changes nothing; :func:`disable_auto` undoes it.
     """
-    from transformers import PreTrainedModel
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+    from transformers import AutoConfig, PreTrainedModel
 
     if _originals:
         return
-    for cls, wrap in ((PreTrainedModel, _pruning_loader), (_BaseAutoModelClass, _argument_keeper)):
+    for cls, wrap in ((PreTrainedModel, _pruning_loader), (AutoConfig, _argument_keeper)):
         _originals[cls] = cls.__dict__["from_pretrained"]
         cls.from_pretrained = classmethod(wrap(_originals[cls].__func__))
 
@@ -118,7 +121,7 @@ def disable_auto() -> None:
 
 
 def choose_config(
-    path_or_repo: str | os.PathLike[str],
+    path_or_repo: str | os.PathLike[str] | None,
     argument: ConfigLike | None,
     config_key: Any,
     hub_kwargs: dict[str, Any],
@@ -127,8 +130,9 @@ def choose_config(
     found: list[tuple[str, PruneConfig]] = []
     if argument is not None:
         found.append(("the argument prune_config", as_config(argument)))
-    if find_config_file(path_or_repo, **hub_kwargs) is not None:
-        found.append((f"its {CONFIG_NAME}", PruneConfig.from_pretrained(path_or_repo, **hub_kwargs)))
+    file = None if path_or_repo is None else find_config_file(path_or_repo, **hub_kwargs)
+    if file is not None:
+        found.append((f"its {CONFIG_NAME}", PruneConfig.from_pretrained(file)))
     if config_key is not None:
         found.append(("the key prune_config of its config.json", as_config(config_key)))
     if not found:
@@ -143,7 +147,11 @@ def choose_config(
     return chosen
 
 
-def _class_of(model_config: Any) -> Any:
+def _model_of(loaded: Any) -> Any:
+    return loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns a pair
+
+
+def class_of(model_config: Any) -> Any:
     import transformers
 
     for name in model_config.architectures or ():
@@ -154,28 +162,29 @@ def _class_of(model_config: Any) -> Any:
 
 
 @contextmanager
-def _prune_config_argument(value: Any) -> Iterator[None]:
-    token = _argument.set(value)
+def _one_load() -> Iterator[None]:
+    """What is loaded inside stays dense unless it has an argument of its own: its caller prunes the whole."""
+    token = _part_of_a_load.set(True)
     try:
         yield
     finally:
-        _argument.reset(token)
+        _part_of_a_load.reset(token)
 
 
 def _pruning_loader(load: Any) -> Any:
     """``PreTrainedModel.from_pretrained`` that prunes what it loaded."""
 
+    @functools.wraps(load)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        argument = kwargs.pop("prune_config", _argument.get())
-        with _prune_config_argument(_OFF):  # parts of a composite model belong to the whole
+        argument = kwargs.pop("prune_config", None)
+        with _one_load():
             loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
-        if argument is _OFF or pretrained_model_name_or_path is None:
+        if argument is None and _part_of_a_load.get():
             return loaded
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns a pair
+        model = _model_of(loaded)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         config_key = getattr(model.config, "prune_config", None)
-        given = None if argument is _AUTO else argument
-        chosen = choose_config(pretrained_model_name_or_path, given, config_key, hub_kwargs)
+        chosen = choose_config(pretrained_model_name_or_path, argument, config_key, hub_kwargs)
         if chosen is not None:
             prune(model, chosen)
         return loaded
@@ -184,13 +193,16 @@ def _pruning_loader(load: Any) -> Any:
 
 
 def _argument_keeper(load: Any) -> Any:
-    """``AutoModel.from_pretrained`` that keeps ``prune_config=`` away from the model's config."""
+    """``AutoConfig.from_pretrained``, which every auto class and pipeline asks first, that leaves ``prune_config=`` to
+    the model: it would overwrite what the checkpoint's own config says."""
 
+    @functools.wraps(load)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("prune_config") is None:
-            kwargs.pop("prune_config", None)
-            return load(cls, *args, **kwargs)
-        with _prune_config_argument(kwargs.pop("prune_config")):
-            return load(cls, *args, **kwargs)
+        argument = {name: kwargs.pop(name) for name in ("prune_config",) if name in kwargs}
+        loaded = load(cls, *args, **kwargs)
+        if kwargs.get("return_unused_kwargs"):
+            config, unused = loaded
+            return config, {**unused, **argument}
+        return loaded
 
     return from_pretrained

@@ -24,6 +24,8 @@ _discovered: set[str] = set()
 def register_method(name: str) -> Callable[[T], T]:
     """Class decorator: make a config class known as ``method: name`` (lower case, digits, underscores)."""
 
+    _check_name("method", name)
+
     def register(config_class: T) -> T:
         _add(_METHODS, "method", name, config_class)
         config_class.method = name
@@ -34,6 +36,8 @@ def register_method(name: str) -> Callable[[T], T]:
 
 def register_adapter(name: str) -> Callable[[T], T]:
     """Class decorator: make an adapter class responsible for models whose ``config.model_type`` is ``name``."""
+
+    _check_name("adapter", name)
 
     def register(adapter_class: T) -> T:
         _add(_ADAPTERS, "adapter", name, adapter_class())
@@ -71,22 +75,28 @@ def list_adapters() -> list[str]:
     return sorted(_ADAPTERS)
 
 
-def _add(table: dict[str, Any], kind: str, name: str, entry: Any) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+def _check_name(kind: str, name: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise TokenPruneError(f"{kind} name {name!r}: use lower-case letters, digits and underscores")
+
+
+def _add(table: dict[str, Any], kind: str, name: str, entry: Any) -> None:
     if name in table:
-        raise TokenPruneError(f"there is already a {kind} {name!r} ({table[name]!r}); choose another name")
+        raise TokenPruneError(f"{kind} {name!r} is already registered ({table[name]!r}); choose another name")
     table[name] = entry
 
 
 def _discover(kind: str) -> None:
     if kind in _discovered:
         return
-    _discovered.add(kind)
     package = importlib.import_module(f"{__package__}.{kind}")
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
             importlib.import_module(f"{package.__name__}.{module.name}")
+    _discovered.add(kind)
+    if "plugins" in _discovered:
+        return
+    _discovered.add("plugins")
     for plugin in entry_points(group="hf_tokenprune"):
         try:
             plugin.load()

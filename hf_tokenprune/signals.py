@@ -3,8 +3,10 @@
 Axes: B batch, P protected tokens (always the first ones), N prunable tokens, H heads, D width, d head width, n kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -43,14 +45,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Signals:
-    """What one pruning layer offers a method, for a piece of the batch. Tensors that ``Stage.needs`` lacks are None.
+    """What one pruning layer offers a method. What ``Stage.needs`` does not name is None.
 
     Attributes:
         tokens: (B, P + N, D) states where the tokens leave: block output, or between attention and MLP.
         inputs: (B, P + N, D) states that entered the block.
         num_protected: P; the first P tokens stay whatever the method says.
         has_cls: whether token 0 is a CLS token.
-        attention: (B, H, P + N, P + N) float32, after softmax; rows are queries and sum to 1; no dropout.
+        attention: consecutive pieces of the batch, each (b, H, P + N, P + N) float32, after softmax; rows are queries
+            and sum to 1; no dropout. A piece fits a CPU's cache: go through it with :meth:`map_attention`.
         queries, keys, values: (B, H, P + N, d) as the attention of this block used them.
     """
 
@@ -58,16 +61,23 @@ class Signals:
     inputs: Tensor
     num_protected: int
     has_cls: bool
-    attention: Tensor | None = None
+    attention: tuple[Tensor, ...] | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
 
     def need(self, name: str) -> Tensor:
-        """The signal called ``name``; it is there if ``Stage.needs`` has it."""
+        """The tensor called ``name``; it is there if ``Stage.needs`` has it."""
         value: Tensor | None = getattr(self, name)
         assert value is not None, f"a stage that reads {name!r} must list it in `needs`"
         return value
+
+    def map_attention(self, function: Callable[..., Tensor], *batched: Tensor) -> Tensor:
+        """``function(attention, *batched)`` for the whole batch, worked out piece by piece and joined."""
+        assert self.attention is not None, "a stage that reads 'attention' must list it in `needs`"
+        sizes = [len(piece) for piece in self.attention]
+        rows = (tensor.split(sizes) for tensor in batched)
+        return torch.cat([function(*piece) for piece in zip(self.attention, *rows, strict=True)])
 
 
 @dataclass(frozen=True)

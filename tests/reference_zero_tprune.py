@@ -45,7 +45,7 @@ def naive_similarity(a: torch.Tensor, b: torch.Tensor, metric: str) -> float:
 def naive_kept(signals: Signals, row: int, stage: ZeroTPruneStage) -> list[int]:
     """Positions among the prunable tokens that I' → S → I keeps for one image."""
     config, protected = stage.config, signals.num_protected
-    graphs = signals.attention[row].double()
+    graphs = torch.cat(signals.attention)[row].double()
     boost = config.cls_boost and signals.has_cls
     count = graphs.shape[-1] - protected
 

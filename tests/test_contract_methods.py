@@ -44,7 +44,8 @@ def make_signals(batch: int, num_prunable: int, num_protected: int = 1, seed: in
     queries, keys, values = rand(*heads), rand(*heads), rand(*heads)
     attention = (queries.float() @ keys.float().transpose(-1, -2)).softmax(-1)
     tokens, inputs = rand(batch, num_tokens, SHAPE.width), rand(batch, num_tokens, SHAPE.width)
-    return Signals(tokens, inputs, num_protected, num_protected > 0, attention, queries, keys, values)
+    pieces = attention.split(2)
+    return Signals(tokens, inputs, num_protected, num_protected > 0, pieces, queries, keys, values)
 
 
 def select(signals: Signals, rows: slice | None = None, order: torch.Tensor | None = None) -> Signals:
@@ -63,7 +64,7 @@ def select(signals: Signals, rows: slice | None = None, order: torch.Tensor | No
         signals,
         tokens=pick(signals.tokens, (1,)),
         inputs=pick(signals.inputs, (1,)),
-        attention=pick(signals.attention, (2, 3)),
+        attention=(pick(torch.cat(signals.attention), (2, 3)),),
         queries=pick(signals.queries, (2,)),
         keys=pick(signals.keys, (2,)),
         values=pick(signals.values, (2,)),
@@ -139,7 +140,7 @@ def test_half_precision_chooses_what_its_float32_copy_does(stage: Stage, dtype: 
 def test_identical_tokens_and_zero_vectors_are_survived(stage: Stage) -> None:
     zero = torch.zeros_like
     s = make_signals(2, 36)
-    attention = torch.full_like(s.attention, 1 / 37)
+    attention = tuple(torch.full_like(piece, 1 / 37) for piece in s.attention)
     flat = Signals(zero(s.tokens), zero(s.inputs), 1, True, attention, zero(s.queries), zero(s.keys), zero(s.values))
     keep = keep_of(stage, flat)
     assert keep.shape == (2, stage.num_kept(36)) and (keep[:, 1:] > keep[:, :-1]).all()

@@ -52,11 +52,13 @@ def golden(request: pytest.FixtureRequest):
 @pytest.mark.parametrize("case", ["a", "b", "c", "d"])
 def test_golden_scores(golden, case: str) -> None:
     attention, _, stage, protected = golden_case(golden, case)
-    scores = weighted_page_rank(attention, stage.num_iterations, cls_boost=True)
+    scores = weighted_page_rank(attention, num_iterations=stage.num_iterations, cls_boost=True)
     np.testing.assert_allclose(scores[0].numpy(), golden[f"{case}_wpr"], atol=1e-5, rtol=1e-5)
     joined = importance(scores[..., protected:], (0.01, 0.7))
     np.testing.assert_allclose(joined[0].numpy(), golden[f"{case}_importance"][protected:], atol=1e-5, rtol=1e-5)
-    one_round = importance(weighted_page_rank(attention, 1, True)[..., protected:], (0.01, 0.7))
+    one_round = importance(
+        weighted_page_rank(attention, num_iterations=1, cls_boost=True)[..., protected:], (0.01, 0.7)
+    )
     expected = golden[f"{case}_importance_one_round"][protected:]
     np.testing.assert_allclose(one_round[0].numpy(), expected, atol=1e-5, rtol=1e-5)
 
@@ -65,7 +67,7 @@ def test_golden_scores(golden, case: str) -> None:
 def test_golden_kept_sets(golden, case: str) -> None:
     attention, keys, stage, protected = golden_case(golden, case)
     num_prunable = attention.shape[-1] - protected
-    signals = replace(make_signals(1, num_prunable, protected), attention=attention, keys=keys)
+    signals = replace(make_signals(1, num_prunable, protected), attention=(attention,), keys=keys)
     for keep_all_of_s, name in ((True, "kept_after_similarity"), (False, "kept")):
         this = replace(stage, keep_ratio=1.0) if keep_all_of_s else stage
         expected = golden[f"{case}_{name}"]
@@ -124,30 +126,30 @@ WORKED = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.4, 0.4, 0.2]])[None,
 )
 def test_worked_numbers(rounds: int, uniform: list[float], boosted: list[float]) -> None:
     for cls_boost, expected in ((False, uniform), (True, boosted)):
-        scores = weighted_page_rank(WORKED, rounds, cls_boost)[0, 0]
+        scores = weighted_page_rank(WORKED, num_iterations=rounds, cls_boost=cls_boost)[0, 0]
         torch.testing.assert_close(scores, torch.tensor(expected), atol=5e-5, rtol=0)
 
 
 def test_converges_to_the_left_eigenvector() -> None:
     values, vectors = np.linalg.eig(WORKED[0, 0].numpy().T.astype(np.float64))
     stationary = np.real(vectors[:, np.argmax(np.real(values))])
-    scores = weighted_page_rank(WORKED, 100, cls_boost=False)[0, 0].numpy()
+    scores = weighted_page_rank(WORKED, num_iterations=100, cls_boost=False)[0, 0].numpy()
     np.testing.assert_allclose(scores, stationary / stationary.sum(), atol=1e-6)
 
 
 def test_mass_is_constant() -> None:
-    attention = make_signals(2, 40).attention
+    (attention,) = make_signals(2, 40).attention
     for rounds in (1, 50):
-        total = weighted_page_rank(attention, rounds, cls_boost=False).sum(-1)
+        total = weighted_page_rank(attention, num_iterations=rounds, cls_boost=False).sum(-1)
         torch.testing.assert_close(total, torch.ones_like(total))
-        boosted = weighted_page_rank(attention, rounds, cls_boost=True).sum(-1)
+        boosted = weighted_page_rank(attention, num_iterations=rounds, cls_boost=True).sum(-1)
         torch.testing.assert_close(boosted, torch.full_like(boosted, (40 + math.sqrt(41)) / 41))
 
 
 def test_subgraph_equals_a_gathered_and_renormalised_one() -> None:
-    attention = make_signals(2, 40).attention
+    (attention,) = make_signals(2, 40).attention
     kept = torch.stack([torch.randperm(41)[:25].sort().values for _ in range(2)])
-    scores = weighted_page_rank(attention, 7, True, kept)
+    scores = weighted_page_rank(attention, kept, num_iterations=7, cls_boost=True)
     for b in range(2):
         for h in range(attention.shape[1]):
             sub = attention[b, h][kept[b]][:, kept[b]].double()
@@ -159,7 +161,7 @@ def test_the_token_everyone_attends_to_ranks_first() -> None:
     """The direction of the graph: with A instead of Aᵀ all scores would be equal."""
     attention = torch.full((1, 1, 6, 6), 0.5 / 5)
     attention[..., 3] = 0.5
-    scores = weighted_page_rank(attention, 3, cls_boost=False)[0, 0]
+    scores = weighted_page_rank(attention, num_iterations=3, cls_boost=False)[0, 0]
     assert scores.argmax() == 3 and scores[3] > 2 * scores[0]
 
 
@@ -190,7 +192,7 @@ def test_similarity_stage_stops_the_major_group() -> None:
     logits[..., 41:, 41:] += 4.0
     keys = torch.randn(1, 2, 49, 16, generator=generator)
     keys[:, :, 1:41] = keys[:, :, 1:2] + 0.01 * keys[:, :, 1:41]
-    signals = replace(make_signals(1, 48), attention=logits.softmax(-1), keys=keys)
+    signals = replace(make_signals(1, 48), attention=(logits.softmax(-1),), keys=keys)
     without = keep_of(make_stage(0.5, 0, 30, head_variance_range=None), signals)[0]
     with_s = keep_of(make_stage(0.86, 20, 30, head_variance_range=None), signals)[0]
     assert len(with_s) == len(without)

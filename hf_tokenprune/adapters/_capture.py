@@ -6,7 +6,7 @@ shadow copy of their config that names it. All other layers keep SDPA or FlashAt
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,26 +38,17 @@ class Capture:
         available = {"queries": queries, "keys": keys, "values": values}
         self.found = {name: tensor.detach() for name, tensor in available.items() if name in self.needs}
 
-    def signals(self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool) -> Iterator[Signals]:
-        """The signals of consecutive pieces of the batch, each small enough to be worked through in cache."""
-        start = 0
-        for attention in self.attention or [None]:
-            end = start + len(attention) if attention is not None else len(tokens)
-            yield Signals(
-                tokens=tokens[start:end],
-                inputs=inputs[start:end],
-                num_protected=num_protected,
-                has_cls=has_cls,
-                attention=attention,
-                **{name: tensor[start:end] for name, tensor in self.found.items()},
-            )
-            start = end
+    def signals(self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool) -> Signals:
+        """What was captured, with the states (B, T, D) that entered the block and those that are to be pruned."""
+        attention = tuple(self.attention) or None
+        return Signals(tokens, inputs, num_protected, has_cls, attention, **self.found)
 
 
 def enable_capture(attention: nn.Module) -> None:
     """Route this attention module through :func:`capture_attention_forward`."""
-    shadow = copy.copy(attention.config)
-    shadow.token_prune_original = attention.config
+    original: Any = attention.config
+    shadow = copy.copy(original)
+    shadow.token_prune_original = original
     shadow._attn_implementation_internal = CAPTURE_NAME
     attention.config = shadow
 
@@ -83,7 +74,8 @@ def capture_attention_forward(
     and in pieces of the batch that stay in cache. Where no probabilities are needed the model's own kernel runs.
     """
     capture: Capture | None = kwargs.pop(CAPTURE_ARGUMENT, None)
-    implementation = module.config.token_prune_original._attn_implementation
+    config: Any = module.config
+    implementation = config.token_prune_original._attn_implementation
     if capture is not None:
         capture.store(query, key, value)
     if capture is None or "attention" not in capture.needs:
@@ -94,13 +86,17 @@ def capture_attention_forward(
     outputs = []
     with torch.autocast(query.device.type, enabled=False):
         for q, k, v in zip(*(tensor.split(_piece(query, key)) for tensor in (query, key, value)), strict=True):
-            attention = ((q.float() * scaling) @ k.float().transpose(-1, -2)).softmax(-1)
-            capture.attention.append(attention.detach())
+            flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))  # (b · H, T, d)
+            logits = torch.baddbmm(
+                query.new_zeros((), dtype=torch.float32), flat_q.float(), flat_k.float().mT, beta=0, alpha=scaling
+            )
+            attention = logits.softmax(-1)
+            capture.attention.append(attention.detach().unflatten(0, q.shape[:2]))
             weights = F.dropout(attention.to(v.dtype), p=dropout, training=module.training)
-            outputs.append((weights @ v).transpose(1, 2))
+            outputs.append((weights @ flat_v).unflatten(0, q.shape[:2]).transpose(1, 2))
     # Only the eager attention returns its weights (for output_attentions); a fused one would not.
-    weights = torch.cat(capture.attention).to(query.dtype) if implementation == "eager" else None
-    return torch.cat(outputs), weights
+    returned = torch.cat(capture.attention).to(query.dtype) if implementation == "eager" else None
+    return torch.cat(outputs), returned
 
 
 def _piece(query: Tensor, key: Tensor) -> int:

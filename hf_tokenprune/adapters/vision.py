@@ -31,11 +31,13 @@ class BlockState:
 
     Attributes:
         stage: None for a block behind the first pruning layer that drops nothing itself.
+        config: of the whole model, set by the engine.
     """
 
     stage: Stage | None
     num_protected: int
     has_cls: bool
+    config: Any = None
     recorder: Recorder | None = field(default=None, compare=False)
 
 
@@ -73,8 +75,7 @@ class PrunedVisionBlock(nn.Module):
         n_keep = stage.num_kept(tokens.shape[1] - state.num_protected)
         # Autocast would take the scores to half precision.
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            pieces = capture.signals(tokens, inputs, state.num_protected, state.has_cls)
-            keep = torch.cat([stage.reduce(signals, n_keep).keep for signals in pieces])
+            keep = stage.reduce(capture.signals(tokens, inputs, state.num_protected, state.has_cls), n_keep).keep
         if state.recorder is not None:
             state.recorder.on_reduction(stage.layer, keep)
         return gather_tokens(tokens, with_protected(keep, state.num_protected))
@@ -85,8 +86,9 @@ def refuse_mask(attention_mask: Tensor | None) -> None:
     if attention_mask is None:
         return
     message = "a pruned vision model takes no attention_mask; call unprune(model) to use one"
-    if torch.compiler.is_compiling() and attention_mask.dtype == torch.bool:
-        torch._assert_async(attention_mask.all(), message)
+    if torch.compiler.is_compiling() and attention_mask.dim() == 4:  # the values are not known yet
+        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        torch._assert_async(visible.all(), message)
         return
     raise UnsupportedModelError(message)
 
@@ -138,8 +140,9 @@ class VisionAdapter:
         for index, block in enumerate(self.blocks(model)):
             if index >= min(by_layer):  # later blocks are told to run without the full-length mask
                 stage = by_layer.get(index)
+                state = BlockState(stage, shape.num_protected, shape.has_cls)
                 swap_class(block, self.block_class)
-                block.token_prune = BlockState(stage, shape.num_protected, shape.has_cls)
+                block.token_prune = state
                 if stage is not None and stage.needs:
                     enable_capture(self.attention(block))
 

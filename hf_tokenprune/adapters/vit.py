@@ -14,6 +14,12 @@ from .vision import PrunedVisionBlock, VisionAdapter, as_pair, linear_macs
 class ViTHalves(PrunedVisionBlock):
     """The halves of ``ViTLayer.forward``, which ``DeiTLayer.forward`` repeats."""
 
+    attention: nn.Module
+    mlp: nn.Module
+    layernorm_before: nn.Module
+    layernorm_after: nn.Module
+    dropout: nn.Module
+
     def attention_half(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.attention(self.layernorm_before(hidden_states), None, **kwargs)
         return self.dropout(attended) + hidden_states
@@ -37,7 +43,8 @@ class ViTAdapter(VisionAdapter):
     num_protected = 1
 
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
-        return self.encoder(model).layers
+        layers: nn.ModuleList = self.encoder(model).layers
+        return layers
 
     def attention(self, block: nn.Module) -> nn.Module:
         return block.attention

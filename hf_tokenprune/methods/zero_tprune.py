@@ -15,6 +15,7 @@ Axes: B batch, H heads, T all tokens (protected ones first), P protected, N = T 
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -96,10 +97,9 @@ class ZeroTPruneConfig(LayerwiseConfig):
             low, high = self.head_variance_range
             self.check(0 <= low < high, "head_variance_range", "(low, high) with 0 <= low < high, or None")
         if not any(similar):
-            defaults = {f.name: f.default for f in dataclasses.fields(self)}
-            for field in ("partition", "similarity_feature", "similarity_metric", "renormalize"):
+            for field, default in self._similarity_defaults().items():
                 unused = "its default: it has no effect with num_similar=0"
-                self.check(getattr(self, field) == defaults[field], field, unused)
+                self.check(getattr(self, field) == default, field, unused)
 
     def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
         plan = self.plan(shape)
@@ -121,9 +121,17 @@ class ZeroTPruneConfig(LayerwiseConfig):
         def scale(r: int | float) -> int | float:
             return int(r * strength + 0.5) if isinstance(r, int) else min(r * strength, 0.99)
 
-        similar = self.num_similar
-        similar = tuple(scale(r) for r in similar) if isinstance(similar, tuple) else scale(similar)
-        return dataclasses.replace(super().scaled(strength), num_similar=similar)
+        similar = (
+            tuple(map(scale, self.num_similar)) if isinstance(self.num_similar, tuple) else scale(self.num_similar)
+        )
+        unused = {} if similar and (not isinstance(similar, tuple) or any(similar)) else self._similarity_defaults()
+        return dataclasses.replace(super().scaled(strength), num_similar=similar, **unused)
+
+    @classmethod
+    def _similarity_defaults(cls) -> dict[str, object]:
+        """The fields that have an effect on the S-stage only, with their defaults."""
+        names = ("partition", "similarity_feature", "similarity_metric", "renormalize")
+        return {f.name: f.default for f in dataclasses.fields(cls) if f.name in names}
 
     def _check_length(self, field: str, count: int) -> None:
         value = getattr(self, field)
@@ -157,22 +165,23 @@ class ZeroTPruneStage(Stage):
         return num_prunable - min(self.num_similar, (num_prunable + 1) // 2) if num_prunable > 1 else num_prunable
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        attention, num_protected = signals.need("attention"), signals.num_protected
-        num_tokens = attention.shape[-1] - num_protected
-        config = self.config
+        config, num_protected = self.config, signals.num_protected
+        num_tokens = signals.tokens.shape[1] - num_protected
 
-        def rank(num_iterations: int, kept: Tensor | None) -> Tensor:
-            scores = weighted_page_rank(
-                attention, num_iterations, config.cls_boost and signals.has_cls, kept, config.renormalize
+        def rank(num_iterations: int, *kept: Tensor) -> Tensor:
+            boost = config.cls_boost and signals.has_cls
+            vote = partial(
+                weighted_page_rank, num_iterations=num_iterations, cls_boost=boost, renormalize=config.renormalize
             )
+            scores = signals.map_attention(vote, *kept)
             return importance(scores[..., num_protected:], config.head_variance_range)
 
         n_dissimilar = self.num_dissimilar(num_tokens)
         if n_dissimilar == num_tokens:
-            return Reduction(top_tokens(rank(self.num_iterations, None), n_keep))
+            return Reduction(top_tokens(rank(self.num_iterations), n_keep))
         candidates = least_similar(
             similarity_features(signals, config.similarity_feature),
-            rank(1, None),
+            rank(1),
             n_dissimilar,
             config.partition,
             config.similarity_metric,
@@ -191,17 +200,18 @@ def default_iterations(layer: int, depth: int) -> int:
 
 def weighted_page_rank(
     attention: Tensor,
+    kept: Tensor | None = None,
+    *,
     num_iterations: int,
     cls_boost: bool,
-    kept: Tensor | None = None,
     renormalize: bool = True,
 ) -> Tensor:
     """Importance a head gives each token: ``s ← Aᵀ s`` on the attention graph, a fixed number of rounds (Algorithm 1).
 
     Args:
         attention: (B, H, T, T) float32, rows sum to 1; row i is what token i attends to, so it votes by its row.
-        cls_boost: token 0 starts with sqrt(n) times the score 1 / n of the others.
         kept: (B, n) positions of the tokens in the graph; None: all T. The other tokens neither vote nor are voted for.
+        cls_boost: token 0 starts with sqrt(n) times the score 1 / n of the others.
         renormalize: rows of the remaining graph are divided by their sum.
 
     Returns:

@@ -1,0 +1,1 @@
+"""A small model with its data inside the package: pruning to try without a download."""
