@@ -140,9 +140,8 @@ class VisionAdapter:
         for index, block in enumerate(self.blocks(model)):
             if index >= min(by_layer):  # later blocks are told to run without the full-length mask
                 stage = by_layer.get(index)
-                state = BlockState(stage, shape.num_protected, shape.has_cls)
                 swap_class(block, self.block_class)
-                block.token_prune = state
+                block.__dict__["token_prune"] = BlockState(stage, shape.num_protected, shape.has_cls)
                 if stage is not None and stage.needs:
                     enable_capture(self.attention(block))
 

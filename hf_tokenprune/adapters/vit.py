@@ -47,7 +47,8 @@ class ViTAdapter(VisionAdapter):
         return layers
 
     def attention(self, block: nn.Module) -> nn.Module:
-        return block.attention
+        attention: nn.Module = block.attention  # type: ignore[assignment]  # nn.Module types it as a tensor or module
+        return attention
 
     def shape(self, model: PreTrainedModel) -> ModelShape:
         config, encoder = model.config, self.encoder(model)

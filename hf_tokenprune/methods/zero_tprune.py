@@ -16,7 +16,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ class ZeroTPruneConfig(LayerwiseConfig):
         return dataclasses.replace(super().scaled(strength), num_similar=similar, **unused)
 
     @classmethod
-    def _similarity_defaults(cls) -> dict[str, object]:
+    def _similarity_defaults(cls) -> dict[str, Any]:
         """The fields that have an effect on the S-stage only, with their defaults."""
         names = ("partition", "similarity_feature", "similarity_metric", "renormalize")
         return {f.name: f.default for f in dataclasses.fields(cls) if f.name in names}

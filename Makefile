@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all set-up in an environment of their own; nothing is needed but Python >= 3.10.
+# TRANSFORMERS=5.17.0 tests another version, in an environment beside the first.
+PYTHON ?= python3
+TRANSFORMERS ?=
+VENV ?= .venv$(if $(TRANSFORMERS),-$(TRANSFORMERS))
+PIP = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
+VERSION = $(if $(TRANSFORMERS),"transformers==$(TRANSFORMERS)")
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/hf-tokenprune demo
+
+test: $(VENV)/.dev lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info demo_output
+
+$(VENV)/.demo: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[demo]" $(VERSION)
+	touch $@
+
+$(VENV)/.dev: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[dev]" $(VERSION)
+	touch $@
