@@ -7,7 +7,7 @@
 
 from .config import PruneConfig
 from .engine import prune, pruned, record, unprune
-from .errors import TokenPruneError
+from .errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
 from .methods.random import RandomConfig
 from .methods.uniform import UniformConfig
 from .methods.zero_tprune import ZeroTPruneConfig
@@ -17,10 +17,13 @@ from .registry import list_adapters, list_methods, register_adapter, register_me
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConfigError",
     "PruneConfig",
+    "PruneStateError",
     "RandomConfig",
     "TokenPruneError",
     "UniformConfig",
+    "UnsupportedModelError",
     "ZeroTPruneConfig",
     "disable_auto",
     "enable_auto",

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import PruneConfig
+from .config import CONFIG_NAME, PruneConfig
 from .errors import ConfigError, TokenPruneError
 
 app = typer.Typer(
@@ -244,7 +244,10 @@ def configs_for(
     if fields and not methods:
         raise ConfigError(f"--set {fields[0]} has no effect without --method")
     chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
-    chosen.update({Path(source).stem or source: PruneConfig.from_pretrained(source) for source in prune_configs or []})
+    for source in prune_configs or []:
+        file = Path(source)
+        short = file.parent.name if file.name == CONFIG_NAME else file.stem
+        chosen[source if not short or short in chosen else short] = PruneConfig.from_pretrained(source)
     if not chosen:
         own = choose_config(path, None, getattr(model.config, "prune_config", None), {})
         if own is None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from .errors import ConfigError, TokenPruneError, UnsupportedModelError
 
-T = TypeVar("T", bound=type)
+T = TypeVar("T", bound=type[Any])
 
 _METHODS: dict[str, Any] = {}
 _ADAPTERS: dict[str, Any] = {}

@@ -150,7 +150,7 @@ class VisionAdapter:
         for block in self.pruned_blocks(model).values():
             disable_capture(self.attention(block))
             swap_class(block, self.block_class.stock_class)
-            del block.token_prune
+            block.__dict__.pop("token_prune", None)  # an interrupted attach may not have come to it
 
     def pruned_blocks(self, model: PreTrainedModel) -> dict[int, PrunedVisionBlock]:
         """The blocks that :meth:`attach` has changed, by index."""

@@ -1,0 +1,138 @@
+"""The command line as a user has it: what it prints, what it writes, what it says when something is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from hf_tokenprune import RandomConfig, from_pretrained, list_adapters, list_methods, record
+from hf_tokenprune.cli import app
+from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
+DIGITS = str(MODEL_DIR)
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def ok(*args: object) -> str:
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty digits with a labels.csv."""
+    path = tmp_path_factory.mktemp("digits")
+    digits, rows = load_digits_split("test"), ["file,label"]
+    for i in range(20):
+        digits[i]["image"].save(path / f"{i}.png")
+        rows.append(f"{i}.png,{digits[i]['label']}")
+    (path / "labels.csv").write_text("\n".join(rows))
+    return path
+
+
+def test_list() -> None:
+    data = json.loads(ok("list", "--json"))
+    assert list(data["methods"]) == list_methods() and data["adapters"] == list_adapters()
+    text = ok("list")
+    assert all(name in text for name in [*list_methods(), *list_adapters()])
+
+
+def test_info_counts_tokens_and_macs() -> None:
+    data = json.loads(ok("info", DIGITS, "-m", "random", "-s", "keep_ratios=0.5", "-s", "layers=[0,2]", "--json"))
+    assert data["random"]["tokens_in"] == [197, 99, 99, 50, 50, 50]
+    assert data["random"]["config"]["layers"] == [0, 2]
+    assert "ideal speed-up" in ok("info", DIGITS, "-m", "random")
+
+
+def test_every_method_meets_every_budget() -> None:
+    methods = [part for name in list_methods() for part in ("-m", name)]
+    data = json.loads(ok("info", DIGITS, *methods, "-g", 0.15, "-g", 0.1, "--json"))
+    assert set(data) == {f"{name}@{budget}" for name in list_methods() for budget in ("0.15", "0.1")}
+    for name, report in data.items():
+        assert 0.95 <= report["pruned_macs"] / (float(name.split("@")[1]) * 1e9) <= 1.0
+
+
+def test_apply_writes_a_checkpoint_that_prunes(tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    ok("apply", DIGITS, out, "-m", "random", "-s", "where=mid_block")
+    assert (out / "prune_config.json").is_file() and (out / "preprocessor_config.json").is_file()
+    assert not list(out.glob("*.bin")) and (out / "model.safetensors").is_file()
+    model = from_pretrained(out)
+    with record(model) as rec, torch.no_grad():
+        model(torch.zeros(1, 3, 56, 56))
+    assert rec.tokens[5] < rec.tokens[0] == 197
+    assert json.loads(ok("info", out, "--json"))["random"]["config"]["where"] == "mid_block", "its own config"
+    again = run("apply", DIGITS, out, "-m", "random")
+    assert again.exit_code == 1 and "not an empty folder" in again.output
+
+
+def test_eval_pairs_dense_and_pruned(folder: Path) -> None:
+    data = json.loads(ok("eval", DIGITS, folder, "-m", "random", "-m", "zero_tprune", "--json"))
+    rows = {row["name"]: row for row in data["rows"]}
+    assert list(rows) == ["dense", "random", "zero_tprune"]
+    assert all(row["n"] == 20 for row in rows.values())
+    assert rows["dense"]["accuracy"] >= 0.9
+    assert rows["random"]["macs"] < rows["dense"]["macs"]
+    assert data["configs"]["zero_tprune"]["method"] == "zero_tprune"
+    table = ok("eval", DIGITS, folder, "-m", "random", "--limit", 5, "--markdown")
+    assert table.count("|") > 20
+
+
+def test_bench_reports_beside_the_ideal() -> None:
+    data = json.loads(ok("bench", DIGITS, "-m", "random", "-b", 1, "-b", 2, "--rounds", 1, "--threads", 1, "--json"))
+    assert [row["batch_size"] for row in data["random"]["rows"]] == [1, 2]
+    assert data["random"]["macs"]["ideal_speedup"] > 1
+    text = ok("bench", DIGITS, "-m", "random", "-b", 1, "--rounds", 1, "--random-weights", "--dtype", "bfloat16")
+    assert "bfloat16" in text
+
+
+def test_demo(tmp_path: Path) -> None:
+    data = json.loads(ok("demo", "--out", tmp_path, "--limit", 24, "--json"))
+    assert {row["name"] for row in data["rows"]} == {"dense", *list_methods()}
+    assert Path(data["picture"]).stat().st_size > 1000
+    assert (Path(data["checkpoint"]) / "prune_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("info", DIGITS, "-m", "zero"), "no such method"),
+        (("info", DIGITS, "-m", "random", "-s", "keep_ratio=0.5"), "did you mean 'keep_ratios'"),
+        (("info", DIGITS, "-m", "random", "-s", "keep_ratios"), "expected field=value"),
+        (("info", DIGITS, "-m", "random", "-s", "layers=[9]", "-s", "keep_ratios=0.5"), "has 6 blocks"),
+        (("info", DIGITS, "-m", "random", "-g", 5), "less than the dense model's"),
+        (("info", DIGITS, "-s", "seed=1"), "no effect without --method"),
+        (("info", DIGITS), "carries no prune config"),
+        (("info", DIGITS, "-c", "/no/such/file.json"), "/no/such/file.json"),
+        (("eval", DIGITS, "/no/such/folder", "-m", "random"), "/no/such/folder"),
+        (("bench", DIGITS, "-m", "random", "--dtype", "int8"), "expected float32, bfloat16 or float16"),
+        (("apply", DIGITS, "/tmp/never", "-m", "random", "-m", "uniform"), "choose one"),
+    ],
+)
+def test_mistakes_get_one_line_that_helps(args: tuple, words: str) -> None:
+    result = run(*args)
+    assert result.exit_code == 1
+    assert words in result.output and "Traceback" not in result.output
+
+
+def test_a_corrupted_image_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("file,label\ngood.png,1\nbad.png,2\n")
+    (tmp_path / "good.png").write_bytes((folder / "0.png").read_bytes())
+    (tmp_path / "bad.png").write_bytes((folder / "1.png").read_bytes()[:100])
+    result = run("eval", DIGITS, tmp_path, "-m", "random")
+    assert result.exit_code == 1 and "bad.png" in result.output
+
+
+def test_config_file_by_path(tmp_path: Path) -> None:
+    path = RandomConfig(keep_ratios=0.5).save_pretrained(tmp_path / "half")
+    for source in (path, path.parent):
+        data = json.loads(ok("info", DIGITS, "-c", source, "--json"))
+        (report,) = data.values()
+        assert report["config"]["keep_ratios"] == 0.5

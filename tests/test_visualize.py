@@ -1,0 +1,64 @@
+"""Pictures of kept patches: the right patches are bright, the others are dimmed."""
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_tokenprune import RandomConfig, TokenPruneError, prune, record
+from hf_tokenprune.visualize import draw_kept, kept_sheet, to_image, visualize
+
+from .families import images, supported_classes, tiny_model
+
+
+def test_dropped_patches_are_dimmed_and_kept_ones_are_not() -> None:
+    black = Image.new("RGB", (8, 8), "black")
+    picture = draw_kept(black, torch.tensor([0, 3]), grid=(2, 2), size=8)
+    assert picture.getpixel((1, 1)) == (0, 0, 0) and picture.getpixel((6, 6)) == (0, 0, 0)
+    assert min(picture.getpixel((6, 1))) > 150 and min(picture.getpixel((1, 6))) > 150
+
+
+def test_grids_that_are_not_square_keep_their_shape() -> None:
+    picture = draw_kept(Image.new("RGB", (30, 20), "black"), torch.tensor([5]), grid=(2, 3), size=30)
+    assert picture.size == (30, 20)
+    assert picture.getpixel((29, 19)) == (0, 0, 0) and min(picture.getpixel((0, 0))) > 150
+
+
+@pytest.mark.parametrize("family", supported_classes(), ids=lambda pair: pair[1].__name__)
+def test_sheet_shows_what_was_recorded(family) -> None:
+    model = prune(tiny_model(*family), RandomConfig(layers=(1, 4), keep_ratios=0.5))
+    pixels = torch.zeros_like(images(2))
+    sheet = visualize(model, pixels, processor=Normalised(), size=64)
+    assert sheet.width == 3 * (64 + 6) + 6, "input and two layers"
+    with record(model) as rec, torch.no_grad():
+        model(pixels)
+    grey = sheet.convert("L").load()
+    for column, layer in ((1, "1"), (2, "4")):
+        for row in range(2):
+            kept = set(rec.kept[layer][row].tolist())
+            for patch in range(64):
+                x = 6 + column * 70 + patch % 8 * 8 + 4
+                y = 20 + row * 70 + patch // 8 * 8 + 4
+                assert (grey[x, y] < 150) == (patch in kept), (layer, row, patch)
+
+
+class Normalised:
+    """An image processor whose black is (0 - 0.5) / 0.5."""
+
+    image_mean = (0.4, 0.4, 0.4)
+    image_std = (0.5, 0.5, 0.5)
+
+
+def test_pixels_become_the_colours_they_came_from() -> None:
+    colours = torch.rand(3, 4, 4)
+    mean, std = torch.tensor(Normalised.image_mean), torch.tensor(Normalised.image_std)
+    image = to_image((colours - mean[:, None, None]) / std[:, None, None], Normalised())
+    expected = (colours[:, 2, 1] * 255).round().int().tolist()
+    assert list(image.getpixel((1, 2))) == expected
+
+
+def test_images_that_were_not_recorded_are_refused() -> None:
+    model = prune(tiny_model(*supported_classes()[0]), RandomConfig())
+    with record(model) as rec:
+        pass
+    with pytest.raises(TokenPruneError, match="1 images but 0 recorded"):
+        kept_sheet([Image.new("RGB", (4, 4))], rec, (8, 8))
