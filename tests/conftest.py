@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, ten times as long on a busy machine
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -1,6 +1,9 @@
 """The command line as a user has it: what it prints, what it writes, what it says when something is wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +139,32 @@ def test_config_file_by_path(tmp_path: Path) -> None:
         data = json.loads(ok("info", DIGITS, "-c", source, "--json"))
         (report,) = data.values()
         assert report["config"]["keep_ratios"] == 0.5
+
+
+def test_two_processes_of_accelerate_give_the_same_numbers(folder: Path) -> None:
+    """accelerate starts several CPU processes under --multi_gpu only; ACCELERATE_USE_CPU keeps them on the CPU."""
+    command = [
+        "-m",
+        "hf_tokenprune.cli",
+        "eval",
+        DIGITS,
+        str(folder),
+        "-m",
+        "zero_tprune",
+        "--batch-size",
+        "3",
+        "--json",
+    ]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    alone, together = (
+        json.loads(
+            subprocess.run([sys.executable, *args], capture_output=True, check=True, text=True, env=environment).stdout
+        )
+        for args in (command, [*launch, *command])
+    )
+    measured = ("name", "n", "accuracy", "accuracy_interval", "top5_accuracy", "agreement", "macs")
+    for one, two in zip(alone["rows"], together["rows"], strict=True):
+        assert [one[key] for key in measured] == [two[key] for key in measured]
+        assert (one["kl"] or 0) == pytest.approx(two["kl"] or 0, rel=1e-5, abs=0)  # None for the dense run

@@ -1,0 +1,218 @@
+"""What may import what (DESIGN.md, section 2), read from the syntax trees; and what every module owes its readers."""
+
+import ast
+import configparser
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import hf_tokenprune
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(hf_tokenprune.__file__).parent
+MAX_LINES = 350
+
+CORE = {"errors", "config", "registry", "tokens", "signals", "methods", "adapters", "engine", "cost", "pretrained"}
+"""Parts that everybody imports; the others (evaluation, command line, pictures, ...) may need more installed."""
+
+MAY_IMPORT = {
+    "errors": set(),
+    "registry": {"errors"},
+    "config": {"errors", "registry"},
+    "tokens": {"errors"},
+    "signals": set(),
+    "methods": {"config", "registry", "tokens", "signals", "errors", "methods"},
+    "adapters": {"registry", "tokens", "signals", "errors", "adapters"},
+    "engine": {"config", "registry", "tokens", "signals", "errors"},
+    "cost": {"engine", "config", "errors", "signals"},
+    "pretrained": {"engine", "config", "errors"},
+}
+"""Parts of the package each core part may import, in functions too. ``methods`` and ``adapters`` meet through the
+registry, so not even the engine names one."""
+
+ON_TOP = {"evaluation": {"methods", "adapters", "engine"}}
+"""What parts on top of the core must not import."""
+
+
+class Import(NamedTuple):
+    """``module`` as an absolute name; ``eager`` if importing the file imports it."""
+
+    module: str
+    eager: bool
+
+
+def imports(source: str, module: str, is_package: bool = False) -> set[Import]:
+    """All imports in a file but those under ``if TYPE_CHECKING``; ``from a import b`` counts as a and as a.b."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    found: set[Import] = set()
+
+    def walk(node: ast.AST, eager: bool) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for child in node.orelse:
+                walk(child, eager)
+            return
+        if isinstance(node, ast.Import):
+            found.update(Import(alias.name, eager) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found.update({Import(name, eager), *(Import(f"{name}.{alias.name}", eager) for alias in node.names)})
+        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            walk(child, eager and not inside)
+
+    walk(ast.parse(source), True)
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """'hf_tokenprune.methods.random' -> 'methods'."""
+    return [*module.split("."), ""][1]
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+IMPORTS = {path: imports(path.read_text(), module_name(path), path.name == "__init__.py") for path in FILES}
+PARTS = {part_of(module_name(path)) for path in FILES} - {""}
+
+
+def every_file(*parts: str) -> pytest.MarkDecorator:
+    """Parametrise over the files of these parts; of the whole package if none is named."""
+    files = [path for path in FILES if not parts or part_of(module_name(path)) in parts]
+    assert files
+    return pytest.mark.parametrize("path", files, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+def parts_imported(path: Path) -> set[str]:
+    modules = {found.module for found in IMPORTS[path] if found.module.split(".")[0] == PACKAGE.name}
+    return {part_of(module) for module in modules} & PARTS
+
+
+def test_the_walk_sees_every_kind_of_import() -> None:
+    source = """
+import os, a.b as c
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from .hidden import X
+else:
+    import runtime
+try:
+    import tried
+except ImportError:
+    pass
+class C:
+    from .. import up
+    def f(self):
+        from ..other.deep import name
+        return lambda: __import__
+"""
+    found = imports(source, "pkg.sub.mod")
+    assert {i.module for i in found if not i.eager} == {"pkg.other.deep", "pkg.other.deep.name"}
+    assert {i.module for i in found if i.eager} == {
+        *("os", "a.b", "typing", "typing.TYPE_CHECKING", "runtime", "tried", "pkg", "pkg.up"),
+    }
+    assert Import("pkg.sub.x", True) in imports("from . import x", "pkg.sub", is_package=True)
+
+
+def test_every_part_is_known() -> None:
+    assert set(MAY_IMPORT) == CORE <= PARTS
+
+
+@every_file(*MAY_IMPORT)
+def test_the_direction_of_imports(path: Path) -> None:
+    assert parts_imported(path) <= MAY_IMPORT[part_of(module_name(path))]
+
+
+@every_file(*ON_TOP)
+def test_parts_that_take_any_model_know_no_method(path: Path) -> None:
+    assert not parts_imported(path) & ON_TOP[part_of(module_name(path))]
+
+
+@every_file(*PARTS - {"adapters"}, "")
+def test_modelling_code_is_imported_by_adapters_only(path: Path) -> None:
+    assert not {found.module for found in IMPORTS[path] if found.module.startswith("transformers.models")}
+
+
+@every_file("methods")
+def test_a_method_knows_torch_and_the_standard_library_only(path: Path) -> None:
+    outside = {found.module.split(".")[0] for found in IMPORTS[path]} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", PACKAGE.name}
+
+
+@every_file("methods")
+def test_a_method_shares_private_modules_with_others_but_imports_no_other_method(path: Path) -> None:
+    modules = {found.module for found in IMPORTS[path] if part_of(found.module) == "methods"}
+    siblings = {other.stem for other in PACKAGE.glob("methods/*.py")} & {name.split(".")[-1] for name in modules}
+    assert all(name.startswith("_") for name in siblings)
+
+
+@every_file(*CORE, "")
+def test_the_core_needs_nothing_that_is_not_always_installed(path: Path) -> None:
+    eager = {found.module.split(".")[0] for found in IMPORTS[path] if found.eager} - set(sys.stdlib_module_names)
+    assert eager <= {"torch", "transformers", "huggingface_hub", "safetensors", PACKAGE.name}
+
+
+def test_every_import_that_is_needed_is_declared() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = setup["options"]["install_requires"].split()
+    required = {line.split(">=")[0] for line in lines if ">=" in line}
+    assert {"torch", "transformers", "huggingface_hub"} <= required
+
+
+@every_file()
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES, "split it"
+
+
+@every_file()
+def test_every_file_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("name", hf_tokenprune.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    thing = getattr(hf_tokenprune, name)
+    doc = inspect.getdoc(thing) if callable(thing) else None
+    assert doc
+    assert not doc.startswith(f"{name}("), "that is what dataclass writes where there is none"
+    if inspect.isclass(thing):
+        own = {key: member for key, member in vars(thing).items() if inspect.isfunction(member) and key[0] != "_"}
+        assert not [key for key, member in own.items() if not inspect.getdoc(getattr(thing, key))]
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert hf_tokenprune.__all__ == sorted(set(hf_tokenprune.__all__))
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    names = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names == set(hf_tokenprune.__all__)
+
+
+def test_types_are_shipped() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert "py.typed" in setup["options.package_data"]["hf_tokenprune"].split()
+
+
+def test_importing_the_package_imports_nothing_optional() -> None:
+    heavy = ["evaluate", "datasets", "accelerate", "matplotlib", "sklearn", "scipy", "PIL", "typer"]
+    heavy += [f"hf_tokenprune.{part}" for part in sorted(PARTS - CORE)]
+    code = f"import sys, hf_tokenprune; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stdout + done.stderr
