@@ -138,7 +138,9 @@ def cost(model: nn.Module, config: ConfigLike | None = None, image_size: tuple[i
 
 
 def config_for_macs(model: nn.Module, config: ConfigLike, macs: float) -> PruneConfig:
-    """The config with every removal scaled alike (:meth:`PruneConfig.scaled`) so that one image costs at most ``macs``.
+    """The config with its removals scaled (:meth:`PruneConfig.scaled`) so that one image costs at most ``macs``.
+
+    All are scaled alike; what whole tokens leave unused of the budget goes to ``keep_ratios``, where a config has them.
 
     Args:
         model: a model with an adapter.

@@ -222,6 +222,8 @@ def test_default_schedules() -> None:
     assert [s.num_iterations for s in stages] == [30, 30, 5, 5, 1]
     deep = ZeroTPruneConfig().stages(replace(SHAPE, depth=24, image_size=(336, 336), patch_size=(14, 14)))
     assert [s.layer for s in deep] == [1, 5, 11, 17, 21] and deep[0].num_similar == 29
+    coarse = ZeroTPruneConfig().stages(replace(SHAPE, depth=12, image_size=(224, 224), patch_size=(32, 32)))
+    assert [s.num_similar for s in coarse] == [2] * 5, "2.5 of 49 patches; the published table of shapes has 2"
     assert [default_iterations(layer, 12) for layer in range(12)] == [30] * 3 + [5] * 6 + [1] * 3
     for depth in range(1, 9):
         layers = [s.layer for s in ZeroTPruneConfig().stages(replace(SHAPE, depth=depth))]

@@ -110,7 +110,7 @@ class ZeroTPruneConfig(LayerwiseConfig):
                 layer=layer,
                 where=self.where,
                 keep_ratio=ratio,
-                num_similar=r if isinstance(r, int) else int(r * shape.num_patches + 0.5),
+                num_similar=r if isinstance(r, int) else round(r * shape.num_patches),
                 num_iterations=default_iterations(layer, shape.depth) if t is None else t,
                 config=self,
             )
