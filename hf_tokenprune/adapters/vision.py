@@ -63,7 +63,8 @@ class PrunedVisionBlock(nn.Module):
         if stage is None or stage.num_kept(num_prunable) == num_prunable:
             return super().forward(hidden_states, None, **kwargs)
         capture = Capture(stage.needs)
-        kwargs[CAPTURE_ARGUMENT] = capture
+        if stage.needs:  # a stock attention function may not know what to do with the argument
+            kwargs[CAPTURE_ARGUMENT] = capture
         if stage.where == "mid_block":
             tokens = self.attention_half(hidden_states, **kwargs)
             return self.mlp_half(self._reduce(stage, tokens, hidden_states, capture))
