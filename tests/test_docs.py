@@ -1,0 +1,185 @@
+"""The documentation is right: its code runs and prints what it says, its links lead somewhere, nothing is left out.
+
+What follows ``python`` on the line that opens a fenced block tells what is done with it (GitHub shows all alike):
+
+- nothing: it runs; the blocks of a page run in order, as one program. A ``text`` block that comes next is its output.
+- ``hub``: it runs, with the packaged model in place of the one it would download.
+- ``notest``: it is only compiled.
+- ``file=path``: it is an excerpt, and these lines stand in that file.
+
+``console`` blocks are ``hf-tokenprune`` commands behind a ``$`` with their output, run from the root of the repository.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+import hf_tokenprune
+from hf_tokenprune import list_methods
+from hf_tokenprune.cli import app
+from hf_tokenprune.demo.digits import MODEL_DIR
+from hf_tokenprune.registry import get_method
+
+ROOT = Path(__file__).resolve().parents[1]
+OUR_METHODS = [name for name in list_methods() if get_method(name).__module__.startswith("hf_tokenprune.")]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+HUB_NAME = '"facebook/deit-small-patch16-224"'
+END = "\x1e"  # printed behind every block that runs
+
+
+class Block(NamedTuple):
+    """A fenced block: language and what follows it, number of the line that opens it, its lines."""
+
+    language: str
+    tag: str
+    line: int
+    code: list[str]
+
+    @property
+    def runs(self) -> bool:
+        return self.language == "python" and self.tag in ("", "hub")
+
+
+def blocks(page: Path) -> list[Block]:
+    found: list[Block] = []
+    inside = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fence = re.fullmatch(r"```(\w*) ?(.*)", line)
+        if fence and not inside:
+            found.append(Block(fence[1], fence[2], number, []))
+        elif inside and not fence:
+            found[-1].code.append(line)
+        inside = inside != bool(fence)
+    assert not inside, f"{page}: a fenced block is not closed"
+    return found
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def pages_with(wanted) -> list:
+    return [pytest.param(page, id=name_of(page)) for page in PAGES if any(map(wanted, blocks(page)))]
+
+
+@pytest.mark.parametrize("page", pages_with(lambda block: block.runs))
+def test_code_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path) -> None:
+    """In a process of its own: a page may register methods. Lines keep their numbers, so tracebacks fit the page."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
+    pytest.importorskip("accelerate")
+    program: list[str] = []
+    for block in blocks(page):
+        if block.runs:
+            program += [""] * (block.line - len(program)) + block.code + [f"print(end={END!r})"]
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text("\n".join(program).replace(HUB_NAME, repr(str(MODEL_DIR))), encoding="utf-8")
+    done = python(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    printed = iter(done.stdout.split(END))
+    all_blocks = blocks(page)
+    for block, following in zip(all_blocks, [*all_blocks[1:], None], strict=True):
+        if block.runs:
+            output = [line.rstrip() for line in next(printed).splitlines()]
+            if following is not None and following.language == "text":
+                assert output == following.code, f"output of the block in line {block.line}"
+
+
+def python(*args: object, cwd: Path, path: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run Python on one thread, without a network, with this repository and ``path`` to import from."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(path)]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_the_method_of_the_guide_keeps_the_contract(tmp_path: Path) -> None:
+    guide = blocks(ROOT / "docs" / "add_a_method.md")[0]
+    (tmp_path / "cls_attention.py").write_text("\n".join(guide.code), encoding="utf-8")
+    arguments = ("-m", "pytest", "-p", "cls_attention", "-p", "no:cacheprovider", "-k", "ClsAttention or cls_attention")
+    done = python(*arguments, "tests/test_contract_methods.py", cwd=ROOT, path=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"\d{2,} passed", done.stdout), "the method was found"
+
+
+@pytest.mark.parametrize("page", pages_with(lambda block: block.tag == "notest" or block.tag.startswith("file=")))
+def test_code_that_does_not_run_is_still_code(page: Path) -> None:
+    for block in blocks(page):
+        code = "\n".join(block.code)
+        if block.tag == "notest":
+            compile(code, f"{page}:{block.line}", "exec")
+        elif block.tag.startswith("file="):
+            source = (ROOT / block.tag.removeprefix("file=")).read_text(encoding="utf-8")
+            assert code.strip() in source, f"line {block.line}: no longer in {block.tag}"
+
+
+@pytest.mark.parametrize("page", pages_with(lambda block: block.language == "console"))
+def test_commands_print_what_the_page_says(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for block in blocks(page):
+        if block.language == "console":
+            command = block.code[0].removeprefix("$ hf-tokenprune ").split()
+            result = CliRunner().invoke(app, command)
+            assert result.exit_code == 0, result.output
+            assert result.stdout.splitlines() == block.code[1:], f"output of the command in line {block.line + 1}"
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{name_of(page)} links to {target}"
+        if anchor:
+            assert anchor in anchors(there), f"{name_of(page)} links to {target}; anchors there: {anchors(there)}"
+
+
+def anchors(page: Path) -> list[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in ROOT.glob("docs/*.md"):
+        assert f"({name_of(page)})" in readme, f"README.md does not link to {name_of(page)}"
+    for example in ROOT.glob("examples/*.py"):
+        assert f"({name_of(example)})" in readme, f"README.md does not link to {name_of(example)}"
+
+
+@pytest.mark.parametrize("method", OUR_METHODS)
+def test_every_field_of_a_method_is_documented(method: str) -> None:
+    own = ROOT / "docs" / "methods" / f"{method}.md"
+    index = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"`{method}`" in index, "docs/methods.md lists every method"
+    text = own.read_text(encoding="utf-8") if own.is_file() else index
+    for field in dataclasses.fields(get_method(method)):
+        assert f"`{field.name}`" in text, f"{field.name} is not described"
+
+
+def test_every_public_name_is_documented() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    missing = [name for name in hf_tokenprune.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert not missing
+
+
+def test_no_page_holds_what_is_only_true_here() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        found = re.search(r"(?<![\w.:/])/(?:home|tmp|work|root|Users|mnt)/\S*", text)
+        assert not found, f"{name_of(page)} holds the path {found[0]}"
