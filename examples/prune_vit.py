@@ -13,10 +13,9 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from hf_tokenprune import PruneConfig, from_pretrained, list_methods, prune, record, save_pretrained
-from hf_tokenprune.cli import load_processor  # AutoImageProcessor, also where Transformers 5.17 lacks torchvision
 from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
-from hf_tokenprune.evaluation import load_images
+from hf_tokenprune.evaluation import load_images, load_processor
 from hf_tokenprune.visualize import visualize
 
 

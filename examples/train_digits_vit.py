@@ -47,12 +47,12 @@ These are the weights after the last epoch. The recipe, not the epoch, was chose
 Train and test digits come from the same writers, so the accuracy says little about other hands.
 
 ```python
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
 
 model = AutoModelForImageClassification.from_pretrained(MODEL_DIR)
-processor = AutoImageProcessor.from_pretrained(MODEL_DIR)
+processor = ViTImageProcessorPil.from_pretrained(MODEL_DIR)
 item = load_digits_split("test")[0]
 predicted = model(**processor(item["image"], return_tensors="pt")).logits.argmax(-1).item()
 print(model.config.id2label[predicted], item["label"])

@@ -108,6 +108,7 @@ def apply(
 ) -> None:
     """Write a copy of a checkpoint that carries its prune config (weights unchanged)."""
     from .cost import cost
+    from .evaluation import load_processor
     from .pretrained import save_pretrained
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -145,11 +146,11 @@ def evaluate(
 ) -> None:
     """Accuracy of the dense and the pruned model on the same images, with 95 % intervals.
 
-    Runs on the device accelerate chooses; start it with `accelerate launch -m hf_tokenprune.cli eval ...` for several.
+    Runs on the device accelerate chooses; for several: `accelerate launch --multi_gpu -m hf_tokenprune.cli eval ...`.
     """
     from .cost import cost
     from .engine import pruned
-    from .evaluation import evaluate_paired, load_images
+    from .evaluation import evaluate_paired, load_images, load_processor
     from .evaluation.optional import require
 
     accelerate = require("accelerate")
@@ -301,21 +302,6 @@ def empty_model(path: str) -> Any:
 
     with torch.device("meta"):
         return random_model(path)
-
-
-def load_processor(path: str) -> Any:
-    """The checkpoint's image processor."""
-    import transformers
-    from transformers import AutoImageProcessor
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        return AutoImageProcessor.from_pretrained(path)
-    except ImportError:  # Transformers 5.17 asks for torchvision even where Pillow is enough
-        name = ImageProcessingMixin.get_image_processor_dict(path)[0]["image_processor_type"]
-        return getattr(transformers, name.removesuffix("Fast") + "Pil").from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path!r} has no image processor ({error}); add a preprocessor_config.json") from error
 
 
 if __name__ == "__main__":

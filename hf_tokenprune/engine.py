@@ -70,7 +70,7 @@ def unprune(model: Model) -> Model:
 def pruned(model: Model, config: ConfigLike) -> Iterator[Model]:
     """Prune for the length of a ``with`` block. A model that was pruned before gets its former config back."""
     config = as_config(config)
-    former = current_config(model)
+    former, carried = current_config(model), getattr(model.config, "prune_config", None)
     if former is not None:
         unprune(model)
     try:
@@ -82,6 +82,8 @@ def pruned(model: Model, config: ConfigLike) -> Iterator[Model]:
     finally:
         if former is not None:
             prune(model, former)
+        elif carried is not None:  # by a dense model that stock from_pretrained loaded
+            model.config.prune_config = carried  # type: ignore[union-attr]
 
 
 def current_config(model: nn.Module) -> PruneConfig | None:

@@ -711,3 +711,11 @@ def test_transformers_stays_as_it_is_but_for_one_key_in_the_attention_registry()
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['hf_tokenprune_capture'] []"
+
+
+def test_pruned_leaves_the_config_that_a_dense_model_carries() -> None:
+    model = vit()
+    model.config.prune_config = carried = RandomConfig(keep_ratios=0.9).to_dict()
+    with pruned(model, CONFIG):
+        assert model.config.prune_config != carried
+    assert model.config.prune_config == carried

@@ -10,6 +10,7 @@ from hf_tokenprune.evaluation.data import load_images
 from hf_tokenprune.evaluation.images import ImageDataset
 from hf_tokenprune.evaluation.loop import Logits, collect_logits
 from hf_tokenprune.evaluation.preprocess import PreprocessedImages
+from hf_tokenprune.evaluation.processor import load_processor
 from hf_tokenprune.evaluation.report import PairedReport, PairedRow, evaluate_paired
 from hf_tokenprune.evaluation.scores import (
     agreement,
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate_paired",
     "kl_divergence",
     "load_images",
+    "load_processor",
     "mean_interval",
     "paired_interval",
     "summarize",

@@ -6,7 +6,7 @@ from typing import ClassVar
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
 from ..tokens import num_to_keep, position_noise, top_tokens
-from ._layerwise import LayerwiseConfig
+from .layerwise import LayerwiseConfig
 
 
 @register_method("random")

@@ -8,7 +8,7 @@ import torch
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
 from ..tokens import num_to_keep
-from ._layerwise import LayerwiseConfig
+from .layerwise import LayerwiseConfig
 
 
 @register_method("uniform")

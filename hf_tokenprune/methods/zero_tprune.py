@@ -25,7 +25,7 @@ from torch import Tensor
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
 from ..tokens import gather_tokens, num_to_keep, position_noise, top_tokens, with_protected
-from ._layerwise import LayerwiseConfig
+from .layerwise import LayerwiseConfig
 
 Partition = Literal["sequential_unimportant", "sequential_important", "alternate", "random", "none"]
 Feature = Literal["key", "key_mean", "query", "value", "input", "output"]
