@@ -6,12 +6,13 @@
 """
 
 from .config import PruneConfig
-from .engine import prune, pruned, record, unprune
+from .engine import prune, pruned, unprune
 from .errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
 from .methods.random import RandomConfig
 from .methods.uniform import UniformConfig
 from .methods.zero_tprune import ZeroTPruneConfig
 from .pretrained import disable_auto, enable_auto, from_pretrained, save_pretrained
+from .recording import record
 from .registry import list_adapters, list_methods, register_adapter, register_method
 
 __version__ = "0.1.0"

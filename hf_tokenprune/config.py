@@ -20,7 +20,7 @@ from .errors import ConfigError
 from .registry import get_method
 
 if TYPE_CHECKING:
-    from .signals import ModelShape, Stage
+    from .signals import Stage
 
 CONFIG_NAME = "prune_config.json"
 FORMAT_VERSION = 1
@@ -40,6 +40,8 @@ class PruneConfig:
     """
 
     method: ClassVar[str] = ""
+    prunes: ClassVar[frozenset[str]] = frozenset({"vision"})
+    """What the method works on: "vision" encoders, the "decoder" of vision-language models, or both."""
 
     def __post_init__(self) -> None:
         if not self.method:
@@ -55,8 +57,11 @@ class PruneConfig:
     def validate(self) -> None:
         """Check ranges and how fields fit together. Types are already right."""
 
-    def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
-        """The pruning points this config means for a model of this shape, in the order of their layers."""
+    def stages(self, shape: Any) -> tuple[Stage, ...]:
+        """The pruning points this config means for a model of this shape, in the order of their layers.
+
+        ``shape`` is of a kind that ``prunes`` names: a ``ModelShape``, or a ``DecoderShape``.
+        """
         raise NotImplementedError
 
     def scaled(self: C, strength: float) -> C:
@@ -236,6 +241,9 @@ def _convert(value: Any, hint: Any) -> Any:
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
+    elif hint is PruneConfig:
+        if isinstance(value, (dict, PruneConfig)):
+            return as_config(value)
     elif type(value) is hint:
         return value
     raise TypeError
@@ -251,8 +259,11 @@ def _describe(hint: Any) -> str:
         inner = _describe(args[0])
         return f"a list of up to {MAX_VALUES} ({inner})" if args[-1] is Ellipsis else f"a list of {len(args)} ({inner})"
     names = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "None"}
+    names[PruneConfig] = "a prune config"
     return names.get(hint, str(hint))
 
 
 def _to_json(value: Any) -> Any:
+    if isinstance(value, PruneConfig):  # inside another one, whose format_version holds for both
+        return {key: item for key, item in value.to_dict().items() if key != "format_version"}
     return [_to_json(item) for item in value] if isinstance(value, tuple) else value

@@ -1,21 +1,22 @@
-"""Where methods and adapters meet: ``prune``, ``unprune``, ``pruned`` and ``record``."""
+"""Where methods and adapters meet: ``prune``, ``unprune`` and ``pruned``."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from .config import PruneConfig, as_config
 from .errors import ConfigError, PruneStateError, UnsupportedModelError
 from .registry import get_adapter
-from .signals import ModelShape, Stage
+from .signals import DecoderShape, Shape, Stage
 
 Model = TypeVar("Model", bound=nn.Module)
+KINDS = {"vision": "vision encoders", "decoder": "vision-language models with a decoder"}
 ConfigLike = PruneConfig | dict[str, Any] | str | os.PathLike[str]
 
 
@@ -36,14 +37,14 @@ def prune(model: Model, config: ConfigLike) -> Model:
     """
     config = as_config(config)
     adapter = find_adapter(model)
-    if adapter.pruned_blocks(model):
+    if adapter.states(model):
         raise PruneStateError(f"this model is already pruned by {current_config(model)}; call unprune(model) first")
     stages = plan(config, adapter.shape(model))
     adapter.check(model, stages)
     try:
         adapter.attach(model, stages)
-        for block in adapter.pruned_blocks(model).values():
-            block.token_prune.config = config
+        for state in adapter.states(model):
+            state.config = config
     except BaseException:
         adapter.detach(model)
         raise
@@ -58,7 +59,7 @@ def unprune(model: Model) -> Model:
         PruneStateError: the model is not pruned.
     """
     adapter = find_adapter(model)
-    if not adapter.pruned_blocks(model):
+    if not adapter.states(model):
         raise PruneStateError("this model is not pruned; call prune(model, config) first")
     adapter.detach(model)
     if hasattr(model.config, "prune_config"):
@@ -89,8 +90,7 @@ def pruned(model: Model, config: ConfigLike) -> Iterator[Model]:
 def current_config(model: nn.Module) -> PruneConfig | None:
     """The config a model is pruned with, or None if it is dense."""
     # Not from model.config: it may be shared with another model, and anybody can write to it.
-    blocks = find_adapter(model).pruned_blocks(model)
-    return next((block.token_prune.config for block in blocks.values()), None)
+    return next((state.config for state in find_adapter(model).states(model)), None)
 
 
 def find_adapter(model: nn.Module) -> Any:
@@ -109,29 +109,27 @@ def find_adapter(model: nn.Module) -> Any:
     return get_adapter(model.config.model_type)
 
 
-def plan(config: PruneConfig, shape: ModelShape) -> tuple[Stage, ...]:
+def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
     """The stages of a config that drop something on a model of this shape.
 
     Raises:
         ConfigError: the config does not fit the shape, or nothing would be dropped.
+        UnsupportedModelError: the method works on another kind of model.
     """
+    if shape.kind not in config.prunes:
+        works_on, this = " and ".join(KINDS[kind] for kind in sorted(config.prunes)), KINDS[shape.kind]
+        raise UnsupportedModelError(f"method {config.method!r} works on {works_on}; this model is one of the {this}")
     stages = config.stages(shape)
-    layers = [stage.layer for stage in stages]
+    layers = [stage.layer for stage in stages if stage.where in ("after_block", "mid_block")]
     if layers != sorted(set(layers)) or not all(0 <= layer < shape.depth for layer in layers):
         raise ConfigError(
             f"{config} prunes in blocks {layers}: expected ascending ones of 0..{shape.depth - 1}, "
             f"this model has {shape.depth} blocks"
         )
-    remaining = shape.num_patches
-    effective = []
-    for stage in stages:
-        n_keep = stage.num_kept(remaining)
-        if n_keep < remaining:
-            effective.append(stage)
-        remaining = n_keep
+    effective = [stage for stage, entering, n_keep in counts(stages, shape) if n_keep < entering]
     if not effective:
         raise ConfigError(
-            f"{config} prunes nothing on this model: every layer keeps all {shape.num_patches} tokens. "
+            f"{config} prunes nothing on this model: every layer keeps all {shape.num_prunable} tokens. "
             "Lower keep_ratios, or leave the model dense"
         )
     last = effective[-1]
@@ -140,99 +138,19 @@ def plan(config: PruneConfig, shape: ModelShape) -> tuple[Stage, ...]:
     return tuple(effective)
 
 
-class LayerDict(Mapping[str, Any]):
-    """Values by block, in order. Keys are strings ("3"); looking up an int works too."""
-
-    def __init__(self, values: Mapping[int, Any]) -> None:
-        self._values = {str(layer): values[layer] for layer in sorted(values)}
-
-    def __getitem__(self, layer: str | int) -> Any:
-        return self._values[str(layer)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return f"LayerDict({self._values!r})"
-
-
-class Record:
-    """What happened in the last forward inside :func:`record`."""
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self._local: dict[int, Tensor] = {}
-        self._lengths: dict[int, int] = {}
-
-    def on_start(self) -> None:
-        self._local.clear()
-        self._lengths.clear()
-
-    def on_reduction(self, layer: int, keep: Tensor) -> None:
-        self._local[layer] = keep
-
-    def on_block(self, layer: int, num_tokens: int) -> None:
-        self._lengths[layer] = num_tokens
-
-    @property
-    def kept(self) -> LayerDict:
-        """By pruned layer: (B, n) int64, ascending positions among the ORIGINAL prunable tokens."""
-        kept: dict[int, Tensor] = {}
-        original: Tensor | None = None
-        for layer in sorted(self._local):
-            keep = self._local[layer]
-            original = keep if original is None else original.gather(1, keep)
-            kept[layer] = original
-        return LayerDict(kept)
-
-    @property
-    def tokens(self) -> LayerDict:
-        """By block: number of tokens that entered it, protected ones included."""
-        return LayerDict(self._lengths)
-
-    def summary(self) -> str:
-        """A table with a row a block: tokens that entered, and prunable tokens that its pruning layer kept."""
-        if not self._lengths:
-            return "nothing recorded yet: call the model inside the with block"
-        rows = [f"{'block':>5}  {'tokens in':>9}  {'kept':>5}"]
-        kept = self.kept
-        for layer in range(self.depth):
-            n = kept[layer].shape[1] if layer in self._local else ""
-            rows.append(f"{layer:>5}  {self._lengths.get(layer, '-'):>9}  {n:>5}")
-        return "\n".join(rows)
-
-
-@contextmanager
-def record(model: nn.Module) -> Iterator[Record]:
-    """Record which tokens stay at every pruned layer, for the forwards inside a ``with`` block (the last one counts).
-
-    Raises:
-        PruneStateError: the model is not pruned.
-    """
-    adapter = find_adapter(model)
-    changed = adapter.pruned_blocks(model)
-    if not changed:
-        raise PruneStateError(
-            "this model is not pruned, so there is nothing to record; call prune(model, config) first"
-        )
-    blocks = adapter.blocks(model)
-    rec = Record(len(blocks))
-
-    def count(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rec.on_block(layer, args[0].shape[1])
-
-        return hook
-
-    with ExitStack() as undo:
-        # Not with block 0: gradient checkpointing may call the blocks once more, last one first.
-        undo.callback(adapter.encoder(model).register_forward_pre_hook(lambda *_: rec.on_start()).remove)
-        for layer, block in enumerate(blocks):
-            undo.callback(block.register_forward_pre_hook(count(layer)).remove)
-        for block in changed.values():
-            undo.callback(setattr, block.token_prune, "recorder", block.token_prune.recorder)
-            block.token_prune.recorder = rec
-        yield rec
+def counts(
+    stages: Iterable[Stage], shape: Shape, num_prunable: int | None = None
+) -> Iterator[tuple[Stage, int, int]]:
+    """(stage, prunable tokens that enter it, tokens it keeps) for one image; None: of the checkpoint's own size."""
+    entering = original = shape.num_prunable if num_prunable is None else num_prunable
+    for stage in stages:
+        if stage.where == "vision_tower":
+            assert isinstance(shape, DecoderShape)
+            n_keep = shape.tower_images * stage.num_kept(shape.tower.num_patches)
+        else:
+            n_keep = stage.num_kept(original if stage.counts_from == "original" else entering)
+        n_keep = min(n_keep, entering)
+        yield stage, entering, n_keep
+        entering = n_keep
+        if stage.layer < 0:
+            original = n_keep

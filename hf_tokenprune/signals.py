@@ -1,10 +1,12 @@
 """What a method sees (``ModelShape``, ``Signals``), what it is in a layer (``Stage``), what it returns (``Reduction``).
 
-Axes: B batch, P protected tokens (always the first ones), N prunable tokens, H heads, D width, d head width, n kept.
+Axes: B batch, P protected tokens (always the first ones), N prunable tokens, H heads, D width, d head width, n kept,
+R rows of text, K layers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,10 +39,56 @@ class ModelShape:
     has_cls: bool
     head_macs: int
 
+    kind: ClassVar[str] = "vision"
+
     @property
     def num_patches(self) -> int:
         height, width = (size // patch for size, patch in zip(self.image_size, self.patch_size, strict=True))
         return height * width
+
+    @property
+    def num_prunable(self) -> int:
+        """Tokens of one image that may leave."""
+        return self.num_patches
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a vision-language model whose image tokens pass a decoder (LLaVA and its relatives).
+
+    Attributes:
+        depth: number of decoder layers.
+        width, mlp_width, num_heads, num_key_value_heads, head_dim: of every decoder layer.
+        vocab_size: rows of the language modelling head.
+        tower: sizes of the vision tower.
+        tower_images: images that the tower encodes for one image of the prompt (NeXT: the whole and its crops).
+        image_tokens: tokens in the decoder of one image of the prompt, newline tokens included.
+        projector_macs: multiply-adds of the projector for one token.
+        has_newlines: whether ``image_tokens`` contains newline tokens.
+    """
+
+    depth: int
+    width: int
+    mlp_width: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tower: ModelShape
+    tower_images: int
+    image_tokens: int
+    projector_macs: int
+    has_newlines: bool
+
+    kind: ClassVar[str] = "decoder"
+
+    @property
+    def num_prunable(self) -> int:
+        """Tokens of one image that may leave."""
+        return self.image_tokens
+
+
+Shape = ModelShape | DecoderShape
 
 
 @dataclass(frozen=True)
@@ -55,6 +103,11 @@ class Signals:
         attention: consecutive pieces of the batch, each (b, H, P + N, P + N) float32, after softmax; rows are queries
             and sum to 1; no dropout. A piece fits a CPU's cache: go through it with :meth:`map_attention`.
         queries, keys, values: (B, H, P + N, d) as the attention of this block used them.
+        text_attention: decoders: (B, H, R, N) float32, the share of each image token in the attention of R rows of text
+            (softmax over all keys), as ``Stage.text_rows`` asks. Rows are aligned at the end: the last one is the last
+            token of the sample.
+        text_mask: (B, R) bool: which rows of ``text_attention`` are text of this sample, not filling.
+        layer_scores: decoders: (B, K, N) float32, what ``Stage.observe`` returned in the layers ``Stage.observes``.
     """
 
     tokens: Tensor
@@ -65,6 +118,9 @@ class Signals:
     queries: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    text_attention: Tensor | None = None
+    text_mask: Tensor | None = None
+    layer_scores: Tensor | None = None
 
     def need(self, name: str) -> Tensor:
         """The tensor called ``name``; it is there if ``Stage.needs`` has it."""
@@ -86,9 +142,44 @@ class Reduction:
 
     Attributes:
         keep: (B, n) int64, ascending positions among the N prunable tokens that entered.
+        tokens: (B, n, D) new states of the tokens at ``keep``, of a method that merges; None: they stay as they are.
+            Only in a vision tower.
     """
 
     keep: Tensor
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What the two halves of one decoder layer did to its tokens, residuals left out; (B, T, D) each.
+
+    Attributes:
+        attention_in, attention_out: what entered the attention (after the norm) and what it returned.
+        mlp_in, mlp_out: the same of the MLP.
+        valid: (B, T) bool, False for padding.
+        image: (B, T) bool, True for prunable image tokens.
+    """
+
+    attention_in: Tensor
+    attention_out: Tensor
+    mlp_in: Tensor
+    mlp_out: Tensor
+    valid: Tensor
+    image: Tensor
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Which rows of whose attention a stage in a decoder reads.
+
+    Attributes:
+        rows: "last" token of the sample, or all "text" behind its last image.
+        layer: the attention of the stage's "own" layer, or of the "next" one (on what leaves this one).
+    """
+
+    rows: Literal["last", "text"]
+    layer: Literal["own", "next"]
 
 
 @dataclass(frozen=True)
@@ -96,20 +187,46 @@ class Stage:
     """One pruning point: a method with the parameters of one layer. Immutable, picklable, no tensors.
 
     Attributes:
-        layer: 0-based index of the block that scores the tokens and that they leave in.
-        where: "after_block", or "mid_block" (between attention and MLP, so that the MLP already runs on fewer tokens).
+        layer: 0-based index of the block that scores the tokens and that they leave in; -1 before the first block.
+        where: "after_block", "mid_block" (between attention and MLP, so that the MLP already runs on fewer tokens),
+            "entrance" (in front of a decoder's first layer), or "vision_tower" (of a decoder, at its output).
+        positions: decoders: of the tokens behind: "contiguous" (renumbered) or "original".
+        newlines: decoders: "prune" newline tokens like image tokens, or "protect" them.
+        budget: decoders: whether ``num_kept`` and ``reduce`` see every "image" on its own, or all of a "sample".
     """
 
     layer: int
     where: str
+    positions: str = field(default="contiguous", kw_only=True)
+    newlines: str = field(default="prune", kw_only=True)
+    budget: str = field(default="sample", kw_only=True)
+
+    counts_from: ClassVar[Literal["entering", "original"]] = "entering"
+    """What ``num_kept`` is given: the tokens that enter the stage, or those that entered the decoder's first layer."""
+    text_rows: ClassVar[TextRows | None] = None
+    """What "text_attention" is, for a stage that needs it."""
+
+    @property
+    def name(self) -> str:
+        """What records call this stage: "3", "entrance", "vision_tower"."""
+        return str(self.layer) if self.layer >= 0 else self.where
 
     @property
     def needs(self) -> frozenset[str]:
         """Names of the optional :class:`Signals` this stage reads; without "attention" the fused kernel stays."""
         return frozenset()
 
+    @property
+    def observes(self) -> tuple[int, ...]:
+        """Decoder layers up to this one whose :class:`Transition` the stage turns into a score."""
+        return ()
+
+    def observe(self, transition: Transition) -> Tensor:
+        """(B, T) float32 scores of one observed layer; they come back as ``Signals.layer_scores``."""
+        raise NotImplementedError
+
     def num_kept(self, num_prunable: int) -> int:
-        """How many of ``num_prunable`` entering tokens stay. A function of sizes only, so that shapes stay static."""
+        """How many of ``num_prunable`` tokens stay. A function of sizes only, so that shapes stay static."""
         raise NotImplementedError
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:

@@ -8,8 +8,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from .engine import Record, find_adapter, record
+from .engine import find_adapter
 from .errors import TokenPruneError
+from .recording import Record, record
 
 CAPTION_HEIGHT = 14
 

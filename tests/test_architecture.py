@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(hf_tokenprune.__file__).parent
 MAX_LINES = 350
 
-CORE = {"errors", "config", "registry", "tokens", "signals", "methods", "adapters", "engine", "cost", "pretrained"}
+CORE = {"errors", "config", "registry", "tokens", "signals", "methods", "adapters", "engine", "recording", "cost", "pretrained"}
 """Parts that everybody imports; the others (evaluation, command line, pictures, ...) may need more installed."""
 
 MAY_IMPORT = {
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "methods": {"config", "registry", "tokens", "signals", "errors", "methods"},
     "adapters": {"registry", "tokens", "signals", "errors", "adapters"},
     "engine": {"config", "registry", "tokens", "signals", "errors"},
+    "recording": {"engine", "errors"},
     "cost": {"engine", "config", "errors", "signals"},
     "pretrained": {"engine", "config", "errors"},
 }

@@ -38,7 +38,8 @@ from hf_tokenprune import (
     unprune,
 )
 from hf_tokenprune.adapters import vision
-from hf_tokenprune.engine import LayerDict, current_config, find_adapter, plan
+from hf_tokenprune.engine import current_config, find_adapter, plan
+from hf_tokenprune.recording import LayerDict
 from hf_tokenprune.errors import ConfigError, PruneStateError, UnsupportedModelError
 from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.signals import Signals
@@ -130,7 +131,9 @@ def test_a_config_with_one_value_for_each_default_layer_of_another_depth() -> No
 def test_stages_are_in_order_each_once_and_in_the_model_whatever_a_method_says(layers: tuple[int, ...]) -> None:
     model = vit()
     stage = CONFIG.stages(find_adapter(model).shape(model))[0]
-    config = SimpleNamespace(stages=lambda shape: tuple(dataclasses.replace(stage, layer=layer) for layer in layers))
+    config = SimpleNamespace(
+        prunes={"vision"}, stages=lambda shape: tuple(dataclasses.replace(stage, layer=layer) for layer in layers)
+    )
     with pytest.raises(ConfigError) as error:
         plan(config, find_adapter(model).shape(model))
     assert f"prunes in blocks {list(layers)}: expected ascending ones of 0..{DEPTH - 1}" in str(error.value)
@@ -634,10 +637,10 @@ def test_record_through_a_backward_pass_with_gradient_checkpointing() -> None:
 
 
 def test_a_layer_dictionary_is_in_the_order_of_layers() -> None:
-    values = LayerDict({10: "b", 2: "a"})
-    assert list(values) == ["2", "10"]
+    values = LayerDict({"10": "b", "2": "a", "entrance": "e"})
+    assert list(values) == ["entrance", "2", "10"]
     assert values["10"] == values[10] == "b"
-    assert len(values) == 2
+    assert len(values) == 3
     assert 3 not in values
     assert "a" in repr(values)
 

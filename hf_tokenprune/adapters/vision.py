@@ -5,6 +5,8 @@ A family (one file) names its stock block class, restates that block's two halve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -20,9 +22,15 @@ from ._swap import check_swappable, swap_class
 
 
 class Recorder(Protocol):
-    """Whoever wants to know what left: receives (B, n) positions among the tokens that entered the layer."""
+    """Whoever wants to know what left; see ``hf_tokenprune.recording.Record``."""
 
-    def on_reduction(self, layer: int, keep: Tensor) -> None: ...
+    def on_start(self) -> None: ...
+
+    def on_reduction(self, name: str, keep: Tensor) -> None: ...
+
+    def on_kept(self, name: str, kept: Tensor) -> None: ...
+
+    def on_block(self, layer: int, num_tokens: int) -> None: ...
 
 
 @dataclass
@@ -78,7 +86,7 @@ class PrunedVisionBlock(nn.Module):
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             keep = stage.reduce(capture.signals(tokens, inputs, state.num_protected, state.has_cls), n_keep).keep
         if state.recorder is not None:
-            state.recorder.on_reduction(stage.layer, keep)
+            state.recorder.on_reduction(stage.name, keep)
         return gather_tokens(tokens, with_protected(keep, state.num_protected))
 
 
@@ -156,6 +164,30 @@ class VisionAdapter:
     def pruned_blocks(self, model: PreTrainedModel) -> dict[int, PrunedVisionBlock]:
         """The blocks that :meth:`attach` has changed, by index."""
         return {i: block for i, block in enumerate(self.blocks(model)) if isinstance(block, PrunedVisionBlock)}
+
+    def states(self, model: PreTrainedModel) -> list[BlockState]:
+        """What the pruned blocks know; empty where the model is dense."""
+        return [block.token_prune for block in self.pruned_blocks(model).values()]
+
+    @contextmanager
+    def recording(self, model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
+        """Tell ``recorder`` what happens in the forwards inside a ``with`` block."""
+
+        def count(layer: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                recorder.on_block(layer, args[0].shape[1])
+
+            return hook
+
+        with ExitStack() as undo:
+            # Not with block 0: gradient checkpointing may call the blocks once more, last one first.
+            undo.callback(self.encoder(model).register_forward_pre_hook(lambda *_: recorder.on_start()).remove)
+            for layer, block in enumerate(self.blocks(model)):
+                undo.callback(block.register_forward_pre_hook(count(layer)).remove)
+            for state in self.states(model):
+                undo.callback(setattr, state, "recorder", state.recorder)
+                state.recorder = recorder
+            yield
 
 
 def linear_macs(*modules: nn.Module | None) -> int:

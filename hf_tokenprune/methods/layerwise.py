@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import ClassVar, TypeVar
 
 from ..config import PruneConfig, Where
-from ..signals import ModelShape
+from ..signals import DecoderShape, Shape
 
 C = TypeVar("C", bound="LayerwiseConfig")
 
@@ -15,6 +15,11 @@ def at_depth(blocks_of_12: tuple[int, ...], depth: int) -> list[int]:
     """0-based layers of a model of ``depth`` blocks that lie where ``blocks_of_12`` (1-based) lie among 12."""
     rounded = [int(depth * block / 12 + 0.5) for block in blocks_of_12]
     return [min(max(block, 1), max(depth - 1, 1)) - 1 for block in rounded]
+
+
+def scaled_ratio(keep_ratio: float, strength: float) -> float:
+    """The ratio with what it removes multiplied by ``strength``; at least 1 % stays."""
+    return max(0.01, 1 - (1 - keep_ratio) * strength)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class LayerwiseConfig(PruneConfig):
 
     default_blocks: ClassVar[tuple[int, ...]] = ()
     """1-based blocks of 12 after which the method prunes by default."""
-    default_keep_ratios: ClassVar[tuple[float, ...]] = ()
+    default_keep_ratios: ClassVar[float | tuple[float, ...]] = ()
 
     def validate(self) -> None:
         if self.layers is not None:
@@ -49,7 +54,7 @@ class LayerwiseConfig(PruneConfig):
         ratios = self.keep_ratios if isinstance(self.keep_ratios, tuple) else (self.keep_ratios,)
         self.check(all(r is None or 0 < r <= 1 for r in ratios), "keep_ratios", "0 < ratio <= 1, the fraction kept")
 
-    def plan(self, shape: ModelShape) -> list[tuple[int, float]]:
+    def plan(self, shape: Shape) -> list[tuple[int, float]]:
         """The (layer, keep ratio) pairs for a model of this shape; fields that do not fit it raise ConfigError."""
         if self.layers is None:
             layers = at_depth(self.default_blocks, shape.depth)
@@ -67,17 +72,41 @@ class LayerwiseConfig(PruneConfig):
         )
         return list(zip(self.layers, self._ratios(len(self.layers), ()), strict=True))
 
-    def _ratios(self, count: int, default: tuple[float, ...]) -> tuple[float, ...]:
-        if self.keep_ratios is None:
-            return default
-        if isinstance(self.keep_ratios, float):
-            return (self.keep_ratios,) * count
+    def _ratios(self, count: int, default: float | tuple[float, ...]) -> tuple[float, ...]:
+        ratios = default if self.keep_ratios is None else self.keep_ratios
+        if isinstance(ratios, float):
+            return (ratios,) * count
         allowed = f"{count} values, one for each default layer (or give layers too)"
-        self.check(len(self.keep_ratios) == count, "keep_ratios", allowed)
-        return self.keep_ratios
+        self.check(len(ratios) == count, "keep_ratios", allowed)
+        return ratios
 
     def scaled(self: C, strength: float) -> C:
         """Every removed fraction multiplied by ``strength``, which may exceed 1; at least 1 % stays at each layer."""
         ratios = self.default_keep_ratios if self.keep_ratios is None else self.keep_ratios
-        scale = [max(0.01, 1 - (1 - r) * strength) for r in (ratios if isinstance(ratios, tuple) else (ratios,))]
-        return dataclasses.replace(self, keep_ratios=tuple(scale) if isinstance(ratios, tuple) else scale[0])
+        if isinstance(ratios, float):
+            return dataclasses.replace(self, keep_ratios=scaled_ratio(ratios, strength))
+        return dataclasses.replace(self, keep_ratios=tuple(scaled_ratio(ratio, strength) for ratio in ratios))
+
+
+@dataclass(frozen=True)
+class BaselineConfig(LayerwiseConfig):
+    """A layerwise config that prunes decoders too: once at the entrance, or after the layers that ``layers`` names.
+
+    Without ``layers``, ``keep_ratios`` is then one number, 0.098 by default, of every image; ``where`` has no other
+    place than "after_block".
+    """
+
+    prunes: ClassVar[frozenset[str]] = frozenset({"vision", "decoder"})
+    default_entrance_ratio: ClassVar[float] = 0.098
+
+    def places(self, shape: Shape) -> list[tuple[int, str, float, str]]:
+        """(layer, where, keep ratio, budget) of each stage; fields that do not fit the shape raise ConfigError."""
+        if not isinstance(shape, DecoderShape):
+            return [(layer, self.where, ratio, "sample") for layer, ratio in self.plan(shape)]
+        self.check(self.where == "after_block", "where", "'after_block': in a decoder tokens leave behind a layer")
+        if self.layers is not None:
+            return [(layer, "after_block", ratio, "sample") for layer, ratio in self.plan(shape)]
+        allowed = "one number: without layers, the tokens of a decoder leave once, at its entrance (or give layers too)"
+        self.check(not isinstance(self.keep_ratios, tuple) or len(self.keep_ratios) == 1, "keep_ratios", allowed)
+        (ratio,) = self._ratios(1, self.default_entrance_ratio)
+        return [(-1, "entrance", ratio, "image")]

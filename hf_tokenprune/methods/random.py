@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..registry import register_method
-from ..signals import ModelShape, Reduction, Signals, Stage
+from ..signals import Reduction, Shape, Signals, Stage
 from ..tokens import num_to_keep, position_noise, top_tokens
-from .layerwise import LayerwiseConfig
+from .layerwise import BaselineConfig
 
 
 @register_method("random")
 @dataclass(frozen=True)
-class RandomConfig(LayerwiseConfig):
-    """Keep a random subset at each layer. By default 70 % after blocks 3, 6 and 9 of 12.
+class RandomConfig(BaselineConfig):
+    """Keep a random subset at each layer. By default 70 % after blocks 3, 6 and 9 of 12, in a
+    decoder 9.8 % at its entrance.
 
     The subset depends on ``seed``, the layer and the number of tokens, not on the image or its place in the batch, so
     that runs repeat and a batch equals its samples alone. Average over seeds for a figure.
@@ -21,14 +22,17 @@ class RandomConfig(LayerwiseConfig):
     seed: int = 0
 
     default_blocks: ClassVar[tuple[int, ...]] = (3, 6, 9)
-    default_keep_ratios: ClassVar[tuple[float, ...]] = (0.7, 0.7, 0.7)
+    default_keep_ratios: ClassVar[float] = 0.7
 
     def validate(self) -> None:
         super().validate()
         self.check(0 <= self.seed < 2**31, "seed", "0 <= seed < 2**31")
 
-    def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
-        return tuple(RandomStage(layer, self.where, ratio, self.seed) for layer, ratio in self.plan(shape))
+    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+        places = self.places(shape)
+        return tuple(
+            RandomStage(layer, where, ratio, self.seed, budget=budget) for layer, where, ratio, budget in places
+        )
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,23 @@ from typing import ClassVar
 import torch
 
 from ..registry import register_method
-from ..signals import ModelShape, Reduction, Signals, Stage
+from ..signals import Reduction, Shape, Signals, Stage
 from ..tokens import num_to_keep
-from .layerwise import LayerwiseConfig
+from .layerwise import BaselineConfig
 
 
 @register_method("uniform")
 @dataclass(frozen=True)
-class UniformConfig(LayerwiseConfig):
-    """Keep evenly spaced tokens (in raster order) at each layer. By default 70 % after blocks 3, 6 and 9 of 12."""
+class UniformConfig(BaselineConfig):
+    """Keep evenly spaced tokens (in raster order) at each layer. By default 70 % after blocks 3, 6 and 9 of 12, in a
+    decoder 9.8 % at its entrance."""
 
     default_blocks: ClassVar[tuple[int, ...]] = (3, 6, 9)
-    default_keep_ratios: ClassVar[tuple[float, ...]] = (0.7, 0.7, 0.7)
+    default_keep_ratios: ClassVar[float] = 0.7
 
-    def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
-        return tuple(UniformStage(layer, self.where, ratio) for layer, ratio in self.plan(shape))
+    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+        places = self.places(shape)
+        return tuple(UniformStage(layer, where, ratio, budget=budget) for layer, where, ratio, budget in places)
 
 
 @dataclass(frozen=True)

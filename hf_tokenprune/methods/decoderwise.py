@@ -1,0 +1,63 @@
+"""What configs share that prune the image tokens of a vision-language model."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+from ..config import PruneConfig
+from ..signals import DecoderShape
+
+Positions = Literal["contiguous", "original"]
+Newlines = Literal["prune", "protect"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig(PruneConfig):
+    """Fields of every config for vision-language models, and the checks they share.
+
+    Args:
+        positions: of the tokens behind a pruning point. "contiguous": renumbered, so that they move together;
+            "original": each keeps its own.
+        newlines: newline tokens (LLaVA-NeXT) leave like image tokens ("prune") or always stay ("protect").
+    """
+
+    positions: Positions = field(default="contiguous", kw_only=True)
+    newlines: Newlines = field(default="prune", kw_only=True)
+
+    prunes: ClassVar[frozenset[str]] = frozenset({"decoder"})
+
+    def shared(self, shape: DecoderShape) -> dict[str, str]:
+        """The fields above as every stage takes them; raises where one would have no effect on this shape."""
+        allowed = "'prune': this model has no newline tokens to protect"
+        self.check(self.newlines == "prune" or shape.has_newlines, "newlines", allowed)
+        return {"positions": self.positions, "newlines": self.newlines}
+
+    def check_ratio(self, name: str) -> None:
+        """The field holds the fraction of the tokens that stays."""
+        self.check(0 < getattr(self, name) <= 1, name, "0 < ratio <= 1, the fraction kept")
+
+    def check_ascending(self, name: str) -> None:
+        """The field holds 0-based layers in their order."""
+        layers: tuple[int, ...] = getattr(self, name)
+        ascending = all(a < b for a, b in pairwise((-1, *layers)))
+        self.check(ascending, name, "ascending layer numbers >= 0")
+
+    def check_ratios_of_original(self, name: str) -> None:
+        """The field holds one ratio a stage, each of the original tokens; so a later one cannot be larger."""
+        ratios: tuple[float, ...] = getattr(self, name)
+        falling = all(1 >= a >= b > 0 for a, b in pairwise((1.0, *ratios)))
+        allowed = "0 < ratio <= 1, at least one, never increasing: fractions kept of the original image tokens"
+        self.check(bool(ratios) and falling, name, allowed)
+
+    def check_followed(self, name: str, layers: tuple[int, ...], shape: DecoderShape) -> None:
+        """All ``layers``, which come from the field, exist and have a layer behind them."""
+        self.check(
+            max(layers) <= shape.depth - 2,
+            name,
+            f"layers of 0..{shape.depth - 2}, each with a layer behind it: this model has {shape.depth} layers",
+        )
+
+
+def num_rounded(num_tokens: int, keep_ratio: float) -> int:
+    """``max(1, round(num_tokens · keep_ratio))``, halves to the even number, and 0 of 0."""
+    return max(1, round(num_tokens * keep_ratio)) if num_tokens else 0

@@ -1,0 +1,123 @@
+"""VisionZip: keep the patches that draw the most attention, and merge the others into a few.
+
+Follows Senqiao Yang, Yukang Chen, Zhuotao Tian, Chengyao Wang, Jingyao Li, Bei Yu, Jiaya Jia, "VisionZip: Longer is
+Better but Not Necessary in Vision Language Models", CVPR 2025 (arXiv 2412.04467), and its official code for what the
+paper leaves open.
+
+Axes: B images, H heads, T tokens of the tower, N of them patches, R patches that are not dominant, D width, d width of
+a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..registry import register_method
+from ..signals import DecoderShape, Reduction, Signals, Stage
+from ..tokens import gather_tokens, top_tokens
+from .decoderwise import DecoderConfig
+
+
+@register_method("visionzip")
+@dataclass(frozen=True)
+class VisionZipConfig(DecoderConfig):
+    """VisionZip, at the output of the vision tower. The default is the paper's 64 = 54 + 10 tokens.
+
+    Args:
+        dominant: tokens kept of every encoded image (of every crop) by the attention they draw.
+        contextual: tokens that the other patches are merged into.
+        keep_cls: CLS itself is one of the dominant tokens, in the place of the first patch that leaves. None: where the
+            vision tower has one.
+    """
+
+    dominant: int = 54
+    contextual: int = 10
+    keep_cls: bool | None = None
+
+    def validate(self) -> None:
+        self.check(self.dominant >= 1, "dominant", "a count >= 1")
+        self.check(self.contextual >= 1, "contextual", "a count >= 1 (to merge nothing, use cls_attention)")
+
+    def stages(self, shape: DecoderShape) -> tuple[Stage, ...]:
+        has_cls = shape.tower.has_cls
+        self.check(has_cls or not self.keep_cls, "keep_cls", "None or False: this vision tower has no CLS token")
+        keep_cls = has_cls if self.keep_cls is None else self.keep_cls
+        stage = VisionZipStage(
+            -1, "vision_tower", self.dominant, self.contextual, keep_cls, budget="image", **self.shared(shape)
+        )
+        return (stage,)
+
+
+@dataclass(frozen=True)
+class VisionZipStage(Stage):
+    dominant: int
+    contextual: int
+    keep_cls: bool
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"attention", "keys"})
+
+    def num_kept(self, num_prunable: int) -> int:
+        return min(self.dominant + self.contextual, num_prunable)
+
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
+        num_protected = signals.num_protected
+
+        def received(attention: Tensor) -> Tensor:  # (b, H, T, T) -> (b, N)
+            from_queries = attention[:, :, 0] if signals.has_cls else attention.mean(2)
+            return from_queries[..., num_protected:].sum(1)
+
+        patches = signals.tokens[:, num_protected:]
+        scores = signals.map_attention(received)
+        if n_keep == patches.shape[1]:
+            return Reduction(top_tokens(scores, n_keep))
+        metric = signals.need("keys").float().mean(1)[:, num_protected:]
+
+        dominant = top_tokens(scores, self.dominant - self.keep_cls)
+        others = complement(dominant, patches.shape[1])
+        targets = uniform_targets(others.shape[1], self.contextual)
+        merged = merge(gather_tokens(patches, others), gather_tokens(metric, others), targets)
+        slots = [dominant, others[:, targets]]
+        states = [gather_tokens(patches, dominant), merged]
+        if self.keep_cls:
+            first_merged = 1 if targets.step > 1 else self.contextual  # the first of the others that is no target
+            slots.append(others[:, first_merged, None])
+            states.append(signals.tokens[:, :1])
+        keep, order = torch.cat(slots, 1).sort(1)
+        return Reduction(keep, gather_tokens(torch.cat(states, 1), order))
+
+
+def complement(chosen: Tensor, num_tokens: int) -> Tensor:
+    """(B, R) ascending: the positions of ``num_tokens`` that ``chosen`` (B, n) does not name."""
+    rest = torch.ones(len(chosen), num_tokens, device=chosen.device).scatter(1, chosen, 0.0)
+    return top_tokens(rest, num_tokens - chosen.shape[1])
+
+
+def uniform_targets(num_tokens: int, count: int) -> slice:
+    """Which of ``num_tokens`` patches the others are merged into: ``count`` of them at even distances."""
+    step = num_tokens // count
+    return slice(0, count * step, step)
+
+
+def merge(states: Tensor, metric: Tensor, targets: slice) -> Tensor:
+    """Contextual tokens: every patch joins the target with the most similar metric (cosine).
+
+    Args:
+        states: (B, R, D) of the patches that are not dominant.
+        metric: (B, R, d) float32.
+        targets: which of the R.
+
+    Returns:
+        (B, contextual, D): each target plus the mean of those that joined it, as the official code does; a target that
+        nobody joined stays as it is.
+    """
+    unit = F.normalize(metric, dim=-1)
+    joined = (unit @ unit[:, targets].transpose(1, 2)).argmax(-1, keepdim=True)
+    weight = metric.new_zeros(*metric.shape[:2], len(range(*targets.indices(metric.shape[1]))))
+    weight.scatter_(2, joined, 1.0)
+    weight[:, targets] = 0  # a target is not a member of its own group
+    mean = (weight.transpose(1, 2) @ states.float()) / weight.sum(1).clamp_min(1).unsqueeze(-1)
+    return (states[:, targets].float() + mean).to(states.dtype)

@@ -1,0 +1,120 @@
+"""``record``: which tokens stayed where, while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .engine import find_adapter
+from .errors import PruneStateError
+
+
+class LayerDict(Mapping[str, Any]):
+    """Values by stage, in the order tokens pass them. Keys are strings: "vision_tower", "entrance", "3"; looking up an
+    int works too."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = {name: values[name] for name in sorted(values, key=_order)}
+
+    def __getitem__(self, name: str | int) -> Any:
+        return self._values[str(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"LayerDict({self._values!r})"
+
+
+def _order(name: str) -> int:
+    return int(name) if name.isdigit() else {"vision_tower": -2, "entrance": -1}[name]
+
+
+class Record:
+    """What happened in the last forward inside :func:`record` (of a decoder: the last one with an image in it)."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self._local: dict[str, Tensor] = {}
+        self._original: dict[str, Tensor] = {}
+        self._lengths: dict[str, int] = {}
+
+    def on_start(self) -> None:
+        self._local.clear()
+        self._original.clear()
+        self._lengths.clear()
+
+    def on_reduction(self, name: str, keep: Tensor) -> None:
+        """``keep``: (B, n) positions among the prunable tokens that entered the stage."""
+        self._local[name] = keep
+
+    def on_kept(self, name: str, kept: Tensor) -> None:
+        """``kept``: (B, n) positions among the original prunable tokens, -1 behind the last one of a sample."""
+        self._original[name] = kept
+
+    def on_block(self, layer: int, num_tokens: int) -> None:
+        self._lengths[str(layer)] = num_tokens
+
+    @property
+    def kept(self) -> LayerDict:
+        """By stage: (B, n) int64, ascending positions among the ORIGINAL prunable tokens of each sample.
+
+        Where samples keep different numbers (decoders with ragged batches), shorter rows end in -1.
+        """
+        kept = dict(self._original)
+        original: Tensor | None = None
+        # Not when they come in: gradient checkpointing runs the blocks once more, last one first.
+        for name in sorted(self._local, key=_order):
+            keep = self._local[name]
+            original = keep if original is None else original.gather(1, keep)
+            kept[name] = original
+        return LayerDict(kept)
+
+    @property
+    def tokens(self) -> LayerDict:
+        """By block: number of tokens that entered it, protected ones (and padding) included."""
+        return LayerDict(self._lengths)
+
+    def summary(self) -> str:
+        """A table with a row a block: tokens that entered, and prunable tokens that its pruning layer kept."""
+        if not self._lengths:
+            return "nothing recorded yet: call the model inside the with block"
+        kept = self.kept
+        before = [name for name in kept if not name.isdigit()]
+        width = max(5, *(len(name) for name in before)) if before else 5
+        rows = [f"{'block':>{width}}  {'tokens in':>9}  {'kept':>5}"]
+        for name in [*before, *map(str, range(self.depth))]:
+            rows.append(f"{name:>{width}}  {self._lengths.get(name, '-'):>9}  {_count(kept.get(name)):>5}")
+        return "\n".join(rows)
+
+
+def _count(kept: Tensor | None) -> str:
+    """Tokens a sample: one number, or the range of a ragged batch."""
+    if kept is None:
+        return ""
+    numbers = (kept >= 0).sum(1)
+    lowest, highest = int(numbers.min()), int(numbers.max())
+    return str(lowest) if lowest == highest else f"{lowest}-{highest}"
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Record]:
+    """Record which tokens stay at every pruned layer, for the forwards inside a ``with`` block (the last one counts).
+
+    Raises:
+        PruneStateError: the model is not pruned.
+    """
+    adapter = find_adapter(model)
+    if not adapter.states(model):
+        raise PruneStateError(
+            "this model is not pruned, so there is nothing to record; call prune(model, config) first"
+        )
+    rec = Record(len(adapter.blocks(model)))
+    with adapter.recording(model, rec):
+        yield rec
