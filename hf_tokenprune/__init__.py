@@ -8,8 +8,15 @@
 from .config import PruneConfig
 from .engine import prune, pruned, unprune
 from .errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
+from .methods.cls_attention import ClsAttentionConfig
+from .methods.divprune import DivPruneConfig
+from .methods.fastv import FastVConfig
+from .methods.pyramiddrop import PyramidDropConfig
 from .methods.random import RandomConfig
+from .methods.stack import StackConfig
+from .methods.transprune import TransPruneConfig
 from .methods.uniform import UniformConfig
+from .methods.visionzip import VisionZipConfig
 from .methods.zero_tprune import ZeroTPruneConfig
 from .pretrained import disable_auto, enable_auto, from_pretrained, save_pretrained
 from .recording import record
@@ -18,13 +25,20 @@ from .registry import list_adapters, list_methods, register_adapter, register_me
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClsAttentionConfig",
     "ConfigError",
+    "DivPruneConfig",
+    "FastVConfig",
     "PruneConfig",
     "PruneStateError",
+    "PyramidDropConfig",
     "RandomConfig",
+    "StackConfig",
     "TokenPruneError",
+    "TransPruneConfig",
     "UniformConfig",
     "UnsupportedModelError",
+    "VisionZipConfig",
     "ZeroTPruneConfig",
     "disable_auto",
     "enable_auto",

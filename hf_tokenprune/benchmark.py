@@ -1,29 +1,23 @@
-"""Wall-clock time of a model, dense and pruned, measured so that it can be believed.
-
-The arms run in turn, round after round (a machine that slows down slows all of them), with the same weights and input.
-Reported are medians over rounds of the ratio within a round. The dense model runs as it was given: SDPA by default.
-A third arm drops the same number of tokens without looking at them; what pruning takes longer than it is the decision.
-"""
+"""Wall-clock time of a model, dense and pruned, beside what the MACs promise. How it is measured: ``timing``."""
 
 from __future__ import annotations
 
 import copy
-import os
-import platform
-import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .cost import CostReport, cost
-from .engine import ConfigLike, as_config, current_config, find_adapter, plan, prune, unprune
+from .cost import cost
+from .engine import ConfigLike, as_config, current_config, find_adapter, plan
 from .errors import ConfigError
-from .signals import Reduction, Signals, Stage
+from .generation_benchmark import GenerationBenchmarkReport, measure_generation
+from .generation_cost import GenerationCostReport
+from .signals import Stage
+from .timing import Arms, Repeats, Timing, decision_share, dense, environment, peak_bytes, seconds, settings
+from .vision_cost import CostReport
 
 
 @dataclass(frozen=True)
@@ -75,215 +69,98 @@ class BenchmarkReport:
             f"{'of ideal':>10}{'decision':>10}{'peak memory MB':>17}"
         ]
         for row in self.rows:
-            dense, pruned_ = row.images_per_second
+            dense_rate, pruned_rate = row.images_per_second
             quartiles = "[{:.2f}, {:.2f}]".format(*row.speedup_quartiles)
             memory = f"{row.dense_peak_bytes / 1e6:.0f} -> {row.pruned_peak_bytes / 1e6:.0f}"
             lines.append(
-                f"{row.batch_size:>5}{dense:>13.1f}{pruned_:>14.1f}{row.speedup:>9.2f}x{quartiles:>14}{ideal:>6.2f}x"
-                f"{row.speedup / ideal:>10.2f}{row.decision_share:>10.1%}{memory:>17}"
+                f"{row.batch_size:>5}{dense_rate:>13.1f}{pruned_rate:>14.1f}{row.speedup:>9.2f}x{quartiles:>14}"
+                f"{ideal:>6.2f}x{row.speedup / ideal:>10.2f}{row.decision_share:>10.1%}{memory:>17}"
             )
         setting = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         lines.append(f"{self.rounds} interleaved rounds; medians; {setting}")
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class GivenStage(Stage):
-    """Drops as many tokens as another stage, but which ones costs nothing to know."""
-
-    counted: Stage
-
-    def num_kept(self, num_prunable: int) -> int:
-        return self.counted.num_kept(num_prunable)
-
-    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        keep = torch.arange(n_keep, device=signals.tokens.device)
-        return Reduction(keep.expand(signals.tokens.shape[0], -1))
-
-
 def benchmark(
     model: nn.Module,
     config: ConfigLike | None = None,
-    batch_sizes: Sequence[int] = (1, 8, 32),
+    batch_sizes: Sequence[int] | None = None,
     rounds: int = 15,
     warmup: int = 2,
     threads: int | None = None,
     dtype: torch.dtype | None = None,
     image_size: tuple[int, int] | None = None,
     progress: bool = False,
-) -> BenchmarkReport:
+    *,
+    text_tokens: int | None = None,
+    new_tokens: int | None = None,
+) -> BenchmarkReport | GenerationBenchmarkReport:
     """Time ``model`` dense and pruned on random images, on the device it is on.
 
     Args:
         model: a model with an adapter; left as it was.
         config: None: the config the model is pruned with.
-        batch_sizes: images a forward.
-        rounds: measured rounds a batch size, each one forward of every arm, after ``warmup`` unmeasured ones.
+        batch_sizes: images a forward; None: 1, 8 and 32, of a vision-language model 1 and 4.
+        rounds: measured rounds a batch size, each one run of every arm, after ``warmup`` unmeasured ones.
         threads: CPU threads, for the measurement only; None: as they are.
         dtype: None: the model's own; another one is measured on a copy.
-        image_size: (height, width) in pixels; other than the checkpoint's own it needs ``interpolate_pos_encoding``.
+        image_size: (height, width) in pixels; other than the checkpoint's own it needs ``interpolate_pos_encoding``,
+            or a family that cuts images into crops.
         progress: show a progress bar.
+        text_tokens: vision-language models: tokens of each prompt besides those of its one image; None: 64.
+        new_tokens: vision-language models: tokens to generate; None: 32.
+
+    Returns:
+        Of a vision encoder a ``BenchmarkReport``; of a vision-language model a ``GenerationBenchmarkReport``, which
+        splits prefill, decode and end to end.
 
     Raises:
-        ConfigError: no config, or one that does not fit; counts below 1.
+        ConfigError: no config, or one that does not fit; counts that are too small, or have no effect on this model.
+        UnsupportedModelError: the model cannot be pruned, or is a vision-language model without a head.
     """
     config = current_config(model) if config is None else as_config(config)
     if config is None:
         raise ConfigError("this model is not pruned: give benchmark a config")
+    macs = cost(model, config, image_size, text_tokens=text_tokens, new_tokens=new_tokens)
+    if batch_sizes is None:
+        batch_sizes = (1, 4) if isinstance(macs, GenerationCostReport) else (1, 8, 32)
     for name, counts in (("batch_sizes", batch_sizes), ("rounds", [rounds]), ("threads", [threads or 1])):
         if not counts or min(counts) < 1:
             raise ConfigError(f"{name}={counts}: expected numbers >= 1")
     if dtype is not None and dtype != next(model.parameters()).dtype:
         model = copy.deepcopy(model).to(dtype)
-    macs = cost(model, config, image_size)
-    with _settings(model, threads):
-        rows = []
-        with _dense(model):
-            for batch_size in batch_sizes:
-                rows.append(_measure(model, config, batch_size, rounds, warmup, image_size, progress))
-            environment = _environment(model)
-    return BenchmarkReport(tuple(rows), macs, rounds, environment)
+    repeats = Repeats(rounds, warmup, progress)
+    with settings(model, threads), dense(model):
+        stages = plan(config, find_adapter(model).shape(model))
+        where = environment(model)
+        if isinstance(macs, GenerationCostReport):
+            sizes = (macs.text_tokens, macs.new_tokens, image_size)
+            generated = (measure_generation(model, stages, batch_size, *sizes, repeats) for batch_size in batch_sizes)
+            return GenerationBenchmarkReport(tuple(generated), macs, rounds, where)
+        rows = (_measure(model, stages, batch_size, image_size, repeats) for batch_size in batch_sizes)
+        return BenchmarkReport(tuple(rows), macs, rounds, where)
 
 
 def _measure(
-    model: Any, config: Any, batch_size: int, rounds: int, warmup: int, image_size: Any, progress: bool
+    model: Any, stages: tuple[Stage, ...], batch_size: int, image_size: tuple[int, int] | None, repeats: Repeats
 ) -> BenchmarkRow:
-    from tqdm.auto import trange
-
-    adapter = find_adapter(model)
-    shape = adapter.shape(model)
-    stages = plan(config, shape)
-    arms: dict[str, tuple[Stage, ...]] = {
-        "dense": (),
-        "pruned": stages,
-        "given": tuple(GivenStage(stage.layer, stage.where, stage) for stage in stages),
-    }
-    parameter = next(model.parameters())
+    arms = Arms(model, stages)
+    shape = arms.adapter.shape(model)
     size = image_size or shape.image_size
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(batch_size, shape.num_channels, *size, generator=generator)
+    parameter = next(model.parameters())
+    pixels = torch.randn(batch_size, shape.num_channels, *size, generator=torch.Generator().manual_seed(0))
     inputs: dict[str, Any] = {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
     if size != shape.image_size:
         inputs["interpolate_pos_encoding"] = True
 
-    def forward(arm: str, timed: Any) -> Any:
-        """Run one arm; attaching and detaching stay outside the measurement."""
-        if arms[arm]:
-            adapter.attach(model, arms[arm])
-        try:
-            return timed(lambda: model(**inputs))
-        finally:
-            adapter.detach(model)
+    def forward() -> None:
+        model(**inputs)
 
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for turn in trange(warmup + rounds, desc=f"batch {batch_size}", disable=not progress, leave=False):
-        order = list(arms) if turn % 2 else list(reversed(arms))
-        for arm in order:
-            elapsed = forward(arm, _seconds)
-            if turn >= warmup:
-                seconds[arm].append(elapsed)
-    ratios = [d / p for d, p in zip(seconds["dense"], seconds["pruned"], strict=True)]
-    shares = [(p - g) / d for d, p, g in zip(*seconds.values(), strict=True)]
+    measured = arms.interleave(lambda: seconds(forward), repeats, f"batch {batch_size}")
     return BenchmarkRow(
-        batch_size=batch_size,
-        dense_seconds=statistics.median(seconds["dense"]),
-        pruned_seconds=statistics.median(seconds["pruned"]),
-        speedup=statistics.median(ratios),
-        speedup_quartiles=_quartiles(ratios),
-        decision_share=statistics.median(shares),
-        dense_peak_bytes=forward("dense", _peak_bytes),
-        pruned_peak_bytes=forward("pruned", _peak_bytes),
+        batch_size,
+        **vars(Timing.of(measured["dense"], measured["pruned"])),
+        decision_share=decision_share(**measured),
+        dense_peak_bytes=arms.run("dense", lambda: peak_bytes(forward)),
+        pruned_peak_bytes=arms.run("pruned", lambda: peak_bytes(forward)),
     )
-
-
-def _seconds(run: Any) -> float:
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _peak_bytes(run: Any) -> int:
-    """Most bytes that the tensors made in ``run`` held at once."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """The profiler's library logs its start and stop to the file descriptor, past ``sys.stderr``."""
-    saved = os.dup(2)
-    with open(os.devnull, "w") as devnull:
-        os.dup2(devnull.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return lower, upper
-
-
-@contextmanager
-def _settings(model: nn.Module, threads: int | None) -> Iterator[None]:
-    training, before = model.training, torch.get_num_threads()
-    model.eval()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(before)
-        model.train(training)
-
-
-@contextmanager
-def _dense(model: nn.Module) -> Iterator[None]:
-    """A model that is pruned becomes dense for the block."""
-    former = current_config(model)
-    if former is None:
-        yield
-        return
-    unprune(model)
-    try:
-        yield
-    finally:
-        prune(model, former)
-
-
-def _environment(model: Any) -> dict[str, Any]:
-    import transformers
-
-    parameter = next(model.parameters())
-    device = parameter.device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .config import CONFIG_NAME, PruneConfig
+from .cli_options import (
+    ConfigOpt,
+    DeviceOpt,
+    JsonOpt,
+    MacsOpt,
+    MethodOpt,
+    ModelArg,
+    NewTokensOpt,
+    SetOpt,
+    TextTokensOpt,
+    configs_for,
+    empty_model,
+    kind_of,
+    load_dense,
+    random_model,
+    readable_errors,
+    save_processor,
+    show,
+)
 from .errors import ConfigError, TokenPruneError
 
 app = typer.Typer(
@@ -21,58 +37,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelArg = Annotated[str, typer.Argument(help="Folder of a checkpoint, or owner/name on the Hub.")]
-MethodOpt = Annotated[
-    list[str] | None, typer.Option("--method", "-m", help="Name of a method, its default config; see `list`.")
-]
-SetOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", help="field=value for every --method; JSON values: -s where=mid_block -s 'layers=[2,5]'."
-    ),
-]
-MacsOpt = Annotated[
-    list[float] | None,
-    typer.Option("--gmacs", "-g", help="Scale the schedule to at most so many GMACs an image."),
-]
-ConfigOpt = Annotated[
-    list[str] | None, typer.Option("--prune-config", "-c", help="prune_config.json: file, folder or Hub repository.")
-]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
-
-
-def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that a user can act on are one line on stderr and exit code 1, not a traceback."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (TokenPruneError, ImportError, OSError) as error:
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(1) from error
-
-    return run
-
-
-def show(as_json: bool, data: Any, text: str) -> None:
-    """The result of a command, for a program or for a person."""
-    typer.echo(json.dumps(data, indent=2) if as_json else text)
-
 
 @app.command("list")
 @readable_errors
 def list_(as_json: JsonOpt = False) -> None:
-    """Methods and model families, with the default config of each method."""
+    """Methods, what they prune and their default configs; and model families."""
     from .registry import get_method, list_adapters, list_methods
 
-    methods = {name: get_method(name)().to_dict() for name in list_methods()}
-    lines = ["methods"]
-    for name in methods:
-        lines.append(f"  {name:<14}{(get_method(name).__doc__ or '').strip().splitlines()[0]}")
+    methods = {name: get_method(name) for name in list_methods()}
+    prunes = {name: sorted(method.prunes) for name, method in methods.items()}
+    lines = ["methods, and what they prune"]
+    for name, method in methods.items():
+        first_line = (method.__doc__ or "").strip().splitlines()[0]
+        lines.append(f"  {name:<14}{', '.join(prunes[name]):<17}{first_line}")
     lines += ["model families (model_type)", *(f"  {name}" for name in list_adapters())]
-    show(as_json, {"methods": methods, "adapters": list_adapters()}, "\n".join(lines))
+    data = {"methods": {name: method().to_dict() for name, method in methods.items()}, "prunes": prunes}
+    show(as_json, {**data, "adapters": list_adapters()}, "\n".join(lines))
 
 
 @app.command()
@@ -83,14 +63,21 @@ def info(
     set_: SetOpt = None,
     gmacs: MacsOpt = None,
     prune_config: ConfigOpt = None,
+    text_tokens: TextTokensOpt = None,
+    new_tokens: NewTokensOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Tokens and MACs of every block, dense and pruned. The weights are not loaded."""
+    """Tokens and MACs of every block, dense and pruned; of a vision-language model prefill, decode and cache.
+
+    The weights are not loaded.
+    """
     from .cost import cost
 
     shell = empty_model(model)
-    variants = configs_for(shell, model, method, set_, gmacs, prune_config)
-    reports = {name: cost(shell, config) for name, config in variants.items()}
+    variants = configs_for(shell, model, method, set_, gmacs, prune_config, text_tokens)
+    reports = {
+        name: cost(shell, config, text_tokens=text_tokens, new_tokens=new_tokens) for name, config in variants.items()
+    }
     data = {name: {"config": variants[name].to_dict(), **report.to_dict()} for name, report in reports.items()}
     show(as_json, data, "\n\n".join(f"{name}\n{report.summary()}" for name, report in reports.items()))
 
@@ -108,7 +95,7 @@ def apply(
 ) -> None:
     """Write a copy of a checkpoint that carries its prune config (weights unchanged)."""
     from .cost import cost
-    from .evaluation import load_processor
+    from .engine import prune
     from .pretrained import save_pretrained
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -118,10 +105,8 @@ def apply(
     if len(variants) != 1:
         raise ConfigError(f"apply writes one config, got {len(variants)} ({', '.join(variants)}); choose one")
     ((name, config),) = variants.items()
-    from .engine import prune
-
     save_pretrained(prune(loaded, config), out)
-    load_processor(model).save_pretrained(out)
+    save_processor(model, loaded, out)
     report = cost(loaded)
     text = f"{out}: {name}, {report.dense.macs / 1e9:.3f} -> {report.pruned.macs / 1e9:.3f} GMACs an image"
     show(as_json, {"path": str(out), "config": config.to_dict(), **report.to_dict()}, text)
@@ -153,6 +138,11 @@ def evaluate(
     from .evaluation import evaluate_paired, load_images, load_processor
     from .evaluation.optional import require
 
+    if kind_of(empty_model(model)) != "vision":
+        raise TokenPruneError(
+            f"{model!r} is a vision-language model, and eval measures image classification; `info` tells what pruning "
+            "it saves, `bench` how fast it gets"
+        )
     accelerate = require("accelerate")
     accelerator = accelerate.Accelerator()
     dataset = load_images(images, limit=limit, split=split)
@@ -182,7 +172,12 @@ def bench(
     set_: SetOpt = None,
     gmacs: MacsOpt = None,
     prune_config: ConfigOpt = None,
-    batch_size: Annotated[list[int] | None, typer.Option("--batch-size", "-b", min=1, help="May be repeated.")] = None,
+    text_tokens: TextTokensOpt = None,
+    new_tokens: NewTokensOpt = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option("--batch-size", "-b", min=1, help="May be repeated. Default: 1, 8, 32; with a decoder 1, 4."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds for each batch size.")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -190,7 +185,10 @@ def bench(
     random_weights: Annotated[bool, typer.Option(help="Only the config is read; speed needs no weights.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Wall-clock time, dense (SDPA) against pruned, interleaved, beside the ideal and the cost of the decision."""
+    """Wall-clock time, dense (SDPA) against pruned, interleaved, beside the ideal and the cost of the decision.
+
+    Of a vision-language model prefill, decode and end to end, with one image a prompt.
+    """
     import torch
 
     from .benchmark import benchmark
@@ -199,13 +197,17 @@ def bench(
         raise ConfigError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
     loaded = random_model(model) if random_weights else load_dense(model, "cpu")
     loaded.to(device, getattr(torch, dtype)).eval()
-    variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
-    reports = {
-        name: benchmark(
-            loaded, config, batch_size or (1, 8, 32), rounds=rounds, threads=threads, progress=sys.stderr.isatty()
-        )
-        for name, config in variants.items()
-    }
+    variants = configs_for(loaded, model, method, set_, gmacs, prune_config, text_tokens)
+    measure = partial(
+        benchmark,
+        batch_sizes=batch_size,
+        rounds=rounds,
+        threads=threads,
+        progress=sys.stderr.isatty(),
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+    )
+    reports = {name: measure(loaded, config) for name, config in variants.items()}
     data = {name: {"config": variants[name].to_dict(), **report.to_dict()} for name, report in reports.items()}
     show(as_json, data, "\n\n".join(f"{name}\n{report.summary()}" for name, report in reports.items()))
 
@@ -222,86 +224,6 @@ def demo(
 
     result = run_demo(out, limit=limit, progress=not as_json)
     show(as_json, result.to_dict(), result.summary())
-
-
-# -- what several commands share -------------------------------------------------------------------------------------
-
-
-def configs_for(
-    model: Any,
-    path: str,
-    methods: list[str] | None,
-    fields: list[str] | None,
-    gmacs: list[float] | None,
-    prune_configs: list[str] | None,
-) -> dict[str, PruneConfig]:
-    """The configs that the options name, by a label for tables. With none named: the checkpoint's own.
-
-    Every config is combined with every MACs budget.
-    """
-    from .cost import config_for_macs
-    from .pretrained import choose_config
-
-    if fields and not methods:
-        raise ConfigError(f"--set {fields[0]} has no effect without --method")
-    chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
-    for source in prune_configs or []:
-        file = Path(source)
-        short = file.parent.name if file.name == CONFIG_NAME else file.stem
-        chosen[source if not short or short in chosen else short] = PruneConfig.from_pretrained(source)
-    if not chosen:
-        own = choose_config(path, None, getattr(model.config, "prune_config", None), {})
-        if own is None:
-            raise ConfigError(f"{path!r} carries no prune config; give --method or --prune-config")
-        chosen = {own.method: own}
-    if not gmacs:
-        return chosen
-    return {
-        f"{name}@{budget:g}": config_for_macs(model, config, budget * 1e9)
-        for budget in gmacs
-        for name, config in chosen.items()
-    }
-
-
-def parse_fields(items: list[str]) -> dict[str, Any]:
-    """``field=value`` strings; a value that is not JSON is a string."""
-    fields = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--set {item!r}: expected field=value")
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
-
-
-def load_dense(path: str, device: str) -> Any:
-    """The stock model, whatever config the checkpoint carries."""
-    from transformers import AutoConfig
-
-    from .pretrained import class_of
-
-    return class_of(AutoConfig.from_pretrained(path)).from_pretrained(path).to(device)
-
-
-def random_model(path: str) -> Any:
-    """The model with random weights, from its config alone."""
-    from transformers import AutoConfig
-
-    from .pretrained import class_of
-
-    config = AutoConfig.from_pretrained(path)
-    return class_of(config)._from_config(config)
-
-
-def empty_model(path: str) -> Any:
-    """The model without memory for its weights: enough to know sizes."""
-    import torch
-
-    with torch.device("meta"):
-        return random_model(path)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class PruneConfig:
     def validate(self) -> None:
         """Check ranges and how fields fit together. Types are already right."""
 
-    def stages(self, shape: Any) -> tuple[Stage, ...]:
+    def stages_for(self, shape: Any) -> tuple[Stage, ...]:
         """The pruning points this config means for a model of this shape, in the order of their layers.
 
         ``shape`` is of a kind that ``prunes`` names: a ``ModelShape``, or a ``DecoderShape``.
@@ -242,7 +242,7 @@ def _convert(value: Any, hint: Any) -> Any:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
     elif hint is PruneConfig:
-        if isinstance(value, (dict, PruneConfig)):
+        if isinstance(value, PruneConfig) or (isinstance(value, dict) and "method" in value):
             return as_config(value)
     elif type(value) is hint:
         return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -40,9 +40,9 @@ def prune(model: Model, config: ConfigLike) -> Model:
     if adapter.states(model):
         raise PruneStateError(f"this model is already pruned by {current_config(model)}; call unprune(model) first")
     stages = plan(config, adapter.shape(model))
-    adapter.check(model, stages)
+    adapter.check(model, stages, **options(config))
     try:
-        adapter.attach(model, stages)
+        adapter.attach(model, stages, **options(config))
         for state in adapter.states(model):
             state.config = config
     except BaseException:
@@ -119,7 +119,7 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
     if shape.kind not in config.prunes:
         works_on, this = " and ".join(KINDS[kind] for kind in sorted(config.prunes)), KINDS[shape.kind]
         raise UnsupportedModelError(f"method {config.method!r} works on {works_on}; this model is one of the {this}")
-    stages = config.stages(shape)
+    stages = config.stages_for(shape)
     layers = [stage.layer for stage in stages if stage.where in ("after_block", "mid_block")]
     if layers != sorted(set(layers)) or not all(0 <= layer < shape.depth for layer in layers):
         raise ConfigError(
@@ -127,6 +127,8 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
             f"this model has {shape.depth} blocks"
         )
     effective = [stage for stage, entering, n_keep in counts(stages, shape) if n_keep < entering]
+    if options(config).get("exact_last_block"):  # which reads all tokens, and gives none of them on
+        return tuple(stage for stage in effective if stage.layer < shape.depth - 1)
     if not effective:
         raise ConfigError(
             f"{config} prunes nothing on this model: every layer keeps all {shape.num_prunable} tokens. "
@@ -138,9 +140,12 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
     return tuple(effective)
 
 
-def counts(
-    stages: Iterable[Stage], shape: Shape, num_prunable: int | None = None
-) -> Iterator[tuple[Stage, int, int]]:
+def options(config: PruneConfig) -> dict[str, bool]:
+    """What a config asks of the adapter besides its stages; empty for most."""
+    return {name: True for name in ("exact_last_block", "restore") if getattr(config, name, False)}
+
+
+def counts(stages: Iterable[Stage], shape: Shape, num_prunable: int | None = None) -> Iterator[tuple[Stage, int, int]]:
     """(stage, prunable tokens that enter it, tokens it keeps) for one image; None: of the checkpoint's own size."""
     entering = original = shape.num_prunable if num_prunable is None else num_prunable
     for stage in stages:

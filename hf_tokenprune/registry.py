@@ -63,10 +63,11 @@ def get_adapter(model_type: str) -> Any:
     return _ADAPTERS[model_type]
 
 
-def list_methods() -> list[str]:
-    """Names of all registered methods, sorted."""
+def list_methods(kind: str | None = None) -> list[str]:
+    """Names of all registered methods, sorted; with ``kind`` of those that prune "vision" encoders, or the "decoder" of
+    vision-language models."""
     _discover("methods")
-    return sorted(_METHODS)
+    return sorted(name for name, config in _METHODS.items() if kind is None or kind in config.prunes)
 
 
 def list_adapters() -> list[str]:

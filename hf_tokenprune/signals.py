@@ -103,6 +103,8 @@ class Signals:
         attention: consecutive pieces of the batch, each (b, H, P + N, P + N) float32, after softmax; rows are queries
             and sum to 1; no dropout. A piece fits a CPU's cache: go through it with :meth:`map_attention`.
         queries, keys, values: (B, H, P + N, d) as the attention of this block used them.
+        cls_attention: (B, H, P + N) float32, the row of ``attention`` that belongs to token 0, without the others.
+        sizes: (B, P + N) float32, how many patches each token stands for, where tokens have been merged before.
         text_attention: decoders: (B, H, R, N) float32, the share of each image token in the attention of R rows of text
             (softmax over all keys), as ``Stage.text_rows`` asks. Rows are aligned at the end: the last one is the last
             token of the sample.
@@ -118,6 +120,8 @@ class Signals:
     queries: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    cls_attention: Tensor | None = None
+    sizes: Tensor | None = None
     text_attention: Tensor | None = None
     text_mask: Tensor | None = None
     layer_scores: Tensor | None = None
@@ -138,15 +142,23 @@ class Signals:
 
 @dataclass(frozen=True)
 class Reduction:
-    """Which tokens survive a pruning layer.
+    """Which tokens survive a pruning layer, and which of the others are merged into them.
+
+    A survivor's new state is the sum of ``weights · state`` over itself and what is merged into it; its size is the
+    sum of their sizes.
 
     Attributes:
         keep: (B, n) int64, ascending positions among the N prunable tokens that entered.
-        tokens: (B, n, D) new states of the tokens at ``keep``, of a method that merges; None: they stay as they are.
-            Only in a vision tower.
+        merged: (B, m) int64, positions of tokens that are merged into a survivor; None: the others just leave.
+        into: (B, m) int64, the place in ``keep`` of that survivor.
+        weights: (B, N) float32.
+        tokens: (B, n, D) new states of the tokens at ``keep`` instead, in the vision tower of a decoder.
     """
 
     keep: Tensor
+    merged: Tensor | None = None
+    into: Tensor | None = None
+    weights: Tensor | None = None
     tokens: Tensor | None = None
 
 
@@ -205,6 +217,13 @@ class Stage:
     """What ``num_kept`` is given: the tokens that enter the stage, or those that entered the decoder's first layer."""
     text_rows: ClassVar[TextRows | None] = None
     """What "text_attention" is, for a stage that needs it."""
+    merges: ClassVar[bool] = False
+    """Whether tokens are merged, so that sizes are kept."""
+
+    @property
+    def proportional(self) -> bool:
+        """Whether tokens draw attention in proportion to their sizes in later blocks (log size added to the logits)."""
+        return self.merges
 
     @property
     def name(self) -> str:

@@ -43,6 +43,25 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(batch, index.shape[1], -1)
 
 
+def merge_tokens(tokens: Tensor, keep: Tensor, merged: Tensor, into: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sums over groups of tokens: each of ``keep`` (B, n) with those ``merged`` (B, m) ``into`` it, as (B, n, D).
+
+    Args:
+        tokens: (B, N, D).
+        into: (B, m) int64, places in ``keep``.
+        weights: (B, N) that tokens are multiplied with before; None: 1.
+    """
+    parts = [gather_tokens(tokens, index) for index in (keep, merged)]
+    if weights is not None:
+        weights = weights.to(tokens.dtype)
+        parts = [
+            part * weights.gather(1, index).unsqueeze(-1) for part, index in zip(parts, (keep, merged), strict=True)
+        ]
+    batch, n_keep = keep.shape
+    rows = into + n_keep * torch.arange(batch, device=into.device).unsqueeze(1)
+    return parts[0].flatten(0, 1).index_add(0, rows.flatten(), parts[1].flatten(0, 1)).view(batch, n_keep, -1)
+
+
 def with_protected(keep: Tensor, num_protected: int) -> Tensor:
     """Positions in the whole sequence: ``keep`` (B, n) of the prunable tokens behind the protected ones, (B, P + n)."""
     protected = torch.arange(num_protected, device=keep.device).expand(keep.shape[0], -1)

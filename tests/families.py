@@ -1,4 +1,4 @@
-"""Tiny random models of every registered family, found without a list kept by hand."""
+"""Tiny random vision models of every registered family, found without a list kept by hand."""
 
 import importlib
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_tokenprune import list_adapters
-from hf_tokenprune.registry import get_adapter
+from hf_tokenprune import list_adapters, list_methods
+from hf_tokenprune.adapters.vision import VisionAdapter
+from hf_tokenprune.registry import get_adapter, get_method
 
 TINY = {
     "hidden_size": 32,
@@ -30,11 +31,17 @@ def model_classes(family: str) -> list[type[PreTrainedModel]]:
     ]
 
 
+def methods_for(kind: str) -> list[str]:
+    """Names of the methods that prune "vision" encoders, or the "decoder" of vision-language models."""
+    return [name for name in list_methods() if kind in get_method(name).prunes]
+
+
 def supported_classes() -> list[tuple[str, type[PreTrainedModel]]]:
-    """(family, model class) pairs whose heads can work on fewer tokens."""
+    """(family, model class) pairs of vision encoders whose heads can work on fewer tokens."""
     return [
         (family, cls)
         for family in list_adapters()
+        if isinstance(get_adapter(family), VisionAdapter)
         for cls in model_classes(family)
         if cls not in get_adapter(family).full_grid_heads
     ]
@@ -61,3 +68,15 @@ def images(batch: int = 2, size: int = TINY["image_size"]) -> torch.Tensor:
 def first_tensor(output: Any) -> torch.Tensor:
     """Logits of a classifier, last hidden state of a base model."""
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything about a model that pruning might touch."""
+    return {
+        "classes": [type(module) for module in model.modules()],
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+        "configs": [id(module.__dict__.get("config")) for module in model.modules()],
+        "config": model.config.to_dict(),
+        "state": list(model.state_dict()),
+    }

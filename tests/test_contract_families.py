@@ -1,5 +1,5 @@
-"""What every registered family owes, with every registered method: exact counts, exact undo, and no surprises with what
-people do to models (copy, pickle, checkpoint, compile, offload, save)."""
+"""What every registered family of vision encoders owes, with every method for them: exact counts, exact undo, and no
+surprises with what people do to models (copy, pickle, checkpoint, compile, offload, save)."""
 
 import copy
 import io
@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, PreTrainedModel
 
-from hf_tokenprune import from_pretrained, list_methods, prune, pruned, record, save_pretrained, unprune
+from hf_tokenprune import from_pretrained, prune, pruned, record, save_pretrained, unprune
 from hf_tokenprune.engine import plan
 from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.signals import Signals, Stage
 from hf_tokenprune.tokens import with_protected
 
-from .families import TINY, first_tensor, images, supported_classes, tiny_model
+from .families import TINY, first_tensor, images, methods_for, snapshot, supported_classes, tiny_model
 
 CLASSES = supported_classes()
 PLACES = ("after_block", "mid_block")
@@ -30,7 +30,7 @@ def family(request: pytest.FixtureRequest) -> tuple[str, type[PreTrainedModel]]:
     return request.param
 
 
-@pytest.fixture(params=list_methods())
+@pytest.fixture(params=methods_for("vision"))
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -174,18 +174,6 @@ def test_block_halves_are_the_block_bit_for_bit(family) -> None:
         adapter.attach(model, (KeepAll(0, "mid_block"),))
         halves = [block.mlp_half(block.attention_half(states)) for block in blocks_of(model)]
     assert all(torch.equal(a, b) for a, b in zip(stock, halves, strict=True))
-
-
-def snapshot(model: PreTrainedModel) -> dict[str, Any]:
-    """Everything about a model that pruning might touch."""
-    return {
-        "classes": [type(module) for module in model.modules()],
-        "attributes": [sorted(module.__dict__) for module in model.modules()],
-        "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
-        "configs": [id(module.__dict__.get("config")) for module in model.modules()],
-        "config": model.config.to_dict(),
-        "state": list(model.state_dict()),
-    }
 
 
 def test_unprune_is_exact(family, config) -> None:

@@ -1,5 +1,6 @@
 """What every registered method owes: counts, order, independence of the batch, and no surprises with odd numbers."""
 
+import pickle
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import torch
 
 from hf_tokenprune import PruneConfig, list_methods
 from hf_tokenprune.registry import get_method
-from hf_tokenprune.signals import ModelShape, Signals, Stage
+from hf_tokenprune.signals import DecoderShape, ModelShape, Shape, Signals, Stage, Transition
 
 SHAPE = ModelShape(
     depth=12,
@@ -23,17 +24,50 @@ SHAPE = ModelShape(
     has_cls=True,
     head_macs=0,
 )
+DECODER_SHAPE = DecoderShape(
+    depth=32,
+    width=24,
+    mlp_width=48,
+    num_heads=3,
+    num_key_value_heads=3,
+    head_dim=8,
+    vocab_size=99,
+    tower=replace(SHAPE, image_size=(96, 96)),
+    tower_images=1,
+    image_tokens=576,
+    projector_macs=0,
+    has_newlines=False,
+)
+SHAPES: dict[str, Shape] = {"vision": SHAPE, "decoder": DECODER_SHAPE}
+TOKEN_AXES = {
+    **dict.fromkeys(("tokens", "inputs"), (1,)),
+    **dict.fromkeys(("queries", "keys", "values", "layer_scores"), (2,)),
+    "attention": (2, 3),
+    "text_attention": (3,),
+    "text_mask": (),
+}
+
+
+def methods_for(kind: str) -> list[str]:
+    return [name for name in list_methods() if kind in get_method(name).prunes]
+
+
+METHODS_AND_KINDS = [(name, kind) for kind in SHAPES for name in methods_for(kind)]
+DECODER_STAGES = [stage for name in methods_for("decoder") for stage in get_method(name)().stages_for(DECODER_SHAPE)]
 
 
 def all_stages() -> list[Stage]:
-    """Every stage of every method's default config, in both places."""
-    configs: list[PruneConfig] = [get_method(name)() for name in list_methods()]
-    stages = [stage for config in configs for stage in config.stages(SHAPE)]
-    return stages + [replace(stage, where="mid_block") for stage in stages]
+    """Every stage of every method's default config; in both places in a vision encoder."""
+    vision = [stage for name in methods_for("vision") for stage in get_method(name)().stages_for(SHAPE)]
+    return [*vision, *(replace(stage, where="mid_block") for stage in vision), *DECODER_STAGES]
+
+
+def in_decoder(stage: Stage) -> bool:
+    return stage in DECODER_STAGES
 
 
 def make_signals(batch: int, num_prunable: int, num_protected: int = 1, seed: int = 0, dtype=torch.float32) -> Signals:
-    """All signals a family can offer, random but consistent; ``dtype`` is the model's, attention is float32."""
+    """All signals a vision encoder can offer, random but consistent; ``dtype`` is the model's, attention is float32."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = num_prunable + num_protected
 
@@ -48,27 +82,60 @@ def make_signals(batch: int, num_prunable: int, num_protected: int = 1, seed: in
     return Signals(tokens, inputs, num_protected, num_protected > 0, pieces, queries, keys, values)
 
 
-def select(signals: Signals, rows: slice | None = None, order: torch.Tensor | None = None) -> Signals:
-    """Some samples of the batch, or all of them with their prunable tokens in another order."""
+def make_decoder_signals(stage: Stage, batch: int, num_prunable: int, seed: int = 0, dtype=torch.float32) -> Signals:
+    """What a decoder offers this stage: the signals it needs and no more."""
+    if stage.where == "vision_tower":
+        signals = make_signals(batch, num_prunable, DECODER_SHAPE.tower.num_protected, seed, dtype)
+        unasked = {"attention", "queries", "keys", "values"} - stage.needs
+        return replace(signals, **dict.fromkeys(unasked))
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(batch, num_prunable, DECODER_SHAPE.width, generator=generator).to(dtype)
+    signals = Signals(tokens, tokens, num_protected=0, has_cls=False)
+    if "text_attention" in stage.needs:
+        assert stage.text_rows is not None
+        rows = 1 if stage.text_rows.rows == "last" else 6
+        logits = torch.randn(batch, DECODER_SHAPE.num_heads, rows, num_prunable + 9, generator=generator)
+        filling = torch.arange(batch)[:, None] % rows  # in front: rows are aligned at the end
+        signals = replace(
+            signals,
+            text_attention=logits.softmax(-1)[..., :num_prunable],
+            text_mask=torch.arange(rows) >= filling,
+        )
+    if "layer_scores" in stage.needs:
+        scores = torch.rand(batch, len(stage.observes), num_prunable, generator=generator)
+        signals = replace(signals, layer_scores=scores)
+    return signals
 
-    def pick(x: torch.Tensor, token_dims: tuple[int, ...]) -> torch.Tensor:
+
+def signals_for(stage: Stage, batch: int = 4, num_prunable: int | None = None, **options) -> Signals:
+    """Signals with the number of tokens at which a stage of its kind has something to drop."""
+    if in_decoder(stage):
+        return make_decoder_signals(stage, batch, num_prunable or 225, **options)
+    return make_signals(batch, num_prunable or 36, **options)
+
+
+def select(signals: Signals, rows: slice | None = None, order: torch.Tensor | None = None) -> Signals:
+    """Some samples of the batch, or all of them with their tokens in another order."""
+
+    def pick(x: torch.Tensor, token_axes: tuple[int, ...]) -> torch.Tensor:
         if rows is not None:
             return x[rows]
-        for dim in token_dims:
-            x = x.index_select(dim, order)
+        for axis in token_axes:
+            x = x.index_select(axis, order)
         return x
 
-    assert signals.attention is not None and signals.queries is not None
-    assert signals.keys is not None and signals.values is not None
-    return replace(
-        signals,
-        tokens=pick(signals.tokens, (1,)),
-        inputs=pick(signals.inputs, (1,)),
-        attention=(pick(torch.cat(signals.attention), (2, 3)),),
-        queries=pick(signals.queries, (2,)),
-        keys=pick(signals.keys, (2,)),
-        values=pick(signals.values, (2,)),
-    )
+    picked = {}
+    for name, axes in TOKEN_AXES.items():
+        value = getattr(signals, name)
+        if value is not None:
+            picked[name] = (pick(torch.cat(value), axes),) if name == "attention" else pick(value, axes)
+    return replace(signals, **picked)
+
+
+def mapped(signals: Signals, function) -> Signals:
+    """Every tensor of the model's dtype replaced by ``function`` of it."""
+    names = ("tokens", "inputs", "queries", "keys", "values")
+    return replace(signals, **{n: function(getattr(signals, n)) for n in names if getattr(signals, n) is not None})
 
 
 def keep_of(stage: Stage, signals: Signals) -> torch.Tensor:
@@ -76,21 +143,37 @@ def keep_of(stage: Stage, signals: Signals) -> torch.Tensor:
     return stage.reduce(signals, stage.num_kept(num_prunable)).keep
 
 
-@pytest.fixture(params=all_stages(), ids=lambda s: f"{type(s).__name__}-{s.layer}-{s.where}")
+def stage_id(stage: Stage) -> str:
+    return f"{type(stage).__name__}-{stage.layer}-{stage.where}"
+
+
+@pytest.fixture(params=all_stages(), ids=stage_id)
 def stage(request: pytest.FixtureRequest) -> Stage:
     return request.param
 
 
+@pytest.fixture(params=DECODER_STAGES, ids=stage_id)
+def decoder_stage(request: pytest.FixtureRequest) -> Stage:
+    return request.param
+
+
 @pytest.mark.parametrize("num_protected", [0, 1, 2])
-@pytest.mark.parametrize("num_prunable", [1, 2, 3, 7, 36, 61])
+@pytest.mark.parametrize("num_prunable", [1, 2, 3, 7, 36, 61, 225])
 def test_counts_order_and_range(stage: Stage, num_prunable: int, num_protected: int) -> None:
-    signals = make_signals(3, num_prunable, num_protected)
-    keep = keep_of(stage, signals)
+    if in_decoder(stage):
+        signals = make_decoder_signals(stage, 3, num_prunable)
+    else:
+        signals = make_signals(3, num_prunable, num_protected)
+    reduction = stage.reduce(signals, stage.num_kept(num_prunable))
+    keep = reduction.keep
     assert keep.dtype == torch.int64
     assert keep.shape == (3, stage.num_kept(num_prunable))
     assert 1 <= keep.shape[1] <= num_prunable
     assert (keep[:, 1:] > keep[:, :-1]).all(), "ascending, hence unique"
     assert keep.min() >= 0 and keep.max() < num_prunable
+    if reduction.tokens is not None:
+        assert stage.where == "vision_tower", "merging is for vision towers"
+        assert reduction.tokens.shape == (*keep.shape, signals.tokens.shape[2])
 
 
 def test_counts_grow_with_the_tokens_that_enter(stage: Stage) -> None:
@@ -100,69 +183,172 @@ def test_counts_grow_with_the_tokens_that_enter(stage: Stage) -> None:
 
 
 def test_a_batch_is_its_samples_alone(stage: Stage) -> None:
-    signals = make_signals(4, 36)
-    together = keep_of(stage, signals)
-    alone = torch.cat([keep_of(stage, select(signals, rows=slice(i, i + 1))) for i in range(4)])
-    assert torch.equal(together, alone)
+    signals = signals_for(stage)
+    n_keep = stage.num_kept(signals.tokens.shape[1] - signals.num_protected)
+    together = stage.reduce(signals, n_keep)
+    alone = [stage.reduce(select(signals, rows=slice(i, i + 1)), n_keep) for i in range(4)]
+    assert torch.equal(together.keep, torch.cat([one.keep for one in alone]))
+    for i, one in enumerate(alone):
+        if together.tokens is not None:
+            assert one.tokens is not None
+            torch.testing.assert_close(together.tokens[i : i + 1], one.tokens)
 
 
 def test_follows_a_permutation_or_ignores_the_content(stage: Stage) -> None:
     """A method sees tokens as a set; one that goes by position must not look at the content at all."""
-    signals = make_signals(4, 36)
-    permutation = torch.randperm(36)
-    order = torch.cat([torch.zeros(1, dtype=torch.int64), permutation + 1])
-    keep = keep_of(stage, signals)
-    if torch.equal(keep, keep_of(stage, make_signals(4, 36, seed=5))):
+    signals = signals_for(stage)
+    num_prunable = signals.tokens.shape[1] - signals.num_protected
+    permutation = torch.randperm(num_prunable)
+    order = torch.cat([torch.arange(signals.num_protected), permutation + signals.num_protected])
+    reduction = stage.reduce(signals, stage.num_kept(num_prunable))
+    keep = reduction.keep
+    if reduction.tokens is not None:
+        return  # what is merged into what may go by position
+    if torch.equal(keep, keep_of(stage, signals_for(stage, seed=5))):
         assert torch.equal(keep, keep[:1].expand_as(keep))
     else:
         assert torch.equal(permutation[keep_of(stage, select(signals, order=order))].sort(1).values, keep)
 
 
 def test_deterministic(stage: Stage) -> None:
-    signals = make_signals(2, 36)
+    signals = signals_for(stage, 2)
     assert torch.equal(keep_of(stage, signals), keep_of(stage, signals))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_chooses_what_its_float32_copy_does(stage: Stage, dtype: torch.dtype) -> None:
-    half = make_signals(2, 36, dtype=dtype)
-    full = replace(
-        half,
-        tokens=half.tokens.float(),
-        inputs=half.inputs.float(),
-        queries=half.queries.float(),
-        keys=half.keys.float(),
-        values=half.values.float(),
-    )
+    half = signals_for(stage, 2, dtype=dtype)
+    full = mapped(half, torch.Tensor.float)
     assert torch.equal(keep_of(stage, half), keep_of(stage, full))
+    reduction = stage.reduce(half, stage.num_kept(half.tokens.shape[1] - half.num_protected))
+    if reduction.tokens is not None:
+        assert reduction.tokens.dtype == dtype and reduction.tokens.isfinite().all()
 
 
 def test_identical_tokens_and_zero_vectors_are_survived(stage: Stage) -> None:
-    zero = torch.zeros_like
-    s = make_signals(2, 36)
-    attention = tuple(torch.full_like(piece, 1 / 37) for piece in s.attention)
-    flat = Signals(zero(s.tokens), zero(s.inputs), 1, True, attention, zero(s.queries), zero(s.keys), zero(s.values))
-    keep = keep_of(stage, flat)
-    assert keep.shape == (2, stage.num_kept(36)) and (keep[:, 1:] > keep[:, :-1]).all()
+    signals = mapped(signals_for(stage, 2), torch.zeros_like)
+    num_tokens = signals.tokens.shape[1]
+    num_prunable = num_tokens - signals.num_protected
+    if signals.attention is not None:
+        signals = replace(signals, attention=tuple(torch.full_like(p, 1 / num_tokens) for p in signals.attention))
+    for name in ("text_attention", "layer_scores"):
+        if getattr(signals, name) is not None:
+            signals = replace(signals, **{name: torch.zeros_like(getattr(signals, name))})
+    reduction = stage.reduce(signals, stage.num_kept(num_prunable))
+    keep = reduction.keep
+    assert keep.shape == (2, stage.num_kept(num_prunable)) and (keep[:, 1:] > keep[:, :-1]).all()
+    assert reduction.tokens is None or reduction.tokens.isfinite().all()
 
 
-@pytest.mark.parametrize("name", list_methods())
-def test_strength_scales_what_is_removed(name: str) -> None:
-    config = get_method(name)()
+def test_decisions_never_wait_for_the_device(stage: Stage) -> None:
+    """On tensors without data, ``.item()`` and boolean indexing, which wait for a GPU, are errors."""
+    signals = signals_for(stage, 2)
+    values = {name: getattr(signals, name) for name in TOKEN_AXES if getattr(signals, name) is not None}
+    meta = {k: tuple(p.to("meta") for p in v) if isinstance(v, tuple) else v.to("meta") for k, v in values.items()}
+    keep = keep_of(stage, replace(signals, **meta))
+    assert keep.is_meta and keep.shape == keep_of(stage, signals).shape
+
+
+def test_stages_are_values(stage: Stage) -> None:
+    """They travel with the model: equal copies, hashable."""
+    copy = pickle.loads(pickle.dumps(stage))
+    assert copy == stage and hash(copy) == hash(stage)
+
+
+def test_keeping_all_is_the_identity(decoder_stage: Stage) -> None:
+    """Behind an earlier stage fewer tokens may enter than ``num_kept`` of the original would keep."""
+    signals = make_decoder_signals(decoder_stage, 2, 30)
+    reduction = decoder_stage.reduce(signals, 30)
+    assert torch.equal(reduction.keep, torch.arange(30).expand(2, -1)) and reduction.tokens is None
+
+
+def test_a_stage_of_a_decoder_asks_for_what_there_is(decoder_stage: Stage) -> None:
+    offered = {
+        "vision_tower": {"attention", "queries", "keys", "values"},
+        "entrance": set(),
+        "after_block": {"text_attention", "layer_scores"},
+    }
+    assert decoder_stage.needs <= offered[decoder_stage.where]
+    inside = decoder_stage.where == "after_block"
+    assert 0 <= decoder_stage.layer < DECODER_SHAPE.depth - 1 if inside else decoder_stage.layer == -1
+    assert decoder_stage.positions in ("contiguous", "original")
+    assert decoder_stage.newlines == "prune" and decoder_stage.budget in ("image", "sample")
+    assert decoder_stage.where != "vision_tower" or decoder_stage.budget == "image"
+    assert ("text_attention" not in decoder_stage.needs) or decoder_stage.text_rows is not None
+    observed = decoder_stage.observes
+    assert bool(observed) == ("layer_scores" in decoder_stage.needs)
+    assert all(0 <= layer <= decoder_stage.layer for layer in observed) and list(observed) == sorted(set(observed))
+
+
+def make_transition(batch: int, length: int, seed: int = 0, dtype=torch.float32) -> Transition:
+    generator = torch.Generator().manual_seed(seed)
+    states = [torch.randn(batch, length, 24, generator=generator).to(dtype) for _ in range(4)]
+    positions = torch.arange(length).expand(batch, -1)
+    valid = positions >= torch.arange(batch)[:, None]  # padding in front, more in later samples
+    return Transition(*states, valid=valid, image=valid & (positions >= 8) & (positions < length - 6))
+
+
+def parts(transition: Transition, rows: slice) -> Transition:
+    return Transition(**{name: value[rows] for name, value in vars(transition).items()})
+
+
+def test_what_is_observed_is_of_every_token_and_every_sample_alone(decoder_stage: Stage) -> None:
+    if not decoder_stage.observes:
+        return
+    transition = make_transition(3, 40)
+    scores = decoder_stage.observe(transition)
+    assert scores.shape == (3, 40) and scores.dtype == torch.float32 and scores.isfinite().all()
+    for i in range(3):
+        torch.testing.assert_close(decoder_stage.observe(parts(transition, slice(i, i + 1))), scores[i : i + 1])
+    other = make_transition(3, 40, seed=1)
+    padded = {
+        name: torch.where(transition.valid[..., None], value, getattr(other, name))
+        for name, value in vars(transition).items()
+        if value.is_floating_point()
+    }
+    seen = transition.valid
+    assert torch.equal(decoder_stage.observe(replace(transition, **padded))[seen], scores[seen]), (
+        "padding does not count"
+    )
+    half = make_transition(3, 40, dtype=torch.bfloat16)
+    assert decoder_stage.observe(half).dtype == torch.float32
+    zero = {name: torch.zeros_like(value) for name, value in vars(transition).items() if value.is_floating_point()}
+    assert decoder_stage.observe(replace(transition, **zero)).isfinite().all()
+
+
+def left_after(config: PruneConfig, shape: Shape) -> int:
+    remaining = shape.num_prunable
+    for stage in config.stages_for(shape):
+        counted = shape.num_prunable if stage.counts_from == "original" else remaining
+        remaining = min(remaining, stage.num_kept(counted))
+    return remaining
+
+
+@pytest.mark.parametrize(("name", "kind"), METHODS_AND_KINDS)
+def test_strength_scales_what_is_removed(name: str, kind: str) -> None:
+    config, shape = get_method(name)(), SHAPES[kind]
+    try:
+        config.scaled(1.0)
+    except NotImplementedError:
+        pytest.skip("has counts, not ratios, to scale")
 
     def left(strength: float) -> int:
-        remaining = SHAPE.num_patches
-        for stage in config.scaled(strength).stages(SHAPE):
-            remaining = stage.num_kept(remaining)
-        return remaining
+        return left_after(config.scaled(strength), shape)
 
-    assert left(0.0) == SHAPE.num_patches
-    assert left(1.0) == left_after(config)
+    assert left(0.0) == shape.num_prunable
+    if kind == "vision" or config.prunes == {kind}:  # a default for both kinds is scaled as an encoder's
+        assert left(1.0) == left_after(config, shape)
     assert left(0.0) > left(0.5) > left(1.0) > left(1.5)
 
 
-def left_after(config: PruneConfig) -> int:
-    remaining = SHAPE.num_patches
-    for stage in config.stages(SHAPE):
-        remaining = stage.num_kept(remaining)
-    return remaining
+@pytest.mark.parametrize("name", list_methods())
+def test_configs_say_what_they_prune_and_survive_a_file(name: str, tmp_path) -> None:
+    config = get_method(name)()
+    assert config.prunes and config.prunes <= set(SHAPES)
+    config.save_pretrained(tmp_path)
+    assert PruneConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize(("name", "kind"), METHODS_AND_KINDS)
+def test_defaults_prune(name: str, kind: str) -> None:
+    assert left_after(get_method(name)(), SHAPES[kind]) < SHAPES[kind].num_prunable

@@ -310,7 +310,7 @@ def test_the_budget_of_a_config_gives_it_back() -> None:
     config = ZeroTPruneConfig()
     shape = find_adapter(model).shape(model)
     found = config_for_macs(model, config, cost(model, config).pruned.macs)
-    counts = [model_cost(shape, c.stages(shape)).blocks for c in (config, found)]
+    counts = [model_cost(shape, c.stages_for(shape)).blocks for c in (config, found)]
     assert counts[0] == counts[1]
 
 

@@ -3,7 +3,7 @@
 What follows ``python`` on the line that opens a fenced block tells what is done with it (GitHub shows all alike):
 
 - nothing: it runs; the blocks of a page run in order, as one program. A ``text`` block that comes next is its output.
-- ``hub``: it runs, with the packaged model in place of the one it would download.
+- ``hub``: it runs, with a small model in place of the one it would download, and with a file ``photo.jpg``.
 - ``notest``: it is only compiled.
 - ``file=path``: it is an excerpt, and these lines stand in that file.
 
@@ -27,10 +27,12 @@ from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR
 from hf_tokenprune.registry import get_method
 
+from .llava_checkpoint import save_photo, save_tiny_llava
+
 ROOT = Path(__file__).resolve().parents[1]
 OUR_METHODS = [name for name in list_methods() if get_method(name).__module__.startswith("hf_tokenprune.")]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-HUB_NAME = '"facebook/deit-small-patch16-224"'
+VIT, LLAVA = '"facebook/deit-small-patch16-224"', '"llava-hf/llava-1.5-7b-hf"'
 END = "\x1e"  # printed behind every block that runs
 
 
@@ -69,8 +71,13 @@ def pages_with(wanted) -> list:
     return [pytest.param(page, id=name_of(page)) for page in PAGES if any(map(wanted, blocks(page)))]
 
 
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("llava"))
+
+
 @pytest.mark.parametrize("page", pages_with(lambda block: block.runs))
-def test_code_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path) -> None:
+def test_code_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path, tiny_llava: Path) -> None:
     """In a process of its own: a page may register methods. Lines keep their numbers, so tracebacks fit the page."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
     pytest.importorskip("accelerate")
@@ -79,7 +86,9 @@ def test_code_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path) -> 
         if block.runs:
             program += [""] * (block.line - len(program)) + block.code + [f"print(end={END!r})"]
     script = tmp_path / f"{page.stem}.py"
-    script.write_text("\n".join(program).replace(HUB_NAME, repr(str(MODEL_DIR))), encoding="utf-8")
+    code = "\n".join(program).replace(VIT, repr(str(MODEL_DIR))).replace(LLAVA, repr(str(tiny_llava)))
+    script.write_text(code, encoding="utf-8")
+    save_photo(tmp_path / "photo.jpg")
     done = python(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     printed = iter(done.stdout.split(END))

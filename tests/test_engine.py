@@ -48,8 +48,8 @@ from .families import TINY, first_tensor, images, supported_classes, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPTH = TINY["num_hidden_layers"]
-FAMILIES = list_adapters()
-DEFAULTS = [get_method(name)() for name in list_methods()]
+FAMILIES = [name for name in list_adapters() if isinstance(get_adapter(name), vision.VisionAdapter)]
+DEFAULTS = [get_method(name)() for name in list_methods("vision")]
 LAYERWISE = [config.method for config in DEFAULTS if hasattr(config, "layers")]
 CONFIG = RandomConfig(layers=(1, 4), keep_ratios=(0.75, 0.5), seed=3)
 OTHER = UniformConfig(layers=(2,), keep_ratios=0.5, where="mid_block")
@@ -130,7 +130,7 @@ def test_a_config_with_one_value_for_each_default_layer_of_another_depth() -> No
 @pytest.mark.parametrize("layers", [(4, 1), (1, 1), (-1, 2), (1, DEPTH)], ids=str)
 def test_stages_are_in_order_each_once_and_in_the_model_whatever_a_method_says(layers: tuple[int, ...]) -> None:
     model = vit()
-    stage = CONFIG.stages(find_adapter(model).shape(model))[0]
+    stage = CONFIG.stages_for(find_adapter(model).shape(model))[0]
     config = SimpleNamespace(
         prunes={"vision"}, stages=lambda shape: tuple(dataclasses.replace(stage, layer=layer) for layer in layers)
     )
@@ -165,7 +165,7 @@ def test_a_family_without_adapter(make: Any) -> None:
     for call in (lambda: prune(model, CONFIG), lambda: unprune(model), lambda: current_config(model)):
         message = error_of(UnsupportedModelError, call)
         assert f"no adapter for model_type={model.config.model_type!r}" in message
-        assert f"have: {', '.join(FAMILIES)}" in message
+        assert f"have: {', '.join(list_adapters())}" in message
         assert "docs/add_a_family.md" in message
     assert snapshot(model) == before
 
@@ -355,11 +355,11 @@ def test_attach_that_fails_half_way_leaves_the_model_as_it_was(
     before, expected = snapshot(model), run(model)
     real, calls = getattr(vision, name), []
 
-    def fails(*args: Any) -> Any:
+    def fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if len(calls) == nth:
             raise error("half-way")
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(vision, name, fails)
     with pytest.raises(error, match="half-way"):
@@ -470,7 +470,7 @@ def hand_chain(model: nn.Module, config: PruneConfig, pixels: torch.Tensor, **kw
     Returns:
         the last hidden state, the ORIGINAL positions kept by layer, and the tokens that enter each block.
     """
-    stages = {stage.layer: stage for stage in config.stages(find_adapter(model).shape(model))}
+    stages = {stage.layer: stage for stage in config.stages_for(find_adapter(model).shape(model))}
     states = model.embeddings(pixels, **kwargs)
     positions = torch.arange(states.shape[1] - 1).expand(len(pixels), -1)
     kept, tokens = {}, []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_tokenprune import PruneConfig, ZeroTPruneConfig, from_pretrained, list_methods
+from hf_tokenprune import DivPruneConfig, PruneConfig, ZeroTPruneConfig, from_pretrained, list_methods
 from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import CANVAS, MODEL_DIR, load_digits_split
+from hf_tokenprune.registry import get_method
+
+from .llava_checkpoint import save_photo, save_tiny_llava
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-MAX_LINES = 60
+MAX_LINES = 80
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
 
@@ -65,7 +69,7 @@ def test_trainer_eval(tmp_path: Path) -> None:
     output = run("trainer_eval.py", "--limit", 40, "--out", tmp_path / "scores.json", cwd=tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert json.loads(output) == scores
-    assert list(scores) == ["dense", *list_methods()]
+    assert list(scores) == ["dense", *(name for name in list_methods() if "vision" in get_method(name).prunes)]
     assert all(0.8 <= row["accuracy"] <= 1 for row in scores.values())
     assert all(row["kl"] > 0 for name, row in scores.items() if name != "dense"), "pruning happened"
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"], "nothing is left behind"
@@ -84,6 +88,54 @@ def test_share_on_hub_writes_and_does_not_upload(tmp_path: Path) -> None:
         "stock loading gives the dense model"
     )
     assert not torch.equal(logits(model), logits(dense))
+
+
+@pytest.fixture(scope="module")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [
+        ((), "entrance: 56"),
+        (("--method", "fastv", "--keep-ratio", 0.25), "1: 144"),
+        (("--method", "stack"), "vision_tower: 192, 6: 168, 8: 120, 11: 24"),
+    ],
+)
+def test_llava_answer(arguments: tuple[object, ...], left: str, tiny_llava: Path, tmp_path: Path) -> None:
+    save_photo(tmp_path / "photo.jpg")
+    arguments = ("--model", tiny_llava, "--image", "photo.jpg", "--new-tokens", 4, "--device", "cpu", *arguments)
+    output = run("llava_answer.py", *arguments, cwd=tmp_path)
+    assert f"image tokens 576 -> {left}\n" in output
+    answers = re.findall(r"^(\w+): (.+)\n  first token after \d\.\d{3} s", output, flags=re.MULTILINE)
+    assert [len(answer.split()) for _, answer in answers] == [4, 4]
+    assert answers[0][0] == "dense" and answers[0][1] != answers[1][1], "pruning changed what a random model says"
+    assert re.search(r"counted: [1-9]\d?\.\d% of the prefill", output), "less than the dense model"
+
+
+def test_llava_batch(tiny_llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    questions = ["What is this?", "Where is the red square in the image?", "What?"]
+    for i in range(3):
+        save_photo(tmp_path / "photos" / f"{i}.png")
+    rows = [{"image": f"{i}.png", "question": question} for i, question in enumerate(questions)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "photos" / "questions.jsonl").write_text("\n".join(lines))
+    DivPruneConfig(keep_ratio=0.05).save_pretrained(tmp_path)
+    common = ("photos/questions.jsonl", "--model", tiny_llava, "--new-tokens", 4, "--device", "cpu")
+
+    runs = ("dense", "transprune", "prune_config.json")
+    chosen = [part for name in runs for part in ("--run", name)]
+    output = run("llava_batch.py", *common, *chosen, "--batch-size", 2, "--out", "two.jsonl", cwd=tmp_path)
+    assert re.findall(r"^(\S+): \d+\.\d\d questions/s$", output, flags=re.MULTILINE) == list(runs)
+    answers = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in ("image", "question")} for row in answers] == rows
+    assert all(len(row[name].split()) == 4 for row in answers for name in runs)
+    assert any(row["dense"] != row["prune_config.json"] for row in answers)
+
+    run("llava_batch.py", *common, *chosen, "--batch-size", 1, "--out", "one.jsonl", cwd=tmp_path)
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text(), "a batch gives the same"
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ from hf_tokenprune.registry import get_method
 
 from .families import first_tensor, images, supported_classes, tiny_model
 
-DEFAULTS = [get_method(name)() for name in list_methods()]
+DEFAULTS = [get_method(name)() for name in list_methods("vision")]
 ARGUMENT = RandomConfig(layers=(1,), keep_ratios=0.25)
 IN_FILE = UniformConfig(layers=(2,), keep_ratios=0.5)
 IN_KEY = RandomConfig(layers=(3,), keep_ratios=0.75)

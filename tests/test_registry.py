@@ -45,7 +45,7 @@ class LargestNormConfig(PruneConfig):
     layer: int = 2
     keep_ratio: float = 0.5
 
-    def stages(self, shape):
+    def stages_for(self, shape):
         return (LargestNormStage(self.layer, "after_block", self.keep_ratio),)
 
 @dataclass(frozen=True)

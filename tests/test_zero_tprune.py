@@ -215,16 +215,16 @@ def test_keep_count_formula(tokens: int, similar: int, ratio: float) -> None:
 
 
 def test_default_schedules() -> None:
-    stages = ZeroTPruneConfig().stages(replace(SHAPE, depth=12, image_size=(224, 224), patch_size=(16, 16)))
+    stages = ZeroTPruneConfig().stages_for(replace(SHAPE, depth=12, image_size=(224, 224), patch_size=(16, 16)))
     assert [s.layer for s in stages] == [0, 2, 5, 8, 10]
     assert [s.keep_ratio for s in stages] == [1.0, 0.9, 0.8, 0.7, 1.0]
     assert [s.num_similar for s in stages] == [10] * 5
     assert [s.num_iterations for s in stages] == [30, 30, 5, 5, 1]
-    deep = ZeroTPruneConfig().stages(replace(SHAPE, depth=24, image_size=(336, 336), patch_size=(14, 14)))
+    deep = ZeroTPruneConfig().stages_for(replace(SHAPE, depth=24, image_size=(336, 336), patch_size=(14, 14)))
     assert [s.layer for s in deep] == [1, 5, 11, 17, 21] and deep[0].num_similar == 29
-    coarse = ZeroTPruneConfig().stages(replace(SHAPE, depth=12, image_size=(224, 224), patch_size=(32, 32)))
+    coarse = ZeroTPruneConfig().stages_for(replace(SHAPE, depth=12, image_size=(224, 224), patch_size=(32, 32)))
     assert [s.num_similar for s in coarse] == [2] * 5, "2.5 of 49 patches; the published table of shapes has 2"
     assert [default_iterations(layer, 12) for layer in range(12)] == [30] * 3 + [5] * 6 + [1] * 3
     for depth in range(1, 9):
-        layers = [s.layer for s in ZeroTPruneConfig().stages(replace(SHAPE, depth=depth))]
+        layers = [s.layer for s in ZeroTPruneConfig().stages_for(replace(SHAPE, depth=depth))]
         assert layers == sorted(set(layers)) and layers[-1] <= max(depth - 2, 0)

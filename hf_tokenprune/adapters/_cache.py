@@ -56,7 +56,7 @@ class PrunedDynamicCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         del self.token_prune
-        self.__class__ = DynamicCache  # type: ignore[assignment]  # a cache without tokens is a stock one
+        self.__class__ = DynamicCache  # a cache without tokens is a stock one
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -116,11 +116,11 @@ def state_of(cache: Cache | None, starts: list[int]) -> CacheState | None:
 def bind(cache: Cache, state: CacheState) -> None:
     """Put ``state`` on ``cache``, in place."""
     cache.__class__ = PrunedDynamicCache
-    cache.token_prune = state  # type: ignore[attr-defined]
+    cache.token_prune = state
 
 
 def extended(valid: Tensor | None, length: int, new: Tensor | None, num_new: int, like: Tensor) -> Tensor | None:
-    """(B, length + num_new) bool: ``valid`` (B, length) with ``new`` (B, num_new) behind; None: no padding in either."""
+    """(B, length + num_new) bool: ``valid`` (B, length), then ``new`` (B, num_new); None: no padding in either."""
     if valid is None and new is None:
         return None
     batch = like.shape[0]

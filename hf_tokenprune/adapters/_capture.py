@@ -29,8 +29,9 @@ class Capture:
     It travels as a keyword argument, so no state outlives the forward or is shared between threads.
     """
 
-    def __init__(self, needs: frozenset[str]) -> None:
+    def __init__(self, needs: frozenset[str], bias: Tensor | None = None) -> None:
         self.needs = needs
+        self.bias = bias  # (B, 1, 1, T) float32, added to the logits of every row
         self.found: dict[str, Tensor] = {}
         self.attention: list[Tensor] = []  # consecutive pieces of the batch
 
@@ -38,10 +39,17 @@ class Capture:
         available = {"queries": queries, "keys": keys, "values": values}
         self.found = {name: tensor.detach() for name, tensor in available.items() if name in self.needs}
 
-    def signals(self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool) -> Signals:
+    def store_cls_row(self, queries: Tensor, keys: Tensor, scaling: float) -> None:
+        logits = (queries[:, :, :1].float() @ keys.float().mT) * scaling
+        attention = (logits if self.bias is None else logits + self.bias).softmax(-1)
+        self.found["cls_attention"] = attention.squeeze(2).detach()
+
+    def signals(
+        self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool, sizes: Tensor | None = None
+    ) -> Signals:
         """What was captured, with the states (B, T, D) that entered the block and those that are to be pruned."""
         attention = tuple(self.attention) or None
-        return Signals(tokens, inputs, num_protected, has_cls, attention, **self.found)
+        return Signals(tokens, inputs, num_protected, has_cls, attention, sizes=sizes, **self.found)
 
 
 def enable_capture(attention: nn.Module) -> None:
@@ -76,20 +84,28 @@ def capture_attention_forward(
     capture: Capture | None = kwargs.pop(CAPTURE_ARGUMENT, None)
     config: Any = module.config
     implementation = config.token_prune_original._attn_implementation
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if capture is not None:
         capture.store(query, key, value)
+        if "cls_attention" in capture.needs:
+            with torch.autocast(query.device.type, enabled=False):
+                capture.store_cls_row(query, key, scaling)
+        if capture.bias is not None:
+            attention_mask = capture.bias.to(query.dtype)
     if capture is None or "attention" not in capture.needs:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
+    piece = _piece(query, key)
+    heads = query.shape[1]
     with torch.autocast(query.device.type, enabled=False):
-        for q, k, v in zip(*(tensor.split(_piece(query, key)) for tensor in (query, key, value)), strict=True):
+        for i, (q, k, v) in enumerate(zip(*(tensor.split(piece) for tensor in (query, key, value)), strict=True)):
             flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))  # (b · H, T, d)
-            logits = torch.baddbmm(
-                query.new_zeros((), dtype=torch.float32), flat_q.float(), flat_k.float().mT, beta=0, alpha=scaling
-            )
+            start, beta = query.new_zeros((), dtype=torch.float32), 0
+            if capture.bias is not None:
+                start, beta = capture.bias[i * piece : i * piece + len(q)].repeat_interleave(heads, 0).squeeze(1), 1
+            logits = torch.baddbmm(start, flat_q.float(), flat_k.float().mT, beta=beta, alpha=scaling)
             attention = logits.softmax(-1)
             capture.attention.append(attention.detach().unflatten(0, q.shape[:2]))
             weights = F.dropout(attention.to(v.dtype), p=dropout, training=module.training)

@@ -71,8 +71,8 @@ class FindImages:
             return mask
         if input_ids is None:
             raise UnsupportedModelError(
-                "inputs_embeds without image placeholders: a pruned model cannot tell which embeddings are of an image. "
-                "Pass input_ids and pixel_values, or unprune(model)"
+                "inputs_embeds without image placeholders: a pruned model cannot tell which embeddings are of an "
+                "image. Pass input_ids and pixel_values, or unprune(model)"
             )
         return None
 
@@ -99,9 +99,13 @@ class EnterDecoder:
             forward.stages, forward.recorder = stages, state.recorder
             embeds = let_leave(forward, embeds, images, state)
         view = forward.views[0]
+        mask = view.key_valid
+        if mask is None and any(stage.layer < 0 and stage.positions == "original" for stage in state.stages):
+            # Positions have gaps, which Transformers takes for packed sequences where there is no mask.
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         kwargs |= {
             "inputs_embeds": embeds,
-            "attention_mask": view.key_valid,
+            "attention_mask": mask,
             "position_ids": view.positions,
             ARGUMENT: forward,
         }
@@ -141,12 +145,16 @@ def check_mode(decoder: nn.Module, cache: Any, attention_mask: Any) -> None:
         )
     attention = decoder.config._attn_implementation  # type: ignore[union-attr]
     if str(attention).startswith("paged"):
-        raise UnsupportedModelError(f"attention {attention!r} (continuous batching) cannot hold layers of different lengths")
+        raise UnsupportedModelError(
+            f"attention {attention!r} (continuous batching) cannot hold layers of different lengths"
+        )
 
 
 def begin(decoder: Any, starts: list[int], embeds: Tensor, kwargs: dict[str, Any], past: Any) -> Forward:
     """The forward with the first segment's view of all its tokens."""
-    cache, mask, (batch, length) = kwargs.get("past_key_values"), kwargs.get("attention_mask"), embeds.shape[:2]
+    cache: Any = kwargs.get("past_key_values")
+    mask: Tensor | None = kwargs.get("attention_mask")
+    batch, length = embeds.shape[:2]
     seen = 0 if cache is None else cache.get_seq_length()
     mask = None if mask is None else mask.bool()
     if mask is not None and length == 1 and bool(mask.all()):  # Transformers asks the same of a dense model
@@ -192,29 +200,30 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
     """Take out what leaves before the first layer: (B, T, D) -> (B, L, D)."""
     stages = {stage.where: stage for stage in state.stages if stage.layer < 0}
     tower: Stage | None = stages.get("vision_tower")
-    kinds = read_kinds(forward.views[0].valid, embeds, images, tower, state.stages[0].newlines == "protect")
+    everything = forward.views[0]
+    kinds = read_kinds(everything.valid, embeds, images, tower, state.stages[0].newlines == "protect")
     forward.image_rank = torch.where(images.mask, images.mask.long().cumsum(1) - 1, -1)
     forward.layout = read_layout(kinds, state.image_length)
-    if tower is not None and sum(map(sum, forward.layout.images)) == int(images.mask.sum()):
-        raise PruneStateError(
-            f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features made by "
-            "another model, or with another vision_feature_layer than the model's config names?"
-        )
-    if all(length == kinds.shape[1] for length in forward.layout.lengths):
-        forward.views[0].valid = None
-    if tower is not None or not forward.layout.aligned:
-        if forward.recorder is not None:
-            forward.recorder.on_start()
-        forward.views = [forward.leave((kinds != PADDING) & (kinds != DROPPED), tower)]
-    elif forward.recorder is not None:
+    if forward.recorder is not None:
         forward.recorder.on_start()
+    if tower is not None and not bool((kinds == DROPPED).any()):
+        raise PruneStateError(
+            f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features made "
+            "by another model, or with another vision_feature_layer than the model's config names?"
+        )
+    if min(forward.layout.lengths) == kinds.shape[1]:
+        everything.valid = None
+    if tower is not None or not forward.layout.aligned:
+        forward.views = [forward.leave((kinds != PADDING) & (kinds != DROPPED), tower)]
     if "entrance" in stages:
-        view = forward.views[0]
-        entering = embeds if view.slots is view.take and view.slots.shape == kinds.shape else gather_tokens(embeds, view.slots)
-        forward.views = [forward.select(stages["entrance"], entering)]
+        forward.views = [forward.select(stages["entrance"], taken(embeds, forward.views[0], everything))]
     forward.originals = forward.layout.images
-    view = forward.views[0]
-    return embeds if view.slots.shape == kinds.shape and forward.layout.aligned and view.take is view.slots else gather_tokens(embeds, view.slots)
+    return taken(embeds, forward.views[0], everything)
+
+
+def taken(embeds: Tensor, view: View, everything: View) -> Tensor:
+    """(B, T, D) at the tokens of ``view``, without a copy where these are all."""
+    return embeds if view is everything else gather_tokens(embeds, view.slots)
 
 
 def read_kinds(

@@ -104,7 +104,7 @@ class Forward:
             return None
         # Without position_ids: original positions have gaps, which Transformers would take for packed sequences.
         return create_causal_mask(
-            config=self.decoder.config,  # type: ignore[arg-type]
+            config=self.decoder.config,
             inputs_embeds=states,
             attention_mask=view.key_valid,
             past_key_values=self.cache,

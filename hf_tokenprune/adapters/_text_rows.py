@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from ._forward import Forward
 
 
-def text_attention(forward: Forward, stage: Stage, block: Any, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+def text_attention(
+    forward: Forward, stage: Stage, block: Any, inputs: Tensor, outputs: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attention (B, H, R, L) float32 of the rows that ``stage.text_rows`` names, and which rows are text, (B, R) bool.
 
     Softmax over all keys a row may see: cached ones, and tokens of this forward that are not padding and not behind it.
@@ -63,4 +65,3 @@ def _heads(projected: Tensor, attention: Any, cos: Tensor, sin: Tensor) -> Tenso
     """(B, T, heads · d) as (B, heads, T, d), rotated."""
     states = projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
-

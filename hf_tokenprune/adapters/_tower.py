@@ -1,8 +1,8 @@
 """Choosing image tokens in the vision tower of a vision-language model, where its attention is.
 
 The tower's output stays full length, as the projector, ``generate`` (which encodes images before the first forward) and
-user-held features expect. A dropped token's state becomes NaN: it stays NaN through the projector, wherever the features
-travel, and the decoder takes it out at its entrance. Should it ever not, the logits say so.
+user-held features expect. A dropped token's state becomes NaN: it stays NaN through the projector, wherever the
+features travel, and the decoder takes it out at its entrance. Should it ever not, the logits say so.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ class MarkDropped:
         selected = output.hidden_states[self.layer]
         num_protected = int(self.has_cls)
         n_keep = self.stage.num_kept(selected.shape[1] - num_protected)
-        with torch.no_grad(), torch.autocast(selected.device.type, enabled=False):
-            signals = kwargs[CAPTURE_ARGUMENT].signals(selected.detach(), selected.detach(), num_protected, self.has_cls)
+        with torch.autocast(selected.device.type, enabled=False):
+            signals = kwargs[CAPTURE_ARGUMENT].signals(selected, selected, num_protected, self.has_cls)
             reduction = self.stage.reduce(signals, n_keep)
-        states = mark(selected, with_protected(reduction.keep, num_protected), reduction.tokens, reduction.keep + num_protected)
+        states = mark(
+            selected, with_protected(reduction.keep, num_protected), reduction.tokens, reduction.keep + num_protected
+        )
         hidden = list(output.hidden_states)
         hidden[self.layer] = states
         output.hidden_states = tuple(hidden)
@@ -56,7 +58,7 @@ class MarkDropped:
 
 
 def mark(states: Tensor, keep: Tensor, tokens: Tensor | None, index: Tensor) -> Tensor:
-    """``states`` (I, T, D) with NaN everywhere but at ``keep`` (I, m), and ``tokens`` (I, n, D), if any, at ``index``."""
+    """``states`` (I, T, D), NaN everywhere but at ``keep`` (I, m), with ``tokens`` (I, n, D), if any, at ``index``."""
     stays = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device).scatter_(1, keep, True)
     if tokens is not None:
         states = states.scatter(1, index.unsqueeze(-1).expand_as(tokens), tokens.to(states.dtype))

@@ -1,7 +1,7 @@
 """What vision-language models with a causal decoder share: image tokens that leave inside the language model.
 
-Placeholders, processors, labels and the scatter of image features stay stock. A family (one file) tells the shape of its
-model and how many tokens an image has.
+Placeholders, processors, labels and the scatter of image features stay stock. A family (one file) tells the shape of
+its model and how many tokens an image has.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ class PrunedDecoderLayer(nn.Module):
         stage = token_prune.stages.get(layer)
         return outputs if stage is None else token_prune.prune(stage, self, hidden_states, outputs)
 
-    def in_parts(
-        self, hidden_states: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def in_parts(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The stock layer, with input and output of its attention and of its MLP beside the result."""
         attention_in = self.input_layernorm(hidden_states)
         attention_out, _ = self.self_attn(hidden_states=attention_in, **kwargs)

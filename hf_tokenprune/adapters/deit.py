@@ -2,7 +2,12 @@
 
 from typing import ClassVar
 
-from transformers.models.deit.modeling_deit import DeiTForMaskedImageModeling, DeiTLayer
+from transformers.models.deit.modeling_deit import (
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTForMaskedImageModeling,
+    DeiTLayer,
+)
 
 from ..registry import register_adapter
 from .vit import ViTAdapter, ViTHalves
@@ -19,4 +24,5 @@ PrunedDeiTLayer.__name__ = DeiTLayer.__name__
 class DeiTAdapter(ViTAdapter):
     block_class = PrunedDeiTLayer
     full_grid_heads: ClassVar = {DeiTForMaskedImageModeling: "it reconstructs every patch, so none may leave"}
+    protected_heads: ClassVar = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
     num_protected = 2  # DeiTModel embeds a distillation token whether a head reads it or not

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..signals import ModelShape, Stage
-from ..tokens import gather_tokens, with_protected
+from ..tokens import gather_tokens, merge_tokens, with_protected
 from ._capture import CAPTURE_ARGUMENT, Capture, disable_capture, enable_capture
+from ._carry import Carry, StartCarry
 from ._swap import check_swappable, swap_class
 
 
@@ -38,13 +40,22 @@ class BlockState:
     """What a pruned block knows. No tensors: it is copied, pickled and moved with the module.
 
     Attributes:
-        stage: None for a block behind the first pruning layer that drops nothing itself.
+        stage: None for a block that drops nothing itself.
+        layer: index of the block.
+        proportional: whether sizes of merged tokens bias its attention.
+        exact: it is the last block, and computes for protected tokens only what the head reads.
+        restore: tokens are remembered, and the last block gives them all back.
         config: of the whole model, set by the engine.
     """
 
     stage: Stage | None
     num_protected: int
     has_cls: bool
+    layer: int
+    is_last: bool
+    proportional: bool = False
+    exact: bool = False
+    restore: bool = False
     config: Any = None
     recorder: Recorder | None = field(default=None, compare=False)
 
@@ -63,31 +74,60 @@ class PrunedVisionBlock(nn.Module):
         """Second half of the block: (B, T, D) with the MLP and its residual added."""
         raise NotImplementedError
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def protected_half(self, hidden_states: Tensor, num_protected: int, bias: Tensor | None) -> Tensor:
+        """First half of the block for the first P tokens, which attend to all: (B, T, D) -> (B, P, D)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        token_prune_carry: Carry | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """The stock block, with ``stage.num_kept`` of the prunable tokens going on: (B, T, D) -> (B, P + n, D)."""
         refuse_mask(attention_mask)
-        stage = self.token_prune.stage
-        num_prunable = hidden_states.shape[1] - self.token_prune.num_protected
-        if stage is None or stage.num_kept(num_prunable) == num_prunable:
-            return super().forward(hidden_states, None, **kwargs)
-        capture = Capture(stage.needs)
-        if stage.needs:  # a stock attention function may not know what to do with the argument
-            kwargs[CAPTURE_ARGUMENT] = capture
-        if stage.where == "mid_block":
+        state, carry = self.token_prune, token_prune_carry
+        num_prunable = hidden_states.shape[1] - state.num_protected
+        stage = state.stage if state.stage and state.stage.num_kept(num_prunable) < num_prunable else None
+        if carry is not None:
+            carry.on_block(state.layer)
+        bias = carry.bias(state.layer) if carry is not None and state.proportional else None
+        if state.exact and carry is not None and carry.exact:
+            return self.mlp_half(self.protected_half(hidden_states, state.num_protected, bias))
+        if stage is None and bias is None:
+            tokens = super().forward(hidden_states, None, **kwargs)
+        else:
+            capture = Capture(stage.needs if stage else frozenset(), bias)
+            if capture.needs or bias is not None:  # a stock attention function may not know the argument
+                kwargs[CAPTURE_ARGUMENT] = capture
             tokens = self.attention_half(hidden_states, **kwargs)
-            return self.mlp_half(self._reduce(stage, tokens, hidden_states, capture))
-        tokens = super().forward(hidden_states, None, **kwargs)
-        return self._reduce(stage, tokens, hidden_states, capture)
+            if stage is not None and stage.where == "mid_block":
+                tokens = self._reduce(stage, tokens, hidden_states, capture, carry)
+            tokens = self.mlp_half(tokens)
+            if stage is not None and stage.where == "after_block":
+                tokens = self._reduce(stage, tokens, hidden_states, capture, carry)
+        if state.restore and state.is_last and carry is not None:
+            return carry.restored(state.layer, tokens, state.num_protected)
+        return tokens
 
-    def _reduce(self, stage: Stage, tokens: Tensor, inputs: Tensor, capture: Capture) -> Tensor:
+    def _reduce(self, stage: Stage, tokens: Tensor, inputs: Tensor, capture: Capture, carry: Carry | None) -> Tensor:
         state = self.token_prune
         n_keep = stage.num_kept(tokens.shape[1] - state.num_protected)
+        sizes = carry.sizes.get(state.layer) if carry is not None else None
         # Autocast would take the scores to half precision.
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            keep = stage.reduce(capture.signals(tokens, inputs, state.num_protected, state.has_cls), n_keep).keep
+            signals = capture.signals(tokens, inputs, state.num_protected, state.has_cls, sizes)
+            reduction = stage.reduce(signals, n_keep)
         if state.recorder is not None:
-            state.recorder.on_reduction(stage.name, keep)
-        return gather_tokens(tokens, with_protected(keep, state.num_protected))
+            state.recorder.on_reduction(stage.name, reduction.keep)
+        if carry is not None:
+            carry.on_reduction(state.layer, reduction, tokens, state.num_protected, state.restore)
+        if reduction.merged is not None and reduction.into is not None:
+            protected, prunable = tokens.split([state.num_protected, tokens.shape[1] - state.num_protected], dim=1)
+            merged = merge_tokens(prunable, reduction.keep, reduction.merged, reduction.into, reduction.weights)
+            return torch.cat([protected, merged], dim=1)
+        return gather_tokens(tokens, with_protected(reduction.keep, state.num_protected))
 
 
 def refuse_mask(attention_mask: Tensor | None) -> None:
@@ -107,9 +147,11 @@ class VisionAdapter:
 
     block_class: ClassVar[type[PrunedVisionBlock]]
     """The family's :class:`PrunedVisionBlock`."""
-    provides: ClassVar[frozenset[str]] = frozenset({"attention", "queries", "keys", "values"})
+    provides: ClassVar[frozenset[str]] = frozenset({"attention", "cls_attention", "queries", "keys", "values"})
     full_grid_heads: ClassVar[dict[type[PreTrainedModel], str]] = {}
     """Model classes that cannot work on fewer tokens, and why."""
+    protected_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = ()
+    """Model classes that read protected tokens only after the last block."""
 
     def encoder(self, model: PreTrainedModel) -> PreTrainedModel:
         """The part of the model that holds embeddings and blocks."""
@@ -127,11 +169,23 @@ class VisionAdapter:
         """Sizes of this model."""
         raise NotImplementedError
 
-    def check(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> None:
+    def check(
+        self,
+        model: PreTrainedModel,
+        stages: tuple[Stage, ...],
+        *,
+        exact_last_block: bool = False,
+        restore: bool = False,
+    ) -> None:
         """Raise UnsupportedModelError where pruned tokens cannot work; changes nothing."""
         for head, reason in self.full_grid_heads.items():
-            if isinstance(model, head):
+            if isinstance(model, head) and not restore:
                 raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned: {reason}")
+        if exact_last_block and type(model) not in self.protected_heads:
+            names = ", ".join(sorted(head.__name__ for head in self.protected_heads)) or "none of this family"
+            raise UnsupportedModelError(
+                f"exact_last_block: {type(model).__name__} reads patches after the last block; it works for {names}"
+            )
         for stage in stages:
             missing = stage.needs - self.provides
             if missing:
@@ -139,23 +193,61 @@ class VisionAdapter:
                     f"{type(stage).__name__} needs {', '.join(sorted(missing))}, which the adapter for "
                     f"{model.config.model_type!r} does not provide (it provides: {', '.join(sorted(self.provides))})"
                 )
+        implementation = self.encoder(model).config._attn_implementation
+        if any(stage.proportional for stage in stages) and implementation not in ("sdpa", "eager"):
+            raise UnsupportedModelError(
+                f"attention {implementation!r} takes no bias for the sizes of merged tokens; load the model with "
+                'attn_implementation="sdpa"'
+            )
         for index, block in enumerate(self.blocks(model)):
             check_swappable(block, self.block_class.stock_class, f"block {index}")
 
-    def attach(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> None:
-        """Make every block from the first pruning layer on a pruned one. Call :meth:`check` before."""
+    def attach(
+        self,
+        model: PreTrainedModel,
+        stages: tuple[Stage, ...],
+        *,
+        exact_last_block: bool = False,
+        restore: bool = False,
+    ) -> None:
+        """Make the blocks from the first pruning layer on pruned ones. Call :meth:`check` before.
+
+        Args:
+            exact_last_block: it computes for protected tokens only what the head reads.
+            restore: the last block gives every patch a state again.
+        """
         shape = self.shape(model)
         by_layer = {stage.layer: stage for stage in stages}
+        proportional = any(stage.proportional for stage in stages)
+        carries = exact_last_block or restore or any(stage.merges for stage in stages)
+        # Blocks behind the first stage are told to run without the full-length mask; all of them take a carry out.
+        first = 0 if carries else min(by_layer)
         for index, block in enumerate(self.blocks(model)):
-            if index >= min(by_layer):  # later blocks are told to run without the full-length mask
-                stage = by_layer.get(index)
-                swap_class(block, self.block_class)
-                block.__dict__["token_prune"] = BlockState(stage, shape.num_protected, shape.has_cls)
-                if stage is not None and stage.needs:
-                    enable_capture(self.attention(block))
+            if index < first:
+                continue
+            stage, is_last = by_layer.get(index), index == shape.depth - 1
+            swap_class(block, self.block_class)
+            block.__dict__["token_prune"] = BlockState(
+                stage,
+                shape.num_protected,
+                shape.has_cls,
+                layer=index,
+                is_last=is_last,
+                proportional=proportional,
+                exact=exact_last_block and is_last,
+                restore=restore,
+            )
+            if proportional or (stage is not None and stage.needs):
+                enable_capture(self.attention(block))
+        if carries:
+            handle = self.encoder(model).register_forward_pre_hook(StartCarry(), with_kwargs=True)
+            self.encoder(model).__dict__["token_prune_handle"] = handle
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""
+        handle = self.encoder(model).__dict__.pop("token_prune_handle", None)
+        if handle is not None:
+            handle.remove()
         for block in self.pruned_blocks(model).values():
             disable_capture(self.attention(block))
             swap_class(block, self.block_class.stock_class)
@@ -188,6 +280,28 @@ class VisionAdapter:
                 undo.callback(setattr, state, "recorder", state.recorder)
                 state.recorder = recorder
             yield
+
+
+def attend(
+    attention: nn.Module, states: Tensor, num_queries: int, output: nn.Module, scaling: float, bias: Tensor | None
+) -> Tensor:
+    """Attention of the first tokens to all: (B, T, D) -> (B, ``num_queries``, D).
+
+    Args:
+        attention: with ``q_proj``, ``k_proj``, ``v_proj``.
+        output: its output projection.
+        bias: (B, 1, 1, T) added to the logits.
+    """
+    projections: Any = attention
+    inputs = (states[:, :num_queries], states, states)
+    query, key, value = (
+        projection(x).unflatten(-1, (-1, projections.head_dim)).transpose(1, 2)
+        for projection, x in zip((projections.q_proj, projections.k_proj, projections.v_proj), inputs, strict=True)
+    )
+    mask = None if bias is None else bias.to(query.dtype)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    result: Tensor = output(attended.transpose(1, 2).flatten(2))
+    return result
 
 
 def linear_macs(*modules: nn.Module | None) -> int:

@@ -4,11 +4,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.vit.modeling_vit import ViTForMaskedImageModeling, ViTLayer
+from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTForMaskedImageModeling, ViTLayer
 
 from ..registry import register_adapter
 from ..signals import ModelShape
-from .vision import PrunedVisionBlock, VisionAdapter, as_pair, linear_macs
+from .vision import PrunedVisionBlock, VisionAdapter, as_pair, attend, linear_macs
 
 
 class ViTHalves(PrunedVisionBlock):
@@ -23,6 +23,12 @@ class ViTHalves(PrunedVisionBlock):
     def attention_half(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.attention(self.layernorm_before(hidden_states), None, **kwargs)
         return self.dropout(attended) + hidden_states
+
+    def protected_half(self, hidden_states: Tensor, num_protected: int, bias: Tensor | None) -> Tensor:
+        attention: Any = self.attention
+        states = self.layernorm_before(hidden_states)
+        attended = attend(attention, states, num_protected, attention.o_proj, attention.scaling, bias)
+        return self.dropout(attended) + hidden_states[:, :num_protected]
 
     def mlp_half(self, hidden_states: Tensor) -> Tensor:
         return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
@@ -40,6 +46,7 @@ PrunedViTLayer.__name__ = ViTLayer.__name__
 class ViTAdapter(VisionAdapter):
     block_class = PrunedViTLayer
     full_grid_heads: ClassVar = {ViTForMaskedImageModeling: "it reconstructs every patch, so none may leave"}
+    protected_heads: ClassVar = (ViTForImageClassification,)
     num_protected = 1
 
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:

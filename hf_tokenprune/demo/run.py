@@ -59,7 +59,7 @@ def run_demo(out: Path, limit: int | None = None, progress: bool = True) -> Demo
     images = load_images(list(load_digits_split("test")), limit=limit)
     dense = cost(model).dense.macs
     configs: dict[str, PruneConfig] = {}
-    for name in list_methods():
+    for name in list_methods("vision"):
         configs[name] = config_for_macs(model, get_method(name)(), BUDGET * dense)
     macs = {name: float(cost(model, config).pruned.macs) for name, config in configs.items()}
     report = evaluate_paired(

@@ -35,7 +35,7 @@ class ClsAttentionConfig(DecoderConfig):
     def validate(self) -> None:
         self.check_ratio("keep_ratio")
 
-    def stages(self, shape: DecoderShape) -> tuple[Stage, ...]:
+    def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
         if not shape.tower.has_cls:
             raise ConfigError(
                 "cls_attention ranks patches by the attention of the CLS token, and the vision tower of this model has "

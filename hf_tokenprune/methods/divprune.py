@@ -39,7 +39,7 @@ class DivPruneConfig(DecoderConfig):
     def validate(self) -> None:
         self.check_ratio("keep_ratio")
 
-    def stages(self, shape: DecoderShape) -> tuple[Stage, ...]:
+    def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
         return (DivPruneStage(-1, "entrance", self.keep_ratio, budget=self.budget, **self.shared(shape)),)
 
     def scaled(self, strength: float) -> "DivPruneConfig":

@@ -37,7 +37,7 @@ class FastVConfig(DecoderConfig):
         self.check(self.layer >= 0, "layer", "a layer number >= 0")
         self.check_ratio("keep_ratio")
 
-    def stages(self, shape: DecoderShape) -> tuple[Stage, ...]:
+    def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
         self.check_followed("layer", (self.layer,), shape)
         return (FastVStage(self.layer, "after_block", self.keep_ratio, **self.shared(shape)),)
 

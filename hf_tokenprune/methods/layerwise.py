@@ -1,6 +1,7 @@
 """What configs share that keep a ratio of the tokens at each of several layers."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, TypeVar
@@ -39,7 +40,7 @@ class LayerwiseConfig(PruneConfig):
 
     default_blocks: ClassVar[tuple[int, ...]] = ()
     """1-based blocks of 12 after which the method prunes by default."""
-    default_keep_ratios: ClassVar[float | tuple[float, ...]] = ()
+    default_keep_ratios: ClassVar[tuple[float, ...]] = ()
 
     def validate(self) -> None:
         if self.layers is not None:
@@ -72,13 +73,14 @@ class LayerwiseConfig(PruneConfig):
         )
         return list(zip(self.layers, self._ratios(len(self.layers), ()), strict=True))
 
-    def _ratios(self, count: int, default: float | tuple[float, ...]) -> tuple[float, ...]:
-        ratios = default if self.keep_ratios is None else self.keep_ratios
-        if isinstance(ratios, float):
-            return (ratios,) * count
+    def _ratios(self, count: int, default: tuple[float, ...]) -> tuple[float, ...]:
+        if self.keep_ratios is None:
+            return default
+        if isinstance(self.keep_ratios, float):
+            return (self.keep_ratios,) * count
         allowed = f"{count} values, one for each default layer (or give layers too)"
-        self.check(len(ratios) == count, "keep_ratios", allowed)
-        return ratios
+        self.check(len(self.keep_ratios) == count, "keep_ratios", allowed)
+        return self.keep_ratios
 
     def scaled(self: C, strength: float) -> C:
         """Every removed fraction multiplied by ``strength``, which may exceed 1; at least 1 % stays at each layer."""
@@ -92,8 +94,8 @@ class LayerwiseConfig(PruneConfig):
 class BaselineConfig(LayerwiseConfig):
     """A layerwise config that prunes decoders too: once at the entrance, or after the layers that ``layers`` names.
 
-    Without ``layers``, ``keep_ratios`` is then one number, 0.098 by default, of every image; ``where`` has no other
-    place than "after_block".
+    At the entrance ``keep_ratios`` is of every image, 0.098 by default; several ratios, which meet there, are
+    multiplied. ``where`` has no other place than "after_block".
     """
 
     prunes: ClassVar[frozenset[str]] = frozenset({"vision", "decoder"})
@@ -106,7 +108,6 @@ class BaselineConfig(LayerwiseConfig):
         self.check(self.where == "after_block", "where", "'after_block': in a decoder tokens leave behind a layer")
         if self.layers is not None:
             return [(layer, "after_block", ratio, "sample") for layer, ratio in self.plan(shape)]
-        allowed = "one number: without layers, the tokens of a decoder leave once, at its entrance (or give layers too)"
-        self.check(not isinstance(self.keep_ratios, tuple) or len(self.keep_ratios) == 1, "keep_ratios", allowed)
-        (ratio,) = self._ratios(1, self.default_entrance_ratio)
+        ratios = self.default_entrance_ratio if self.keep_ratios is None else self.keep_ratios
+        ratio = math.prod(ratios) if isinstance(ratios, tuple) else ratios
         return [(-1, "entrance", ratio, "image")]

@@ -39,7 +39,7 @@ class PyramidDropConfig(DecoderConfig):
             self.check_ascending("layers")
             self.check(len(self.layers) == len(self.keep_ratios), "layers", f"one for each of {self.keep_ratios}")
 
-    def stages(self, shape: DecoderShape) -> tuple[Stage, ...]:
+    def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
         layers = self.layers or evenly(len(self.keep_ratios), shape.depth)
         self.check_followed("layers", layers, shape)
         ratios = dict(zip(layers, self.keep_ratios, strict=True))  # in a shallow model the last of a layer counts
@@ -72,4 +72,4 @@ class PyramidDropStage(Stage):
 def evenly(count: int, depth: int) -> tuple[int, ...]:
     """0-based layers that end the first ``count`` of ``count + 1`` equal parts of a model of ``depth`` layers."""
     ends = [int(depth * part / (count + 1) + 0.5) for part in range(1, count + 1)]
-    return tuple(max(end, 1) - 1 for end in ends)
+    return tuple(max(min(end, depth - 1), 1) - 1 for end in ends)

@@ -12,8 +12,7 @@ from .layerwise import BaselineConfig
 @register_method("random")
 @dataclass(frozen=True)
 class RandomConfig(BaselineConfig):
-    """Keep a random subset at each layer. By default 70 % after blocks 3, 6 and 9 of 12, in a
-    decoder 9.8 % at its entrance.
+    """Keep a random subset at each layer. By default 70 % after blocks 3, 6 and 9 of 12; in a decoder 9.8 %, at once.
 
     The subset depends on ``seed``, the layer and the number of tokens, not on the image or its place in the batch, so
     that runs repeat and a batch equals its samples alone. Average over seeds for a figure.
@@ -22,13 +21,13 @@ class RandomConfig(BaselineConfig):
     seed: int = 0
 
     default_blocks: ClassVar[tuple[int, ...]] = (3, 6, 9)
-    default_keep_ratios: ClassVar[float] = 0.7
+    default_keep_ratios: ClassVar[tuple[float, ...]] = (0.7, 0.7, 0.7)
 
     def validate(self) -> None:
         super().validate()
         self.check(0 <= self.seed < 2**31, "seed", "0 <= seed < 2**31")
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+    def stages_for(self, shape: Shape) -> tuple[Stage, ...]:
         places = self.places(shape)
         return tuple(
             RandomStage(layer, where, ratio, self.seed, budget=budget) for layer, where, ratio, budget in places

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..config import PruneConfig
+from ..errors import ConfigError
 from ..registry import register_method
 from ..signals import DecoderShape, Stage
 
 PLACES = {"vision_tower": "at the vision tower", "entrance": "at the decoder's entrance", "after_block": "inside it"}
-MAX_CONFIGS = len(PLACES)
+MAX_STAGES = len(PLACES)
 
 
 def visionzip_then_transprune() -> tuple[PruneConfig, ...]:
@@ -27,37 +28,38 @@ class StackConfig(PruneConfig):
     """Several methods at once, each in a place of its own. The default is VisionZip, then TransPrune.
 
     Args:
-        configs: two or three configs of methods for vision-language models, in any order: at most one that prunes at
+        stages: two or three configs of methods for vision-language models, in any order: at most one that prunes at
             the vision tower, one at the entrance of the decoder and one inside it. In a file: a list of their objects.
     """
 
-    configs: tuple[PruneConfig, ...] = field(default_factory=visionzip_then_transprune)
+    stages: tuple[PruneConfig, ...] = field(default_factory=visionzip_then_transprune)
 
     prunes: ClassVar[frozenset[str]] = frozenset({"decoder"})
 
     def __post_init__(self) -> None:
         # Before anything is converted: a file must not nest without end.
-        given: Any = self.configs
+        given: Any = self.stages
         for part in given if isinstance(given, (list, tuple)) else ():
             name = part.get("method") if isinstance(part, dict) else getattr(part, "method", None)
-            self.check(name != self.method, "configs", "no stack inside a stack: list all methods side by side")
+            if name == self.method:
+                raise ConfigError("stages of StackConfig: no stack inside a stack; list all methods side by side")
         super().__post_init__()
 
     def validate(self) -> None:
-        self.check(2 <= len(self.configs) <= MAX_CONFIGS, "configs", f"two to {MAX_CONFIGS} prune configs")
-        for config in self.configs:
+        self.check(2 <= len(self.stages) <= MAX_STAGES, "stages", f"two to {MAX_STAGES} prune configs")
+        for config in self.stages:
             allowed = f"methods that prune decoders, and {config.method!r} prunes {' and '.join(config.prunes)} only"
-            self.check("decoder" in config.prunes, "configs", allowed)
-        newlines = {getattr(config, "newlines", "prune") for config in self.configs}
-        self.check(len(newlines) == 1, "configs", "the same newlines ('prune' or 'protect') in all of them")
+            self.check("decoder" in config.prunes, "stages", allowed)
+        newlines = {getattr(config, "newlines", "prune") for config in self.stages}
+        self.check(len(newlines) == 1, "stages", "the same newlines ('prune' or 'protect') in all of them")
 
-    def stages(self, shape: DecoderShape) -> tuple[Stage, ...]:
-        stages = [config.stages(shape) for config in self.configs]
-        count = Counter(where for part in stages for where in {stage.where for stage in part})
+    def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
+        parts = [config.stages_for(shape) for config in self.stages]
+        count = Counter(where for part in parts for where in {stage.where for stage in part})
         for where, place in PLACES.items():
-            self.check(count[where] <= 1, "configs", f"at most one method that prunes {place}, not {count[where]}")
+            self.check(count[where] <= 1, "stages", f"at most one method that prunes {place}, not {count[where]}")
         order = list(PLACES)
-        return tuple(sorted((s for part in stages for s in part), key=lambda s: (order.index(s.where), s.layer)))
+        return tuple(sorted((s for part in parts for s in part), key=lambda s: (order.index(s.where), s.layer)))
 
     def scaled(self, strength: float) -> "StackConfig":
-        return dataclasses.replace(self, configs=tuple(config.scaled(strength) for config in self.configs))
+        return dataclasses.replace(self, stages=tuple(config.scaled(strength) for config in self.stages))

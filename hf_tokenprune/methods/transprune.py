@@ -1,7 +1,7 @@
 """TransPrune: keep the image tokens that the decoder's layers change most, and that the instruction attends to.
 
 Follows Ao Li, Yuxiang Duan, Jinghui Zhang, Congbo Ma, Yutong Xie, Gustavo Carneiro, Mohammad Yaqub, Hu Wang,
-"TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model" CVPR 2026 (arXiv 2507.20630),
+"TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model", CVPR 2026 (arXiv 2507.20630),
 and its official code for what the paper leaves open.
 
 Axes: B batch, T all tokens, N image tokens, H heads, R rows of text, K layers, D width.
@@ -73,7 +73,7 @@ class TransPruneConfig(DecoderConfig):
             self.check(bool(accumulated) and accumulated[0] <= first, "accumulate_layers", allowed)
             self.check(accumulated[-1] <= last, "accumulate_layers", allowed)
 
-    def stages(self, shape: DecoderShape) -> tuple[Stage, ...]:
+    def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
         self.check_followed("layers", self.layers, shape)
         shared = self.shared(shape)
         return tuple(

@@ -14,13 +14,15 @@ from .layerwise import BaselineConfig
 @register_method("uniform")
 @dataclass(frozen=True)
 class UniformConfig(BaselineConfig):
-    """Keep evenly spaced tokens (in raster order) at each layer. By default 70 % after blocks 3, 6 and 9 of 12, in a
-    decoder 9.8 % at its entrance."""
+    """Keep evenly spaced tokens (in raster order) at each layer.
+
+    By default 70 % after blocks 3, 6 and 9 of 12; in a decoder 9.8 %, at once.
+    """
 
     default_blocks: ClassVar[tuple[int, ...]] = (3, 6, 9)
-    default_keep_ratios: ClassVar[float] = 0.7
+    default_keep_ratios: ClassVar[tuple[float, ...]] = (0.7, 0.7, 0.7)
 
-    def stages(self, shape: Shape) -> tuple[Stage, ...]:
+    def stages_for(self, shape: Shape) -> tuple[Stage, ...]:
         places = self.places(shape)
         return tuple(UniformStage(layer, where, ratio, budget=budget) for layer, where, ratio, budget in places)
 

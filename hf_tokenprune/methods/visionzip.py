@@ -40,7 +40,7 @@ class VisionZipConfig(DecoderConfig):
         self.check(self.dominant >= 1, "dominant", "a count >= 1")
         self.check(self.contextual >= 1, "contextual", "a count >= 1 (to merge nothing, use cls_attention)")
 
-    def stages(self, shape: DecoderShape) -> tuple[Stage, ...]:
+    def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
         has_cls = shape.tower.has_cls
         self.check(has_cls or not self.keep_cls, "keep_cls", "None or False: this vision tower has no CLS token")
         keep_cls = has_cls if self.keep_cls is None else self.keep_cls
@@ -80,14 +80,14 @@ class VisionZipStage(Stage):
         others = complement(dominant, patches.shape[1])
         targets = uniform_targets(others.shape[1], self.contextual)
         merged = merge(gather_tokens(patches, others), gather_tokens(metric, others), targets)
-        slots = [dominant, others[:, targets]]
-        states = [gather_tokens(patches, dominant), merged]
+        slots = others[:, targets]
         if self.keep_cls:
             first_merged = 1 if targets.step > 1 else self.contextual  # the first of the others that is no target
-            slots.append(others[:, first_merged, None])
-            states.append(signals.tokens[:, :1])
-        keep, order = torch.cat(slots, 1).sort(1)
-        return Reduction(keep, gather_tokens(torch.cat(states, 1), order))
+            slots = torch.cat([slots, others[:, first_merged, None]], 1)
+            merged = torch.cat([merged, signals.tokens[:, :1]], 1)
+        states = patches.scatter(1, slots.unsqueeze(-1).expand_as(merged), merged)
+        keep = torch.cat([dominant, slots], 1).sort(1).values
+        return Reduction(keep, tokens=gather_tokens(states, keep))
 
 
 def complement(chosen: Tensor, num_tokens: int) -> Tensor:

@@ -101,7 +101,7 @@ class ZeroTPruneConfig(LayerwiseConfig):
                 unused = "its default: it has no effect with num_similar=0"
                 self.check(getattr(self, field) == default, field, unused)
 
-    def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
+    def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
         plan = self.plan(shape)
         similar = self._per_layer("num_similar", len(plan))
         rounds = self._per_layer("num_iterations", len(plan))

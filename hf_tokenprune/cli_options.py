@@ -1,0 +1,161 @@
+"""What several commands of ``hf-tokenprune`` share: their options, and what these name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .config import CONFIG_NAME, PruneConfig
+from .errors import ConfigError, TokenPruneError
+
+ModelArg = Annotated[str, typer.Argument(help="Folder of a checkpoint, or owner/name on the Hub.")]
+MethodOpt = Annotated[
+    list[str] | None, typer.Option("--method", "-m", help="Name of a method, its default config; see `list`.")
+]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", help="field=value for every --method; JSON values: -s where=mid_block -s 'layers=[2,5]'."
+    ),
+]
+MacsOpt = Annotated[
+    list[float] | None,
+    typer.Option("--gmacs", "-g", help="Scale the schedule to at most so many GMACs an image (prefill)."),
+]
+ConfigOpt = Annotated[
+    list[str] | None, typer.Option("--prune-config", "-c", help="prune_config.json: file, folder or Hub repository.")
+]
+TextTokensOpt = Annotated[
+    int | None,
+    typer.Option(min=1, help="Vision-language models: tokens of the prompt besides those of its image. Default: 64."),
+]
+NewTokensOpt = Annotated[
+    int | None, typer.Option(min=2, help="Vision-language models: tokens to generate. Default: 32.")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+
+
+def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors that a user can act on are one line on stderr and exit code 1, not a traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (TokenPruneError, ImportError, OSError) as error:
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def show(as_json: bool, data: Any, text: str) -> None:
+    """The result of a command, for a program or for a person."""
+    typer.echo(json.dumps(data, indent=2) if as_json else text)
+
+
+def configs_for(
+    model: Any,
+    path: str,
+    methods: list[str] | None,
+    fields: list[str] | None,
+    gmacs: list[float] | None,
+    prune_configs: list[str] | None,
+    text_tokens: int | None = None,
+) -> dict[str, PruneConfig]:
+    """The configs that the options name, by a label for tables. With none named: the checkpoint's own.
+
+    Every config is combined with every MACs budget.
+    """
+    from .cost import config_for_macs
+    from .pretrained import choose_config
+
+    if fields and not methods:
+        raise ConfigError(f"--set {fields[0]} has no effect without --method")
+    chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
+    for source in prune_configs or []:
+        file = Path(source)
+        short = file.parent.name if file.name == CONFIG_NAME else file.stem
+        chosen[source if not short or short in chosen else short] = PruneConfig.from_pretrained(source)
+    if not chosen:
+        own = choose_config(path, None, getattr(model.config, "prune_config", None), {})
+        if own is None:
+            raise ConfigError(f"{path!r} carries no prune config; give --method or --prune-config")
+        chosen = {own.method: own}
+    if not gmacs:
+        return chosen
+    return {
+        f"{name}@{budget:g}": config_for_macs(model, config, budget * 1e9, text_tokens=text_tokens)
+        for budget in gmacs
+        for name, config in chosen.items()
+    }
+
+
+def parse_fields(items: list[str]) -> dict[str, Any]:
+    """``field=value`` strings; a value that is not JSON is a string."""
+    fields = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {item!r}: expected field=value")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+def load_dense(path: str, device: str) -> Any:
+    """The stock model, whatever config the checkpoint carries."""
+    from transformers import AutoConfig
+
+    from .pretrained import class_of
+
+    return class_of(AutoConfig.from_pretrained(path)).from_pretrained(path).to(device)
+
+
+def random_model(path: str) -> Any:
+    """The model with random weights, from its config alone."""
+    from transformers import AutoConfig
+
+    from .pretrained import class_of
+
+    config = AutoConfig.from_pretrained(path)
+    return class_of(config)._from_config(config)
+
+
+def empty_model(path: str) -> Any:
+    """The model without memory for its weights: enough to know sizes."""
+    import torch
+
+    with torch.device("meta"):
+        return random_model(path)
+
+
+def kind_of(model: Any) -> str:
+    """What the model is to a method: a "vision" encoder or a "decoder"."""
+    from .engine import find_adapter
+
+    return str(find_adapter(model).shape(model).kind)
+
+
+def save_processor(path: str, model: Any, out: Path) -> None:
+    """Copy what prepares the inputs of a checkpoint: the image processor, of a vision-language model the tokenizer too.
+
+    One that is not there, or that something is missing for, is said on stderr: a model can be used without.
+    """
+    from transformers import AutoProcessor
+
+    from .evaluation import load_processor
+
+    load = load_processor if kind_of(model) == "vision" else AutoProcessor.from_pretrained
+    try:
+        load(path).save_pretrained(out)
+    except (ImportError, OSError, ValueError) as error:
+        typer.secho(f"note: no processor was copied to {out}: {error}", fg=typer.colors.YELLOW, err=True)

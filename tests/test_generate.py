@@ -1,0 +1,467 @@
+"""Pruned models in generate() and in hand-written loops with a cache: every result is compared with the slow reference,
+or with a run that must give the same; and the cache is shown to be shorter."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from hf_tokenprune import prune, record, unprune
+from hf_tokenprune.errors import PruneStateError
+
+from .decoder_families import (
+    CASES,
+    FAMILIES,
+    SUPPORTED,
+    TEXTS,
+    VOCABULARY,
+    Case,
+    Inputs,
+    attached,
+    collate,
+    is_image,
+    lengths,
+    run,
+    sample,
+    stages_of,
+    tiny_vlm,
+)
+from .reference_decoder import Reference, reference
+from .test_contract_decoders import EVERYWHERE, ONE_IMAGE, close, every_family, every_method, every_text, id_of, prompts
+
+STEPS = 5
+
+
+def greedy(model: PreTrainedModel, inputs: Inputs, steps: int = STEPS, **kwargs: Any) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=steps,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **kwargs,
+    )
+
+
+@dataclasses.dataclass
+class Pruned:
+    """A pruned model beside its dense twin."""
+
+    model: PreTrainedModel
+    dense: PreTrainedModel
+    stages: tuple
+
+    def told(self, inputs: Inputs) -> Reference:
+        """The reference for a prompt of its own."""
+        with record(self.model) as rec:
+            run(self.model, inputs)
+        return reference(self.dense, inputs, self.stages if rec.kept else (), rec, pruned=self.model)
+
+
+def pruned_pair(family: str, case: Case, text: str = "llama", **fields: Any) -> Pruned:
+    model, dense = tiny_vlm(family, text), tiny_vlm(family, text)
+    config = case.config(dense, **fields)
+    return Pruned(prune(model, config), dense, stages_of(dense, config))
+
+
+# -- greedy ----------------------------------------------------------------------------------------------------------
+
+
+@every_text
+@every_method
+def test_greedy_is_the_reference(pair, text) -> None:
+    """Tokens, logits of every step, and the length of every layer's cache."""
+    two = pruned_pair(*pair, text)
+    inputs = sample(two.dense, ONE_IMAGE, seed=11)
+    output = greedy(two.model, inputs)
+    told = two.told(inputs)
+    tokens, logits = told.generate(STEPS)
+    assert output.sequences[0, -STEPS:].tolist() == tokens
+    close(torch.cat(output.logits), logits)
+    entering = told.forward().entering
+    assert entering[-1] < inputs["input_ids"].shape[1], "something left"
+    assert lengths(output.past_key_values) == [n + STEPS - 1 for n in entering]
+
+
+@every_text
+@every_method
+def test_a_padded_batch_is_its_samples_alone(pair, text) -> None:
+    """Prompts of different lengths with none, one and several images of several sizes: tokens and logits of a step."""
+    two = pruned_pair(*pair, text)
+    alone = prompts(two.dense)
+    batch = collate(alone)
+    output = greedy(two.model, batch)
+    for row, inputs in enumerate(alone):
+        expected = greedy(two.model, inputs)
+        assert output.sequences[row, -STEPS:].tolist() == expected.sequences[0, -STEPS:].tolist()
+        close(torch.stack(output.logits)[:, row], torch.cat(expected.logits))
+    tokens, logits = two.told(alone[2]).generate(STEPS)
+    assert output.sequences[2, -STEPS:].tolist() == tokens
+    close(torch.stack(output.logits)[:, 2], logits)
+
+
+@every_method
+def test_without_a_cache(pair) -> None:
+    """Every step prunes the prompt again: the same sets where no text guides the choice, and pruning in any case."""
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE)
+    with record(two.model) as rec:
+        output = greedy(two.model, inputs, use_cache=False)
+    assert rec.tokens[len(rec.tokens) - 1] < inputs["input_ids"].shape[1] + STEPS - 1
+    if not any("text_attention" in stage.needs or stage.observes for stage in two.stages):
+        expected = greedy(two.model, inputs)
+        assert torch.equal(output.sequences, expected.sequences)
+        close(torch.cat(output.logits), torch.cat(expected.logits))
+
+
+# -- other ways to generate ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["sampling", "beams", "several sequences"])
+@every_family
+def test_keep_all_generates_the_dense_tokens(family, how) -> None:
+    ways = {
+        "sampling": {"do_sample": True, "temperature": 0.7},
+        "beams": {"num_beams": 3, "do_sample": False},
+        "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    }
+    model = tiny_vlm(family)
+    batch = collate([sample(model, ONE_IMAGE, 1), sample(model, "..I...", 2)])
+    torch.manual_seed(5)
+    expected = model.generate(**batch, max_new_tokens=STEPS, **ways[how])
+    with attached(model, *EVERYWHERE):
+        torch.manual_seed(5)
+        assert torch.equal(model.generate(**batch, max_new_tokens=STEPS, **ways[how]), expected)
+
+
+@every_method
+def test_sampling_follows_the_seed(pair) -> None:
+    """Several sequences a prompt: each continues a prompt of its own, by logits that the reference confirms."""
+    two = pruned_pair(*pair)
+    alone = [sample(two.dense, ONE_IMAGE, seed) for seed in (1, 2)]
+    torch.manual_seed(3)
+    output = two.model.generate(
+        **collate(alone),
+        max_new_tokens=STEPS,
+        do_sample=True,
+        num_return_sequences=2,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    for row, sequence in enumerate(output.sequences[:, -STEPS:].tolist()):
+        told = two.told(alone[row // 2])
+        for step in range(STEPS):
+            close(output.logits[step][row], told.then(sequence[:step]).forward().logits[-1])
+    assert len({tuple(row) for row in output.sequences[:, -STEPS:].tolist()}) > 1
+
+
+@every_method
+def test_beam_search_is_the_reference(pair) -> None:
+    """The score that beam search gives its sequence is the sum that the reference gives it; beams change places."""
+    two = pruned_pair(*pair)
+    alone = [sample(two.dense, ONE_IMAGE, seed) for seed in (1, 4)]
+    output = two.model.generate(
+        **collate(alone),
+        max_new_tokens=STEPS,
+        num_beams=3,
+        do_sample=False,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    for row, inputs in enumerate(alone):
+        told, tokens, total = two.told(inputs), output.sequences[row, -STEPS:].tolist(), 0.0
+        for step, token in enumerate(tokens):
+            logits = told.then(tokens[:step]).forward().logits[-1]
+            total += float(logits.log_softmax(-1)[token])
+        close(output.sequences_scores[row], torch.tensor(total))
+    assert (output.beam_indices[:, 1:STEPS] != output.beam_indices[:, :1]).any(), "a test that shows something"
+
+
+@every_method
+def test_prompt_lookup_is_greedy(pair) -> None:
+    """Candidates are checked several at a time, and those that are wrong are cropped from every layer."""
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE)
+    words = inputs["input_ids"][0, -6:]
+    inputs = collate([{**inputs, "input_ids": _repeated(inputs, words), "attention_mask": _ones(inputs, len(words))}])
+    expected = greedy(two.model, inputs, 12)
+    output = greedy(two.model, inputs, 12, prompt_lookup_num_tokens=3)
+    assert torch.equal(output.sequences, expected.sequences)
+    close(torch.cat(output.logits), torch.cat(expected.logits))
+
+
+def _repeated(inputs: Inputs, words: Tensor) -> Tensor:
+    return torch.cat([inputs["input_ids"], words[None]], 1)
+
+
+def _ones(inputs: Inputs, more: int) -> Tensor:
+    return torch.ones(1, inputs["input_ids"].shape[1] + more, dtype=torch.long)
+
+
+@every_method
+def test_streaming(pair) -> None:
+    class Collect(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE)
+    streamer = Collect()
+    output = greedy(two.model, inputs, streamer=streamer)
+    assert streamer.tokens[-STEPS - 1 :] == [*output.sequences[0, -STEPS:].tolist(), -1]
+
+
+# -- caches held by the user -----------------------------------------------------------------------------------------
+
+
+def continued(inputs: Inputs, tokens: list[int], words: Inputs) -> Inputs:
+    """The whole conversation so far as ids, with the images of the new turn only: what generate takes with a cache."""
+    so_far = inputs["input_ids"][0].tolist() + tokens
+    ids = torch.tensor([so_far + words["input_ids"][0].tolist()])
+    return {**words, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("second", ["...", "..I...", "I"])
+@every_text
+@every_method
+def test_several_turns_with_one_cache(pair, text, second) -> None:
+    """A second turn of text, or with an image of its own: what the reference makes of the whole conversation."""
+    two = pruned_pair(*pair, text)
+    first, words = sample(two.dense, ONE_IMAGE, 1), sample(two.dense, second, 2)
+    cache = DynamicCache()
+    output = greedy(two.model, first, past_key_values=cache)
+    tokens = output.sequences[0, -STEPS:].tolist()
+    assert output.past_key_values is cache
+
+    told = two.told(first).then(tokens)
+    whole = continued(first, tokens, words)
+    with record(two.model) as rec:
+        output = greedy(two.model, whole, past_key_values=cache)
+    if "I" in second:
+        told = told.then_prompt(reference(two.dense, words, two.stages, rec, pruned=two.model))
+    else:
+        assert not rec.kept
+        told = told.then(words["input_ids"][0].tolist())
+    expected, logits = told.generate(STEPS)
+    assert output.sequences[0, -STEPS:].tolist() == expected
+    close(torch.cat(output.logits), logits)
+    assert lengths(cache) == [n + STEPS - 1 for n in told.forward().entering]
+
+    whole = continued(whole, expected, sample(two.dense, "..", 3))
+    output = greedy(two.model, whole, past_key_values=cache)
+    expected, logits = told.then(expected + whole["input_ids"][0, -2:].tolist()).generate(STEPS)
+    assert output.sequences[0, -STEPS:].tolist() == expected
+    close(torch.cat(output.logits), logits)
+
+
+@every_method
+def test_a_cached_text_in_front(pair) -> None:
+    """A system prompt whose keys are kept and used for a prompt with an image."""
+    two = pruned_pair(*pair)
+    system, inputs = sample(two.dense, ".....", 1), sample(two.dense, ONE_IMAGE, 2)
+    cache = run(two.model, system, use_cache=True).past_key_values
+    whole = continued(system, [], inputs)
+    with record(two.model) as rec:
+        output = greedy(two.model, whole, past_key_values=cache)
+    start = dataclasses.replace(reference(two.dense, system), leaving=())
+    told = reference(two.dense, inputs, two.stages, rec, pruned=two.model)
+    start = dataclasses.replace(start, leaving=tuple(dataclasses.replace(x, kept=frozenset()) for x in told.leaving))
+    tokens, logits = start.then_prompt(told).generate(STEPS)
+    assert output.sequences[0, -STEPS:].tolist() == tokens
+    close(torch.cat(output.logits), logits)
+    # The words in front are seen by what reads attention, so the sets may differ from those of the prompt alone.
+    whole_told = two.told(collate([whole]))
+    by_text = any("text_attention" in stage.needs or stage.observes for stage in two.stages)
+    if not by_text:
+        assert [x.kept for x in whole_told.leaving] == [x.kept for x in told.leaving]
+
+
+@pytest.mark.parametrize("mask", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("chunk", [1, 3])
+@every_method
+def test_a_loop_written_by_hand(pair, chunk, mask) -> None:
+    """Forwards with nothing but ids and the cache, one token or several at a time; positions are worked out inside."""
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE, 1)
+    more = torch.randint(1, VOCABULARY - 2, (1, 6), generator=torch.Generator().manual_seed(7))
+    ones = torch.ones(1, inputs["input_ids"].shape[1] + 6, dtype=torch.long)
+    if not mask:
+        inputs.pop("attention_mask")
+    cache = run(two.model, inputs, use_cache=True).past_key_values
+    seen, logits = inputs["input_ids"].shape[1], []
+    for piece in more.split(chunk, dim=1):
+        seen += piece.shape[1]
+        step = {"input_ids": piece, **({"attention_mask": ones[:, :seen]} if mask else {})}
+        logits.append(run(two.model, step, past_key_values=cache, use_cache=True).logits[0])
+        assert cache.get_seq_length() == seen
+    close(torch.cat(logits), two.told(inputs).then(more[0].tolist()).forward().logits[-6:])
+
+
+@every_method
+def test_a_padded_loop_written_by_hand(pair) -> None:
+    """Several tokens at a time behind a ragged, left-padded batch."""
+    two = pruned_pair(*pair)
+    alone = prompts(two.dense)
+    batch = collate(alone)
+    more = torch.randint(1, VOCABULARY - 2, (len(alone), 4), generator=torch.Generator().manual_seed(7))
+    cache = run(two.model, batch, use_cache=True).past_key_values
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(more)], 1)
+    logits = run(two.model, {"input_ids": more, "attention_mask": mask}, past_key_values=cache).logits
+    for row, inputs in enumerate(alone):
+        close(logits[row], two.told(inputs).then(more[row].tolist()).forward().logits[-4:])
+
+
+@every_method
+def test_cropping_and_going_on(pair) -> None:
+    """What was generated can be taken back; a cut inside the pruned prompt is refused."""
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE, 1)
+    cache = DynamicCache()
+    output = greedy(two.model, inputs, past_key_values=cache)
+    kept = output.sequences[0, -STEPS:].tolist()[:2]
+    cache.crop(-2)  # of four: the last token was never fed
+    other = sample(two.dense, "...", 5)
+    again = greedy(two.model, continued(inputs, kept, other), past_key_values=cache)
+    tokens, logits = two.told(inputs).then(kept + other["input_ids"][0].tolist()).generate(STEPS)
+    assert again.sequences[0, -STEPS:].tolist() == tokens
+    close(torch.cat(again.logits), logits)
+
+    cache = run(two.model, inputs, use_cache=True).past_key_values
+    cache.crop(-1)
+    with pytest.raises(PruneStateError, match="cropped inside a prompt .* start with a new DynamicCache"):
+        run(two.model, {"input_ids": inputs["input_ids"][:, -1:]}, past_key_values=cache)
+    assert greedy(two.model, inputs).sequences.equal(output.sequences)
+
+
+@every_method
+def test_cropping_to_a_length_is_right_or_refused(pair) -> None:
+    """Old Transformers crop every layer to one length, which layers of different lengths cannot follow."""
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE, 1)
+    length = inputs["input_ids"].shape[1]
+    cache = DynamicCache()
+    tokens = greedy(two.model, inputs, past_key_values=cache).sequences[0, -STEPS:].tolist()
+    step = {"input_ids": torch.tensor([[9]])}
+    try:
+        cache.crop(length + 2)
+        logits = run(two.model, step, past_key_values=cache).logits[0]
+    except ValueError:
+        return
+    close(logits, two.told(inputs).then([*tokens[:2], 9]).forward().logits[-1:])
+
+
+@every_method
+def test_a_copied_cache_goes_its_own_way(pair) -> None:
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE, 1)
+    cache = run(two.model, inputs, use_cache=True).past_key_values
+    clone = copy.deepcopy(cache)
+    told = two.told(inputs)
+    for held, words in ((cache, [5, 6]), (clone, [7]), (cache, [8]), (clone, [9, 10])):
+        held.words = [*getattr(held, "words", []), *words]
+        logits = run(two.model, {"input_ids": torch.tensor([words])}, past_key_values=held).logits[0]
+        close(logits, told.then(held.words).forward().logits[-len(words) :])
+
+
+@every_method
+def test_caches_of_two_conversations_do_not_mix(pair) -> None:
+    """One model, prompts of different lengths, steps in turn."""
+    two = pruned_pair(*pair)
+    talks = [sample(two.dense, ONE_IMAGE, 1), sample(two.dense, "..I.i..", 2), sample(two.dense, "...", 3)]
+    told = [two.told(inputs) for inputs in talks]
+    caches = [run(two.model, inputs, use_cache=True).past_key_values for inputs in talks]
+    for word in (5, 6):
+        for i, cache in enumerate(caches):
+            told[i] = told[i].then([word])
+            logits = run(two.model, {"input_ids": torch.tensor([[word]])}, past_key_values=cache).logits[0]
+            close(logits, told[i].forward().logits[-1:])
+
+
+@pytest.mark.parametrize("how", ["reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
+@every_method
+def test_rows_of_a_cache_move(pair, how) -> None:
+    """Samples of a ragged batch change places, are repeated, or are taken out."""
+    two = pruned_pair(*pair)
+    alone = prompts(two.dense)
+    batch = collate(alone)
+    cache = run(two.model, batch, use_cache=True).past_key_values
+    if how == "batch_repeat_interleave":
+        rows = [row for row in range(len(alone)) for _ in range(2)]
+        cache.batch_repeat_interleave(2)
+    else:
+        rows = [2, 0, 2, *range(1, len(alone) - 2)] if how == "reorder_cache" else [3, 1]
+        getattr(cache, how)(torch.tensor(rows))
+    more = torch.randint(1, VOCABULARY - 2, (len(rows), 2), generator=torch.Generator().manual_seed(7))
+    mask = torch.cat([batch["attention_mask"][rows], torch.ones_like(more)], 1)
+    logits = run(two.model, {"input_ids": more, "attention_mask": mask}, past_key_values=cache).logits
+    for i, row in enumerate(rows):
+        close(logits[i], two.told(alone[row]).then(more[i].tolist()).forward().logits[-2:])
+
+
+@every_method
+def test_a_cache_can_be_reset(pair) -> None:
+    two = pruned_pair(*pair)
+    first, second = sample(two.dense, ONE_IMAGE, 1), sample(two.dense, "..I.", 2)
+    cache = run(two.model, first, use_cache=True).past_key_values
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    output = greedy(two.model, second, past_key_values=cache)
+    assert output.sequences.equal(greedy(two.model, second).sequences)
+    unprune(two.model)
+    cache.reset()
+    output = greedy(two.model, second, past_key_values=cache)
+    assert output.sequences.equal(greedy(two.dense, second).sequences)
+
+
+@every_method
+def test_a_cache_belongs_to_a_config(pair) -> None:
+    """A cache that was filled before the config changed, or after unprune, is refused or used correctly, not misread."""
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE, 1)
+    cache = run(two.model, inputs, use_cache=True).past_key_values
+    unprune(two.model)
+    other = Case("fastv") if pair[1].method != "fastv" else Case("pyramiddrop")
+    prune(two.model, other.config(two.model, **({"layer": 5} if other.method == "fastv" else {})))
+    with pytest.raises(PruneStateError, match="filled by a model pruned in other layers; start with a new"):
+        run(two.model, {"input_ids": torch.tensor([[5]])}, past_key_values=cache)
+    assert greedy(two.model, inputs).sequences.shape[1] == inputs["input_ids"].shape[1] + STEPS
+
+
+@every_method
+def test_a_dense_cache_stays_dense(pair) -> None:
+    """A cache filled by the dense model holds every token; a pruned model can go on with it."""
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE, 1)
+    cache = run(two.dense, inputs, use_cache=True).past_key_values
+    logits = run(two.model, {"input_ids": torch.tensor([[5, 6]])}, past_key_values=cache).logits[0]
+    close(logits, reference(two.dense, inputs).then([5, 6]).forward().logits[-2:])
+
+
+# -- a real accelerator ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pair", [(FAMILIES[0], case) for case in CASES if (FAMILIES[0], case) in SUPPORTED], ids=id_of)
+def test_gpu_beams_turns_and_lookup(pair) -> None:
+    """float32 on CUDA: the tokens of the CPU."""
+    two = pruned_pair(*pair, TEXTS[-1])
+    batch = collate(prompts(two.dense))
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+    expected = [two.model.generate(**batch, max_new_tokens=STEPS, do_sample=False, **way) for way in ways]
+    two.model.to("cuda")
+    moved = {name: tensor.to("cuda") for name, tensor in batch.items()}
+    for way, tokens in zip(ways, expected, strict=True):
+        assert torch.equal(two.model.generate(**moved, max_new_tokens=STEPS, do_sample=False, **way).cpu(), tokens)
+    assert is_image(batch).any()
