@@ -283,6 +283,14 @@ def is_refused(family: str, case: Case) -> bool:
 
 
 SUPPORTED = [(family, case) for family in FAMILIES for case in CASES if not is_refused(family, case)]
+ONCE = [
+    (family, case)
+    for family, case in SUPPORTED
+    if family == max(FAMILIES, key=lambda name: (len([f for f, _ in SUPPORTED if f == name]), name)) or case.parts
+]
+"""Every method on one of the families that support the most, and a stack of methods on the others: for what depends on
+neither the family nor on pairs."""
+
 REFUSED = [(family, case) for family in FAMILIES for case in CASES if is_refused(family, case)]
 
 

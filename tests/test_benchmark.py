@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from hf_tokenprune import ConfigError, RandomConfig, ZeroTPruneConfig, prune, record
-from hf_tokenprune.benchmark import GivenStage, _peak_bytes, benchmark
+from hf_tokenprune.benchmark import benchmark
 from hf_tokenprune.cost import cost
+from hf_tokenprune.engine import find_adapter, plan
+from hf_tokenprune.timing import Arms, Repeats, Timing, decision_share, peak_bytes
 
 from .families import images, supported_classes, tiny_model
 
@@ -52,20 +54,47 @@ def test_other_dtype_is_measured_on_a_copy() -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_given_arm_drops_as_many_tokens() -> None:
+@pytest.mark.parametrize(
+    "config", [ZeroTPruneConfig(), RandomConfig(where="mid_block")], ids=lambda config: config.where
+)
+def test_given_arm_drops_as_many_tokens(config) -> None:
     model = tiny_model(*supported_classes()[0])
-    from hf_tokenprune.engine import find_adapter, plan
+    arms = Arms(model, plan(config, find_adapter(model).shape(model)))
 
-    adapter = find_adapter(model)
-    stages = plan(ZeroTPruneConfig(), adapter.shape(model))
-    lengths = []
-    for these in (stages, tuple(GivenStage(s.layer, s.where, s) for s in stages)):
-        adapter.attach(model, these)
+    def lengths() -> list[int]:
         with record(model) as rec, torch.no_grad():
             model(images())
-        adapter.detach(model)
-        lengths.append(list(rec.tokens.values()))
-    assert lengths[0] == lengths[1]
+        return list(rec.tokens.values())
+
+    assert arms.run("pruned", lengths) == arms.run("given", lengths)
+    assert not any(stage.needs for stage in arms.stages["given"])
+
+
+def test_arms_take_turns_in_changing_order_and_leave_the_model_dense() -> None:
+    model = tiny_model(*supported_classes()[0])
+    arms = Arms(model, plan(RandomConfig(), find_adapter(model).shape(model)))
+    calls = []
+
+    def measure() -> int:
+        calls.append([type(state.stage).__name__ for state in arms.adapter.states(model) if state.stage])
+        return len(calls)
+
+    measured = arms.interleave(measure, Repeats(rounds=2, warmup=1, progress=False), "label")
+    # Calls 1 to 3 are the warm-up, which does not count.
+    assert measured == {"dense": [4, 9], "pruned": [5, 8], "given": [6, 7]}
+    names = {"dense": [], "pruned": ["RandomStage"] * 3, "given": ["GivenStage"] * 3}
+    assert [calls[number - 1] for number in (4, 5, 6)] == [names[arm] for arm in ("dense", "pruned", "given")]
+    assert not arms.adapter.states(model)
+    with pytest.raises(ZeroDivisionError):
+        arms.run("pruned", lambda: 1 / 0)
+    assert not arms.adapter.states(model)
+
+
+def test_medians_are_of_ratios_within_a_round() -> None:
+    timing = Timing.of([1.0, 8.0, 3.0], [2.0, 2.0, 2.0])
+    assert timing == Timing(dense_seconds=3.0, pruned_seconds=2.0, speedup=1.5, speedup_quartiles=(1.0, 2.75))
+    assert Timing.of([3.0], [2.0]).speedup_quartiles == (1.5, 1.5)
+    assert decision_share([1.0, 2.0, 4.0], [1.0, 3.0, 5.0], [0.5, 2.0, 4.0]) == 0.5
 
 
 def test_peak_memory_is_that_of_the_tensors_held_at_once() -> None:
@@ -75,7 +104,7 @@ def test_peak_memory_is_that_of_the_tensors_held_at_once() -> None:
         b, c = torch.ones(1000), torch.ones(500)  # 6000 at once
         del b, c
 
-    assert 6000 <= _peak_bytes(run) < 6000 + 512, "some allocators round up"
+    assert 6000 <= peak_bytes(run) < 6000 + 512, "some allocators round up"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +114,8 @@ def test_peak_memory_is_that_of_the_tensors_held_at_once() -> None:
         ({"batch_sizes": (0,)}, "batch_sizes"),
         ({"rounds": 0}, "rounds"),
         ({"threads": -1}, "threads"),
+        ({"text_tokens": 3}, "text_tokens=3: has no effect on a vision encoder"),
+        ({"new_tokens": 3}, "new_tokens=3: has no effect on a vision encoder"),
     ],
 )
 def test_bad_counts(kwargs, words: str) -> None:

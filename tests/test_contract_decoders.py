@@ -23,6 +23,7 @@ from .decoder_families import (
     CASES,
     DEPTH,
     FAMILIES,
+    ONCE,
     REFUSED,
     SUPPORTED,
     TEXTS,
@@ -51,6 +52,7 @@ def id_of(pair: tuple[str, Case]) -> str:
 
 
 every_method = pytest.mark.parametrize("pair", SUPPORTED, ids=id_of)
+each_once = pytest.mark.parametrize("pair", ONCE, ids=id_of)
 every_text = pytest.mark.parametrize("text", TEXTS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -174,7 +176,7 @@ def test_prefill_is_the_reference(pair, text) -> None:
 
 
 @pytest.mark.parametrize("parts", ["I......", "....I", "..I.I.....", "..i..I..", "I"])
-@every_method
+@each_once
 def test_images_anywhere_are_the_reference(pair, parts) -> None:
     """First, last, several: no place in the prompt is hard-coded."""
     family, case = pair
@@ -261,12 +263,11 @@ def test_a_choice_in_the_tower_leaves_the_other_features_alone(family) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@every_text
 @every_method
-def test_a_batch_is_its_samples_alone(pair, text, side) -> None:
+def test_a_batch_is_its_samples_alone(pair, side) -> None:
     """Prompts with none, one and several images of several sizes: logits and kept sets, whatever the padding."""
     family, case = pair
-    model = tiny_vlm(family, text)
+    model = tiny_vlm(family, "qwen2")
     alone = prompts(model)
     prune(model, case.config(model))
     batch = collate(alone, side)
@@ -525,7 +526,7 @@ def test_unprune_is_exact(pair) -> None:
 
 
 @pytest.mark.parametrize("where", ["forward", "generate", "generate, second step"])
-@every_method
+@each_once
 def test_an_exception_leaves_nothing_behind(pair, where) -> None:
     """Pruned again right after, and dense after ``unprune``."""
     family, case = pair
@@ -604,7 +605,7 @@ def test_deepcopy(pair) -> None:
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
-@every_method
+@each_once
 def test_pickle(pair, how) -> None:
     family, case = pair
     dense = tiny_vlm(family)
@@ -645,7 +646,7 @@ def labelled(inputs: Inputs) -> Inputs:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@every_method
+@each_once
 def test_loss_is_that_of_the_reference(pair, side) -> None:
     """Labels are as long as the input (official codes leave them unpruned beside shorter logits)."""
     family, case = pair
@@ -673,7 +674,7 @@ def _collated_labels(alone: list[Inputs], side: str) -> Tensor:
     return torch.stack(rows)
 
 
-@every_method
+@each_once
 def test_trainer_evaluates(pair, tmp_path) -> None:
     family, case = pair
     model = tiny_vlm(family)
@@ -715,7 +716,7 @@ def test_gradients_are_finite_and_reach_everything(pair) -> None:
     assert set(zero) <= {"model.image_newline"}
 
 
-@every_method
+@each_once
 def test_gradient_checkpointing(pair) -> None:
     family, case = pair
     model = tiny_vlm(family).train()
@@ -762,7 +763,7 @@ def half(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
-@every_method
+@each_once
 def test_autocast(pair) -> None:
     family, case = pair
     model = tiny_vlm(family)
@@ -775,7 +776,7 @@ def test_autocast(pair) -> None:
 
 
 @pytest.mark.parametrize("order", ["hooks, then prune", "prune, then hooks"])
-@every_method
+@each_once
 def test_accelerate_hooks(pair, order) -> None:
     pytest.importorskip("accelerate")
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -811,7 +812,7 @@ def test_accelerate_hooks(pair, order) -> None:
 
 
 @pytest.mark.parametrize("order", ["offload, then prune", "prune, then offload"])
-@every_method
+@each_once
 def test_cpu_offload(pair, order) -> None:
     accelerate = pytest.importorskip("accelerate")
     family, case = pair

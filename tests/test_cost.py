@@ -1,4 +1,4 @@
-"""MACs: against published figures, against PyTorch's own counter on real forwards, and by hand."""
+"""MACs of vision encoders: against published figures, against PyTorch's own counter on real forwards, and by hand."""
 
 import dataclasses
 import json
@@ -12,14 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import SwinConfig, SwinModel, ViTConfig, ViTForImageClassification, ViTModel
 
 from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, ZeroTPruneConfig, list_methods, prune, unprune
-from hf_tokenprune.cost import BlockCost, CostReport, ModelCost, config_for_macs, cost, model_cost
+from hf_tokenprune.cost import config_for_macs, cost
 from hf_tokenprune.engine import find_adapter, plan
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 from hf_tokenprune.registry import get_method
+from hf_tokenprune.vision_cost import BlockCost, CostReport, ModelCost, model_cost
 
 from .families import TINY, images, supported_classes, tiny_model
 
-DEFAULTS = [get_method(name)() for name in list_methods()]
+DEFAULTS = [get_method(name)() for name in list_methods("vision")]
 DROP_WITHOUT_LOOKING = [
     RandomConfig(),
     UniformConfig(),
@@ -261,6 +262,14 @@ def test_bad_input() -> None:
         with pytest.raises(ConfigError) as error:
             cost(model, image_size=size)
         assert f"image_size={size}: expected (height, width) in pixels, at least one patch (4, 4)" in str(error.value)
+    for name in ("text_tokens", "new_tokens"):
+        with pytest.raises(ConfigError, match=f"{name}=3: has no effect on a vision encoder, leave it out"):
+            cost(model, **{name: 3})
+    with pytest.raises(ConfigError, match="text_tokens=3: has no effect"):
+        config_for_macs(model, RandomConfig(), 1e6, text_tokens=3)
+    for call in (cost, lambda *args: config_for_macs(*args, 1e6)):
+        with pytest.raises(UnsupportedModelError, match="'divprune' works on vision-language models"):
+            call(model, get_method("divprune")())
 
 
 # -- a schedule for a budget -----------------------------------------------------------------------------------------

@@ -115,8 +115,9 @@ def python(*args: object, cwd: Path, path: Path = ROOT) -> subprocess.CompletedP
 
 def test_the_method_of_the_guide_keeps_the_contract(tmp_path: Path) -> None:
     guide = blocks(ROOT / "docs" / "add_a_method.md")[0]
-    (tmp_path / "cls_attention.py").write_text("\n".join(guide.code), encoding="utf-8")
-    arguments = ("-m", "pytest", "-p", "cls_attention", "-p", "no:cacheprovider", "-k", "ClsAttention or cls_attention")
+    name = "received_attention"
+    (tmp_path / f"{name}.py").write_text("\n".join(guide.code), encoding="utf-8")
+    arguments = ("-m", "pytest", "-p", name, "-p", "no:cacheprovider", "-k", f"ReceivedAttention or {name}")
     done = python(*arguments, "tests/test_contract_methods.py", cwd=ROOT, path=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\d{2,} passed", done.stdout), "the method was found"

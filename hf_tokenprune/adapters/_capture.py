@@ -71,17 +71,20 @@ def capture_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Capture | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of (B, H, T, d) tensors that also fills the :class:`Capture` in its keyword arguments.
+    """Attention of (B, H, T, d) tensors that also fills the :class:`Capture` in its keyword arguments, or in the place
+    of the mask.
 
     With one QKᵀ the probabilities serve the output and the method. They are made in float32 whatever the model's dtype,
     and in pieces of the batch that stay in cache. Where no probabilities are needed the model's own kernel runs.
     """
     capture: Capture | None = kwargs.pop(CAPTURE_ARGUMENT, None)
+    if isinstance(attention_mask, Capture):
+        capture, attention_mask = attention_mask, None
     config: Any = module.config
     implementation = config.token_prune_original._attn_implementation
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

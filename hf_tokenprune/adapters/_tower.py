@@ -33,6 +33,15 @@ class StartCapture:
         return args, {**kwargs, CAPTURE_ARGUMENT: Capture(self.stage.needs)}
 
 
+class CaptureAsMask:
+    """Forward pre-hook of the scoring attention: SigLIP's hands a mask on to the attention function, nothing else."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        capture = kwargs.pop(CAPTURE_ARGUMENT, None)
+        states = args[0] if args else kwargs.pop("hidden_states")
+        return (states,), {**kwargs, "attention_mask": capture}
+
+
 @dataclass
 class MarkDropped:
     """Forward hook of the tower: the states that ``stage`` drops become NaN in the hidden state of ``layer``."""
@@ -90,9 +99,11 @@ def scoring_attention(tower: PreTrainedModel, feature_layer: int | list[int]) ->
 
 def attach_tower(tower: PreTrainedModel, stage: Stage, feature_layer: int) -> list[Any]:
     """Make the tower choose; returns handles of its hooks."""
-    enable_capture(scoring_attention(tower, feature_layer))
+    attention = scoring_attention(tower, feature_layer)
+    enable_capture(attention)
     mark_dropped = MarkDropped(stage, feature_layer, HAS_CLS[tower.config.model_type])
     return [
+        attention.register_forward_pre_hook(CaptureAsMask(), with_kwargs=True),
         tower.register_forward_pre_hook(StartCapture(stage), with_kwargs=True),
         tower.register_forward_hook(mark_dropped, with_kwargs=True),
     ]

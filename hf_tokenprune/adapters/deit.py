@@ -24,5 +24,6 @@ PrunedDeiTLayer.__name__ = DeiTLayer.__name__
 class DeiTAdapter(ViTAdapter):
     block_class = PrunedDeiTLayer
     full_grid_heads: ClassVar = {DeiTForMaskedImageModeling: "it reconstructs every patch, so none may leave"}
+    restored_heads: ClassVar = (DeiTForMaskedImageModeling,)
     protected_heads: ClassVar = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
     num_protected = 2  # DeiTModel embeds a distillation token whether a head reads it or not

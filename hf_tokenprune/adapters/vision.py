@@ -5,6 +5,7 @@ A family (one file) names its stock block class, restates that block's two halve
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -64,6 +65,8 @@ class PrunedVisionBlock(nn.Module):
     """Mixed in before a stock block class; the subclass adds the two halves of that block."""
 
     stock_class: ClassVar[type[nn.Module]]
+    no_mask: ClassVar[dict[str, None]] = {"attention_mask": None}
+    """What tells the stock block that there is no mask."""
     token_prune: BlockState
 
     def attention_half(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -96,7 +99,7 @@ class PrunedVisionBlock(nn.Module):
         if state.exact and carry is not None and carry.exact:
             return self.mlp_half(self.protected_half(hidden_states, state.num_protected, bias))
         if stage is None and bias is None:
-            tokens = super().forward(hidden_states, None, **kwargs)
+            tokens = super().forward(hidden_states, **self.no_mask, **kwargs)
         else:
             capture = Capture(stage.needs if stage else frozenset(), bias)
             if capture.needs or bias is not None:  # a stock attention function may not know the argument
@@ -150,6 +153,8 @@ class VisionAdapter:
     provides: ClassVar[frozenset[str]] = frozenset({"attention", "cls_attention", "queries", "keys", "values"})
     full_grid_heads: ClassVar[dict[type[PreTrainedModel], str]] = {}
     """Model classes that cannot work on fewer tokens, and why."""
+    restored_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = ()
+    """Those of ``full_grid_heads`` that can work where the last block restores all tokens."""
     protected_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = ()
     """Model classes that read protected tokens only after the last block."""
 
@@ -179,12 +184,19 @@ class VisionAdapter:
     ) -> None:
         """Raise UnsupportedModelError where pruned tokens cannot work; changes nothing."""
         for head, reason in self.full_grid_heads.items():
-            if isinstance(model, head) and not restore:
+            if isinstance(model, head) and not (restore and head in self.restored_heads):
                 raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned: {reason}")
         if exact_last_block and type(model) not in self.protected_heads:
             names = ", ".join(sorted(head.__name__ for head in self.protected_heads)) or "none of this family"
             raise UnsupportedModelError(
                 f"exact_last_block: {type(model).__name__} reads patches after the last block; it works for {names}"
+            )
+        carries = exact_last_block or restore or any(stage.merges for stage in stages)
+        parameters = inspect.signature(self.block_class.stock_class.forward).parameters.values()
+        if carries and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            raise UnsupportedModelError(
+                f"blocks of {model.config.model_type!r} take no keyword arguments in this version of transformers; "
+                "merging, exact_last_block and restore need them: pip install -U transformers, or use a method that drops"
             )
         for stage in stages:
             missing = stage.needs - self.provides

@@ -46,7 +46,8 @@ PrunedViTLayer.__name__ = ViTLayer.__name__
 class ViTAdapter(VisionAdapter):
     block_class = PrunedViTLayer
     full_grid_heads: ClassVar = {ViTForMaskedImageModeling: "it reconstructs every patch, so none may leave"}
-    protected_heads: ClassVar = (ViTForImageClassification,)
+    restored_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = (ViTForMaskedImageModeling,)
+    protected_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = (ViTForImageClassification,)
     num_protected = 1
 
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
@@ -71,5 +72,5 @@ class ViTAdapter(VisionAdapter):
             num_channels=config.num_channels,
             num_protected=self.num_protected,
             has_cls=True,
-            head_macs=linear_macs(encoder.pooler, *heads),
+            head_macs=linear_macs(getattr(encoder, "pooler", None), *heads),
         )

@@ -1,0 +1,395 @@
+"""What pruned vision-language models refuse, each with a message that says what to do, and with model and cache as they
+were: a later, ordinary call works. And odd inputs that they take."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache
+
+from hf_tokenprune import TransPruneConfig, prune, record
+from hf_tokenprune.errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
+from hf_tokenprune.registry import get_method
+
+from .decoder_families import (
+    CASES,
+    FAMILIES,
+    SUPPORTED,
+    TEXTS,
+    Case,
+    Inputs,
+    adapter_of,
+    attached,
+    collate,
+    image_features,
+    is_image,
+    lengths,
+    run,
+    sample,
+    tiny_vlm,
+)
+from .families import snapshot
+from .reference_decoder import newlines, reference
+from .test_contract_decoders import EVERYWHERE, ONE_IMAGE, close, each_once, every_family, id_of, prompts
+
+
+def ready(family: str = "llava", case: Case | None = None, **model: object) -> tuple[PreTrainedModel, Inputs]:
+    """A pruned model and a prompt with an image."""
+    vlm = tiny_vlm(family, **model)
+    inputs = sample(vlm, ONE_IMAGE)
+    return prune(vlm, (case or Case("pyramiddrop")).config(vlm)), inputs
+
+
+@contextmanager
+def refused(model: PreTrainedModel, inputs: Inputs, match: str, error: type = UnsupportedModelError) -> Iterator[None]:
+    """Within: a call that is refused; then the same model works as before."""
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        yield
+    assert snapshot(model) == before
+    cache = DynamicCache()
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache).equal(expected)
+    assert lengths(cache)[-1] < inputs["input_ids"].shape[1]
+
+
+# -- modes of generate and forward -----------------------------------------------------------------------------------
+
+
+@each_once
+def test_a_static_cache_is_refused(pair) -> None:
+    """Its layers all have one length; and a generate that failed leaves nothing behind for the next."""
+    model, inputs = ready(*pair)
+    with refused(model, inputs, "with a StaticCache.*Use a DynamicCache .*leave cache_implementation out"):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
+    with refused(model, inputs, "with a StaticCache"):
+        run(model, inputs, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+@each_once
+def test_prefill_in_chunks_is_refused(pair) -> None:
+    model, inputs = ready(*pair)
+    with refused(model, inputs, "leave prefill_chunk_size out"):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, prefill_chunk_size=16)
+
+
+@each_once
+def test_a_mask_for_every_query_is_refused(pair) -> None:
+    model, inputs = ready(*pair)
+    length = inputs["input_ids"].shape[1]
+    mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+    with refused(model, inputs, r"takes a \(batch, length\) attention_mask"):
+        run(model, {**inputs, "attention_mask": mask})
+    with refused(model, inputs, r"takes a \(batch, length\) attention_mask"):
+        run(model, {**inputs, "attention_mask": {"full_attention": mask}})
+
+
+def test_paged_attention_is_refused() -> None:
+    model, inputs = ready()
+    config = model.model.language_model.config
+    stock = config._attn_implementation
+    with refused(model, inputs, "'paged|sdpa' .continuous batching. cannot hold layers of different lengths"):
+        config._attn_implementation_internal = "paged|sdpa"
+        try:
+            run(model, inputs)
+        finally:
+            config._attn_implementation_internal = stock
+
+
+@each_once
+def test_placeholders_without_an_image_are_refused(pair) -> None:
+    model, inputs = ready(*pair)
+    bare = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with refused(model, inputs, "image placeholders but no pixel_values"):
+        run(model, bare)
+
+
+@each_once
+def test_embeddings_whose_images_cannot_be_told_are_refused(pair) -> None:
+    """Features already scattered into inputs_embeds look like any other embedding."""
+    model, inputs = ready(*pair)
+    embeds = reference(tiny_vlm(pair[0]), inputs).embeds[None]
+    with refused(model, inputs, "inputs_embeds without image placeholders: .*Pass input_ids and pixel_values"):
+        run(model, {"inputs_embeds": embeds})
+
+
+@each_once
+def test_embeddings_with_placeholders_are_taken(pair) -> None:
+    model, inputs = ready(*pair)
+    expected = run(model, inputs).logits
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    given = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    assert torch.equal(run(model, {**given, "inputs_embeds": embeds}).logits, expected)
+
+
+@each_once
+def test_more_placeholders_than_features_are_an_error(pair) -> None:
+    """Stock Transformers checks this, and still does."""
+    model, inputs = ready(*pair)
+    image = is_image(inputs)[0].nonzero().flatten()
+    ids = inputs["input_ids"].clone()
+    ids[0, image[-1] + 1] = ids[0, image[-1]]
+    with refused(model, inputs, "(?i)image features and image tokens do not match", Exception):
+        run(model, {**inputs, "input_ids": ids})
+
+
+@each_once
+def test_features_of_another_model_are_refused(pair) -> None:
+    """Where tokens are chosen in the vision tower: features from elsewhere were never chosen among."""
+    family, case = pair
+    model, inputs = ready(family, case)
+    stages = adapter_of(model).states(model)[0].stages
+    if stages[0].where != "vision_tower":
+        pytest.skip("chooses in the decoder, whoever made the features")
+    dense = tiny_vlm(family)
+    model.model.get_image_features, stock = dense.model.get_image_features, model.model.get_image_features
+    with pytest.raises(PruneStateError, match="the vision tower dropped nothing, so .* had no effect"):
+        run(model, inputs)
+    model.model.get_image_features = stock
+    assert run(model, inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wanted", [[-2, -1], [1]], ids=str)
+def test_features_of_several_layers_need_a_choice_in_the_decoder(family, wanted) -> None:
+    model = tiny_vlm(family, vision_feature_layer=wanted)
+    if adapter_of(model).tower_grid:
+        pytest.skip("this family never chooses in the tower")
+    inputs = sample(model, ONE_IMAGE)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=r"vision_feature_layer=\[.*need one block's output"):
+        prune(model, Case("visionzip").config(model))
+    assert snapshot(model) == before
+    prune(model, Case("divprune").config(model))
+    with record(model) as rec:
+        run(model, inputs)
+    assert rec.kept
+
+
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_another_feature_layer_in_the_call(layer) -> None:
+    """An argument of the forward against the config: refused or obeyed, never half of each."""
+    model, inputs = ready("llava", Case("cls_attention"))
+    try:
+        output = run(model, inputs, vision_feature_layer=layer, use_cache=True)
+    except TokenPruneError:
+        return
+    assert output.logits.isfinite().all()
+    assert lengths(output.past_key_values)[-1] < inputs["input_ids"].shape[1]
+
+
+# -- models that prune refuses ---------------------------------------------------------------------------------------
+
+
+def refused_by_prune(model: PreTrainedModel, case: Case, match: str) -> None:
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=match):
+        prune(model, case.config(tiny_vlm("llava")))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_sliding_window_is_refused(case) -> None:
+    model = tiny_vlm("llava", "mistral", text_config={"sliding_window": 16})
+    refused_by_prune(model, case, r"sliding window.*text_config.sliding_window = None")
+
+
+def test_sliding_layers_are_refused() -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4}
+    refused_by_prune(tiny_vlm("llava", "qwen2", text_config=sliding), Case("divprune"), "sliding window")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_unknown_language_model_is_refused(case) -> None:
+    model = tiny_vlm("llava", text_config={"model_type": "gemma"})
+    refused_by_prune(model, case, f"the language model is a 'gemma'; its layers are known for {', '.join(TEXTS)}")
+
+
+def test_an_unknown_vision_tower_is_refused_where_it_chooses() -> None:
+    """And only there: the decoder does not ask where features come from."""
+    tower = {"model_type": "dinov2", "num_hidden_layers": 3}
+    for name in ("visionzip", "cls_attention"):
+        model = tiny_vlm("llava", vision_config=tower)
+        before = snapshot(model)
+        with pytest.raises(TokenPruneError, match="vision tower"):
+            prune(model, Case(name).config(tiny_vlm("llava")))
+        assert snapshot(model) == before
+    model = tiny_vlm("llava", vision_config=tower)
+    inputs = sample(model, ONE_IMAGE)
+    prune(model, Case("divprune").config(tiny_vlm("llava")))
+    assert lengths(run(model, inputs, use_cache=True).past_key_values)[0] < inputs["input_ids"].shape[1]
+
+
+def test_a_changed_layer_is_refused() -> None:
+    model = tiny_vlm("llava")
+    layer = model.model.language_model.layers[5]
+    layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
+    refused_by_prune(model, Case("divprune"), "decoder layer 5 has a forward of its own")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_model_without_a_decoder_is_refused(case) -> None:
+    from .families import supported_classes, tiny_model
+
+    if "vision" in get_method(case.method).prunes:
+        pytest.skip("prunes vision encoders too")
+    model = tiny_model(*supported_classes()[0])
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="works on vision-language models with a decoder; this model is"):
+        prune(model, case.config(tiny_vlm("llava")))
+    assert snapshot(model) == before
+
+
+# -- configs that prune refuses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", SUPPORTED, ids=id_of)
+def test_a_config_that_prunes_nothing_is_refused(pair) -> None:
+    """Nothing silent: an official code does nothing when its environment variables are missing."""
+    family, case = pair
+    model = tiny_vlm(family)
+    everything = {"keep_ratio": 1.0, "dominant": 1000, "contextual": 1000}
+    config = case.config(model)
+    if case.parts is not None:
+        parts = [_keeping_all(Case(part.method), model, everything) for part in getattr(config, case.parts)]
+        config = dataclasses.replace(config, **{case.parts: tuple(parts)})
+    else:
+        config = _keeping_all(case, model, everything)
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"prunes nothing on this model: every layer keeps all \d+ tokens"):
+        prune(model, config)
+    assert snapshot(model) == before
+
+
+def _keeping_all(case: Case, model: PreTrainedModel, everything: dict):
+    config = case.config(model)
+    fields = {name: value for name, value in everything.items() if hasattr(config, name)}
+    ratios = getattr(config, "keep_ratios", None)
+    if ratios is not None:
+        fields["keep_ratios"] = tuple(1.0 for _ in ratios) if isinstance(ratios, tuple) else 1.0
+    return dataclasses.replace(config, **fields)
+
+
+def test_newlines_can_only_be_protected_where_there_are_any() -> None:
+    model = tiny_vlm("llava")
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="newlines='protect' .*this model has no newline tokens to protect"):
+        prune(model, Case("divprune").config(model, newlines="protect"))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("layers", [(7,), (3, 9)], ids=str)
+def test_layers_that_do_not_exist_are_refused(layers) -> None:
+    model = tiny_vlm("llava")
+    before = snapshot(model)
+    config = TransPruneConfig(layers=layers, accumulate_layers=(2,), keep_ratios=(0.5, 0.25)[: len(layers)])
+    with pytest.raises(ConfigError, match=r"layers=.*layers of 0\.\.6, each with a layer behind it.*has 8 layers"):
+        prune(model, config)
+    assert snapshot(model) == before
+
+
+# -- odd inputs that work --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32], ids=str)
+def test_masks_of_any_dtype(dtype) -> None:
+    model = tiny_vlm("llava")
+    batch = collate(prompts(model))
+    prune(model, Case("transprune").config(model))
+    expected = run(model, batch).logits
+    assert torch.equal(run(model, {**batch, "attention_mask": batch["attention_mask"].to(dtype)}).logits, expected)
+
+
+@each_once
+def test_positions_of_the_caller(pair) -> None:
+    """Positions count from wherever the caller starts: the rotary embedding knows differences only."""
+    model, inputs = ready(*pair)
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    close(run(model, inputs, position_ids=positions + 17).logits, run(model, inputs).logits)
+    assert torch.equal(run(model, inputs, position_ids=positions).logits, run(model, inputs).logits)
+
+
+@each_once
+def test_output_attentions_are_of_the_tokens_that_were_there(pair) -> None:
+    family, case = pair
+    model, inputs = ready(family, case, attention="eager")
+    with record(model) as rec:
+        attentions = run(model, inputs, output_attentions=True).attentions
+    assert [attention.shape[-2:] for attention in attentions] == [(n, n) for n in rec.tokens.values()]
+
+
+@each_once
+def test_a_forward_without_a_mask(pair) -> None:
+    model, inputs = ready(*pair)
+    expected = run(model, inputs).logits
+    assert torch.equal(run(model, {k: v for k, v in inputs.items() if k != "attention_mask"}).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_touching_images_of_one_length_have_budgets_of_their_own(family) -> None:
+    """Told apart by their length where a family has one; else what stands together counts as one image."""
+    model = tiny_vlm(family)
+    inputs = sample(model, "..II...")
+    config = Case("divprune").config(model)
+    prune(model, config)
+    with record(model) as rec:
+        run(model, inputs)
+    count = int(is_image(inputs).sum()) // 2
+    first = int((rec.kept["entrance"][0] < count).sum())
+    if adapter_of(model).image_length(model) is not None:
+        assert first == rec.kept["entrance"].shape[1] - first == round(0.4 * count)
+
+
+@every_family
+def test_what_looks_like_a_newline_is_one_only_in_an_image(family) -> None:
+    model = tiny_vlm(family)
+    if not hasattr(model.model, "image_newline"):
+        pytest.skip("a family without newlines")
+    inputs = sample(model, ONE_IMAGE)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = model.model.image_newline
+    inputs["input_ids"][0, 1] = 5
+    always = newlines(model, reference(model, inputs).embeds[is_image(inputs)[0]])
+    prune(model, Case("divprune").config(model, newlines="protect"))
+    with record(model) as rec:
+        run(model, inputs)
+    assert not always & set(rec.kept["entrance"][0].tolist())
+    assert rec.tokens[0] == inputs["input_ids"].shape[1] - int(is_image(inputs).sum()) + len(always) + len(
+        rec.kept["entrance"][0]
+    )
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_attention_implementation_may_change_while_pruned(text) -> None:
+    model = tiny_vlm("llava", text)
+    inputs = sample(model, ONE_IMAGE)
+    prune(model, Case("stack").config(model))
+    expected = run(model, inputs).logits
+    model.set_attn_implementation("eager")
+    close(run(model, inputs).logits, expected)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(run(model, inputs).logits, expected)
+
+
+def test_features_do_not_depend_on_hidden_states_being_asked_for() -> None:
+    model, inputs = ready("llava", Case("visionzip"))
+    first = run(model, inputs).logits
+    assert torch.equal(run(model, inputs, output_hidden_states=True).logits, first)
+    features = image_features(model, inputs["pixel_values"])
+    assert torch.equal(image_features(model, inputs["pixel_values"]).isnan(), features.isnan())
+
+
+def test_stages_that_keep_everything_need_no_image_length() -> None:
+    """Crops of one image size after another through one model: nothing is remembered between forwards."""
+    model = tiny_vlm(FAMILIES[1])
+    batches = [sample(model, parts, seed) for seed, parts in enumerate([ONE_IMAGE, "..i..", "I.", ONE_IMAGE])]
+    dense = [run(model, inputs).logits for inputs in batches]
+    with attached(model, *EVERYWHERE):
+        assert all(
+            torch.equal(run(model, inputs).logits, logits) for inputs, logits in zip(batches, dense, strict=True)
+        )
+    assert AutoConfig.for_model(FAMILIES[1]).model_type == FAMILIES[1]
