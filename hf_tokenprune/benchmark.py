@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from .cost import cost
-from .engine import ConfigLike, as_config, current_config, find_adapter, plan
+from .engine import ConfigLike, as_config, current_config
 from .errors import ConfigError
 from .generation_benchmark import GenerationBenchmarkReport, measure_generation
 from .generation_cost import GenerationCostReport
-from .signals import Stage
 from .timing import Arms, Repeats, Timing, decision_share, dense, environment, peak_bytes, seconds, settings
 from .vision_cost import CostReport
 
@@ -131,21 +130,17 @@ def benchmark(
         model = copy.deepcopy(model).to(dtype)
     repeats = Repeats(rounds, warmup, progress)
     with settings(model, threads), dense(model):
-        stages = plan(config, find_adapter(model).shape(model))
-        where = environment(model)
+        arms, where = Arms(model, config), environment(model)
         if isinstance(macs, GenerationCostReport):
             sizes = (macs.text_tokens, macs.new_tokens, image_size)
-            generated = (measure_generation(model, stages, batch_size, *sizes, repeats) for batch_size in batch_sizes)
+            generated = (measure_generation(arms, batch_size, *sizes, repeats) for batch_size in batch_sizes)
             return GenerationBenchmarkReport(tuple(generated), macs, rounds, where)
-        rows = (_measure(model, stages, batch_size, image_size, repeats) for batch_size in batch_sizes)
+        rows = (_measure(arms, batch_size, image_size, repeats) for batch_size in batch_sizes)
         return BenchmarkReport(tuple(rows), macs, rounds, where)
 
 
-def _measure(
-    model: Any, stages: tuple[Stage, ...], batch_size: int, image_size: tuple[int, int] | None, repeats: Repeats
-) -> BenchmarkRow:
-    arms = Arms(model, stages)
-    shape = arms.adapter.shape(model)
+def _measure(arms: Arms, batch_size: int, image_size: tuple[int, int] | None, repeats: Repeats) -> BenchmarkRow:
+    model, shape = arms.model, arms.adapter.shape(arms.model)
     size = image_size or shape.image_size
     parameter = next(model.parameters())
     pixels = torch.randn(batch_size, shape.num_channels, *size, generator=torch.Generator().manual_seed(0))

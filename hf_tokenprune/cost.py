@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 
 from .config import PruneConfig
-from .engine import ConfigLike, as_config, current_config, find_adapter, plan
+from .engine import ConfigLike, as_config, current_config, find_adapter, options, plan
 from .errors import ConfigError
 from .generation_cost import NEW_TOKENS, TEXT_TOKENS, GenerationCostReport, generation_cost
 from .signals import DecoderShape, Shape, Stage
-from .vision_cost import CostReport, model_cost
+from .vision_cost import CostReport, ModelCost, model_cost
 
-Count = Callable[[tuple[Stage, ...]], Any]
+Count = Callable[..., Any]
 
 
 def cost(
@@ -49,7 +49,9 @@ def cost(
     """
     shape, count = _counter(model, image_size, text_tokens, new_tokens)
     config = current_config(model) if config is None else as_config(config)
-    dense, pruned = count(()), count(plan(config, shape) if config is not None else ())
+    dense = pruned = count(())
+    if config is not None:
+        pruned = count(plan(config, shape), **options(config))
     if isinstance(shape, DecoderShape):
         return GenerationCostReport(dense, pruned, text_tokens or TEXT_TOKENS, new_tokens or NEW_TOKENS)
     return CostReport(dense, pruned)
@@ -88,7 +90,7 @@ def config_for_macs(
         raise ConfigError(f"macs={macs:.4g}: {error}; set the fields of this config instead of a budget") from error
 
     def macs_of(candidate: PruneConfig) -> int:
-        return int(count(candidate.stages_for(shape)).macs)
+        return int(count(candidate.stages_for(shape), **options(candidate)).macs)
 
     def least(candidate: Callable[[float], PruneConfig], high: float) -> float:
         """The least strength up to ``high``, which is within the budget, that is within it too."""
@@ -120,7 +122,7 @@ def config_for_macs(
 def _counter(
     model: Any, image_size: tuple[int, int] | None, text_tokens: int | None, new_tokens: int | None
 ) -> tuple[Shape, Count]:
-    """The model's shape, and the function from stages to their ``ModelCost`` or ``GenerationCost``."""
+    """The model's shape, and the function from stages (and ``options``) to a ``ModelCost`` or ``GenerationCost``."""
     adapter = find_adapter(model)
     shape: Shape = adapter.shape(model)
     if isinstance(shape, DecoderShape):
@@ -135,7 +137,11 @@ def _counter(
                 f"image_size={image_size}: expected (height, width) in pixels, at least one patch {shape.patch_size}"
             )
         num_patches = (image_size[0] // shape.patch_size[0]) * (image_size[1] // shape.patch_size[1])
-    return shape, lambda stages: model_cost(shape, stages, num_patches)
+
+    def count(stages: tuple[Stage, ...], exact_last_block: bool = False, restore: bool = False) -> ModelCost:
+        return model_cost(shape, stages, num_patches, exact_last_block)  # restoring makes no products
+
+    return shape, count
 
 
 def _decoder_counter(

@@ -12,7 +12,6 @@ from torch import Tensor
 from .engine import find_adapter
 from .errors import UnsupportedModelError
 from .generation_cost import GenerationCostReport
-from .signals import Stage
 from .timing import Arms, Repeats, Timing, decision_share, peak_bytes, seconds
 
 PARTS = {"prefill": "prefill", "decode": "decode a token", "end_to_end": "end to end"}
@@ -95,27 +94,26 @@ class GenerationBenchmarkReport:
 
 
 def measure_generation(
-    model: Any,
-    stages: tuple[Stage, ...],
+    arms: Arms,
     batch_size: int,
     text_tokens: int,
     new_tokens: int,
     image_size: tuple[int, int] | None,
     repeats: Repeats,
 ) -> GenerationRow:
-    """One row: prefill and ``generate`` of a dense model on random prompts, and of the model pruned by ``stages``.
+    """One row: prefill and ``generate`` of every arm, on random prompts.
 
     Raises:
-        UnsupportedModelError: the model cannot generate, or image tokens cannot leave it.
+        UnsupportedModelError: the model cannot generate.
     """
     from transformers import GenerationConfig
 
+    model = arms.model
     if not model.can_generate():
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot generate; load the checkpoint with a class that has a language modelling "
             "head, such as AutoModelForImageTextToText"
         )
-    arms = Arms(model, stages)
     inputs = random_inputs(model, batch_size, text_tokens, image_size)
     greedy = GenerationConfig(
         min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0

@@ -145,6 +145,9 @@ def generation_cost(
 ) -> GenerationCost:
     """MACs and cache of one sample through a model of this shape.
 
+    Tokens that a method keeps in the vision tower all count, also those of filling that is cut off behind it where an
+    image does not fit its crops.
+
     Args:
         stages: pruning points; none for the dense model.
         text_tokens: tokens of the prompt that are not of its one image.

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .engine import current_config, find_adapter, prune, unprune
+from .config import PruneConfig
+from .engine import current_config, find_adapter, options, plan, prune, unprune
 from .signals import Reduction, Signals, Stage
 
 T = TypeVar("T")
@@ -88,15 +89,17 @@ class Repeats:
 class Arms:
     """The dense model, the pruned one, and the one whose decision costs nothing."""
 
-    def __init__(self, model: Any, stages: tuple[Stage, ...]) -> None:
+    def __init__(self, model: Any, config: PruneConfig) -> None:
         self.model, self.adapter = model, find_adapter(model)
-        self.adapter.check(model, stages)
+        self.options = options(config)
+        stages = plan(config, self.adapter.shape(model))
+        self.adapter.check(model, stages, **self.options)
         self.stages = {"dense": (), "pruned": stages, "given": tuple(map(GivenStage.like, stages))}
 
     def run(self, arm: str, measure: Callable[[], T]) -> T:
         """``measure()`` with one arm; attaching and detaching stay outside the measurement."""
-        if self.stages[arm]:
-            self.adapter.attach(self.model, self.stages[arm])
+        if arm != "dense":
+            self.adapter.attach(self.model, self.stages[arm], **self.options)
         try:
             return measure()
         finally:

@@ -83,12 +83,18 @@ class CostReport:
         return "\n".join(rows)
 
 
-def model_cost(shape: ModelShape, stages: tuple[Stage, ...] = (), num_patches: int | None = None) -> ModelCost:
+def model_cost(
+    shape: ModelShape,
+    stages: tuple[Stage, ...] = (),
+    num_patches: int | None = None,
+    exact_last_block: bool = False,
+) -> ModelCost:
     """MACs of one image through a model of this shape.
 
     Args:
         stages: pruning points; none for the dense model.
         num_patches: of the image; None: of the size the checkpoint was made for.
+        exact_last_block: in it, queries, output projection and MLP are of the protected tokens only.
     """
     prunable = shape.num_patches if num_patches is None else num_patches
     inner = shape.num_heads * shape.head_dim
@@ -97,11 +103,13 @@ def model_cost(shape: ModelShape, stages: tuple[Stage, ...] = (), num_patches: i
     by_layer = {stage.layer: stage for stage in stages}
     blocks = []
     for layer in range(shape.depth):
-        stage = by_layer.get(layer)
-        left = stage.num_kept(prunable) if stage else prunable
+        exact = exact_last_block and layer == shape.depth - 1
+        stage = None if exact else by_layer.get(layer)
+        left = 0 if exact else stage.num_kept(prunable) if stage else prunable
         tokens_in, tokens_out = prunable + shape.num_protected, left + shape.num_protected
-        mlp_tokens = tokens_out if stage and stage.where == "mid_block" else tokens_in
-        attention = 4 * tokens_in * shape.width * inner + 2 * tokens_in**2 * inner
+        queries = tokens_out if exact else tokens_in
+        mlp_tokens = tokens_out if exact or (stage and stage.where == "mid_block") else tokens_in
+        attention = 2 * (queries + tokens_in) * shape.width * inner + 2 * queries * tokens_in * inner
         blocks.append(BlockCost(tokens_in, tokens_out, attention + 2 * mlp_tokens * shape.width * shape.mlp_width))
         prunable = left
     return ModelCost(patch_embedding, tuple(blocks), shape.head_macs)

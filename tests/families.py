@@ -1,6 +1,7 @@
 """Tiny random vision models of every registered family, found without a list kept by hand."""
 
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -21,13 +22,23 @@ TINY = {
 }
 
 
+NEEDS_MORE = {"input_ids", "spatial_shapes", "noise"}
+"""Arguments of models that a batch of images alone is not enough for: these need tests of their own."""
+
+
 def model_classes(family: str) -> list[type[PreTrainedModel]]:
     """Every concrete model class that Transformers has for a family."""
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    config_class = type(AutoConfig.for_model(family))
+    module = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
     classes = (getattr(module, name) for name in module.__all__)
     concrete = [c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel)]
     return [
-        c for c in concrete if c.forward is not PreTrainedModel.forward and not c.__name__.endswith("PreTrainedModel")
+        c
+        for c in concrete
+        if c.config_class is config_class
+        and c.forward is not PreTrainedModel.forward
+        and not c.__name__.endswith("PreTrainedModel")
+        and not NEEDS_MORE & set(inspect.signature(c.forward).parameters)
     ]
 
 
@@ -50,7 +61,10 @@ def supported_classes() -> list[tuple[str, type[PreTrainedModel]]]:
 def tiny_model(family: str, cls: type[PreTrainedModel], attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
     """A model with random weights whose attention is far from uniform, in eval mode."""
     torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **{**TINY, **overrides})
+    fields = {**TINY, **overrides}
+    if hasattr(AutoConfig.for_model(family), "vision_config"):  # of a model that has a text tower too
+        fields = {"vision_config": fields, "num_labels": fields["num_labels"]}
+    config = AutoConfig.for_model(family, **fields)
     config._attn_implementation = attention
     model = cls(config).eval()
     with torch.no_grad():

@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(hf_tokenprune.__file__).parent
 MAX_LINES = 350
 
-CORE = {"errors", "config", "registry", "tokens", "signals", "methods", "adapters", "engine", "recording", "cost", "pretrained"}
+CORE = {
+    *("errors", "config", "registry", "tokens", "signals", "methods", "adapters", "engine", "recording", "pretrained"),
+    *("vision_cost", "generation_cost", "cost"),
+}
 """Parts that everybody imports; the others (evaluation, command line, pictures, ...) may need more installed."""
 
 MAY_IMPORT = {
@@ -31,7 +34,9 @@ MAY_IMPORT = {
     "adapters": {"registry", "tokens", "signals", "errors", "adapters"},
     "engine": {"config", "registry", "tokens", "signals", "errors"},
     "recording": {"engine", "errors"},
-    "cost": {"engine", "config", "errors", "signals"},
+    "vision_cost": {"signals"},
+    "generation_cost": {"engine", "signals", "vision_cost"},
+    "cost": {"engine", "config", "errors", "signals", "vision_cost", "generation_cost"},
     "pretrained": {"engine", "config", "errors"},
 }
 """Parts of the package each core part may import, in functions too. ``methods`` and ``adapters`` meet through the

@@ -9,7 +9,6 @@ import torch
 from hf_tokenprune import ConfigError, RandomConfig, ZeroTPruneConfig, prune, record
 from hf_tokenprune.benchmark import benchmark
 from hf_tokenprune.cost import cost
-from hf_tokenprune.engine import find_adapter, plan
 from hf_tokenprune.timing import Arms, Repeats, Timing, decision_share, peak_bytes
 
 from .families import images, supported_classes, tiny_model
@@ -59,7 +58,7 @@ def test_other_dtype_is_measured_on_a_copy() -> None:
 )
 def test_given_arm_drops_as_many_tokens(config) -> None:
     model = tiny_model(*supported_classes()[0])
-    arms = Arms(model, plan(config, find_adapter(model).shape(model)))
+    arms = Arms(model, config)
 
     def lengths() -> list[int]:
         with record(model) as rec, torch.no_grad():
@@ -72,7 +71,7 @@ def test_given_arm_drops_as_many_tokens(config) -> None:
 
 def test_arms_take_turns_in_changing_order_and_leave_the_model_dense() -> None:
     model = tiny_model(*supported_classes()[0])
-    arms = Arms(model, plan(RandomConfig(), find_adapter(model).shape(model)))
+    arms = Arms(model, RandomConfig())
     calls = []
 
     def measure() -> int:

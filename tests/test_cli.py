@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, AutoProcessor, LlavaConfig
 from typer.testing import CliRunner, Result
 
 from hf_tokenprune import RandomConfig, from_pretrained, list_adapters, list_methods, record
 from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
+
+from .llava_checkpoint import save_tiny_llava
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
 DIGITS = str(MODEL_DIR)
@@ -43,8 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_list() -> None:
     data = json.loads(ok("list", "--json"))
     assert list(data["methods"]) == list_methods() and data["adapters"] == list_adapters()
+    assert data["methods"]["divprune"]["keep_ratio"] == 0.098
+    for kind in ("vision", "decoder"):
+        assert [name for name, prunes in data["prunes"].items() if kind in prunes] == list_methods(kind)
     text = ok("list")
     assert all(name in text for name in [*list_methods(), *list_adapters()])
+    rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ")}
+    assert " decoder, vision " in rows["random"] and " vision " not in rows["divprune"]
 
 
 def test_info_counts_tokens_and_macs() -> None:
@@ -54,10 +63,11 @@ def test_info_counts_tokens_and_macs() -> None:
     assert "ideal speed-up" in ok("info", DIGITS, "-m", "random")
 
 
-def test_every_method_meets_every_budget() -> None:
-    methods = [part for name in list_methods() for part in ("-m", name)]
+def test_several_methods_meet_several_budgets() -> None:
+    names = ["random", "uniform", "zero_tprune"]
+    methods = [part for name in names for part in ("-m", name)]
     data = json.loads(ok("info", DIGITS, *methods, "-g", 0.15, "-g", 0.1, "--json"))
-    assert set(data) == {f"{name}@{budget}" for name in list_methods() for budget in ("0.15", "0.1")}
+    assert set(data) == {f"{name}@{budget}" for name in names for budget in ("0.15", "0.1")}
     for name, report in data.items():
         assert 0.95 <= report["pruned_macs"] / (float(name.split("@")[1]) * 1e9) <= 1.0
 
@@ -74,6 +84,15 @@ def test_apply_writes_a_checkpoint_that_prunes(tmp_path: Path) -> None:
     assert json.loads(ok("info", out, "--json"))["random"]["config"]["where"] == "mid_block", "its own config"
     again = run("apply", DIGITS, out, "-m", "random")
     assert again.exit_code == 1 and "not an empty folder" in again.output
+
+
+def test_apply_without_a_processor_says_so(tmp_path: Path) -> None:
+    bare, out = tmp_path / "bare", tmp_path / "pruned"
+    AutoModelForImageClassification.from_pretrained(DIGITS).save_pretrained(bare)
+    result = run("apply", bare, out, "-m", "random", "--json")
+    assert result.exit_code == 0
+    assert "no processor was copied" in result.stderr and "preprocessor_config.json" in result.stderr
+    assert json.loads(result.stdout)["path"] == str(out) and (out / "prune_config.json").is_file()
 
 
 def test_eval_pairs_dense_and_pruned(folder: Path) -> None:
@@ -98,7 +117,8 @@ def test_bench_reports_beside_the_ideal() -> None:
 
 def test_demo(tmp_path: Path) -> None:
     data = json.loads(ok("demo", "--out", tmp_path, "--limit", 24, "--json"))
-    assert {row["name"] for row in data["rows"]} == {"dense", *list_methods()}
+    names = [row["name"] for row in data["rows"]]
+    assert names[0] == "dense" and {"random", "zero_tprune"} < set(names[1:]) <= set(list_methods("vision"))
     assert Path(data["picture"]).stat().st_size > 1000
     assert (Path(data["checkpoint"]) / "prune_config.json").is_file()
 
@@ -113,6 +133,9 @@ def test_demo(tmp_path: Path) -> None:
         (("info", DIGITS, "-m", "random", "-g", 5), "less than the dense model's"),
         (("info", DIGITS, "-s", "seed=1"), "no effect without --method"),
         (("info", DIGITS), "carries no prune config"),
+        (("info", DIGITS, "-m", "divprune"), "works on vision-language models"),
+        (("info", DIGITS, "-m", "random", "--text-tokens", 9), "text_tokens=9: has no effect"),
+        (("bench", DIGITS, "-m", "random", "--new-tokens", 9), "new_tokens=9: has no effect"),
         (("info", DIGITS, "-c", "/no/such/file.json"), "/no/such/file.json"),
         (("eval", DIGITS, "/no/such/folder", "-m", "random"), "/no/such/folder"),
         (("bench", DIGITS, "-m", "random", "--dtype", "int8"), "expected float32, bfloat16 or float16"),
@@ -168,3 +191,68 @@ def test_two_processes_of_accelerate_give_the_same_numbers(folder: Path) -> None
     for one, two in zip(alone["rows"], together["rows"], strict=True):
         assert [one[key] for key in measured] == [two[key] for key in measured]
         assert (one["kl"] or 0) == pytest.approx(two["kl"] or 0, rel=1e-5, abs=0)  # None for the dense run
+
+
+# -- vision-language models ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA-1.5-7B with no weights: a folder with a config.json."""
+    path = tmp_path_factory.mktemp("sizes")
+    LlavaConfig(architectures=["LlavaForConditionalGeneration"]).save_pretrained(path)
+    assert [file.name for file in path.iterdir()] == ["config.json"]
+    return path
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one with weights and processor."""
+    return save_tiny_llava(tmp_path_factory.mktemp("llava"))
+
+
+def test_info_counts_prefill_decode_and_cache(sizes: Path) -> None:
+    arguments = ("info", sizes, "-m", "transprune", "--text-tokens", 40, "--new-tokens", 8)
+    data = json.loads(ok(*arguments, "--json"))["transprune"]
+    assert data["tokens_in"] == [616] * 7 + [544] * 2 + [400] * 3 + [112] * 20
+    assert (data["text_tokens"], data["new_tokens"]) == (40, 8)
+    assert max(data["ratio"], data["kv_ratio"]) < data["decode_ratio"] < 1
+    text = ok(*arguments)
+    assert "KV cache" in text and "one image and 40 text tokens in, 8 new tokens out" in text
+
+
+def test_budgets_are_of_the_prefill_with_its_text(sizes: Path) -> None:
+    data = json.loads(
+        ok("info", sizes, "-m", "divprune", "-m", "transprune", "-g", 2500, "--text-tokens", 99, "--json")
+    )
+    for report in data.values():
+        assert 0.97 <= report["pruned_macs"] / 2.5e12 <= 1
+
+
+def test_apply_writes_a_vision_language_checkpoint_with_its_processor(llava: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    assert "GMACs an image" in ok("apply", llava, out, "-m", "divprune", "-s", "keep_ratio=0.25")
+    model, processor = from_pretrained(out), AutoProcessor.from_pretrained(out)
+    photo = Image.radial_gradient("L").convert("RGB")
+    inputs = processor(images=[photo], text=["USER: <image> what is this ? ASSISTANT:"], return_tensors="pt")
+    with record(model) as rec:
+        model.generate(**inputs, max_new_tokens=2)
+    assert rec.kept["entrance"].shape == (1, 144)
+    assert not list(out.glob("*.bin")) and (out / "model.safetensors").is_file()
+    assert json.loads(ok("info", out, "--json"))["divprune"]["config"]["keep_ratio"] == 0.25
+
+
+def test_bench_splits_prefill_and_decode(llava: Path) -> None:
+    arguments = ("bench", llava, "-m", "divprune", "-b", 1, "--rounds", 1, "--text-tokens", 5, "--new-tokens", 2)
+    data = json.loads(ok(*arguments, "--json"))["divprune"]
+    (row,) = data["rows"]
+    assert all(row[part]["dense_seconds"] > 0 for part in ("prefill", "decode", "end_to_end"))
+    assert (data["macs"]["text_tokens"], data["macs"]["new_tokens"]) == (5, 2)
+    text = ok(*arguments, "--random-weights", "--dtype", "bfloat16")
+    assert "decode a token" in text and "bfloat16" in text
+
+
+def test_eval_is_for_classifiers(sizes: Path, folder: Path) -> None:
+    result = run("eval", sizes, folder, "-m", "divprune")
+    assert result.exit_code == 1
+    assert "is a vision-language model, and eval measures image classification" in result.output

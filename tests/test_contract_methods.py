@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from hf_tokenprune import PruneConfig, list_methods
+from hf_tokenprune.adapters._carry import Carry
+from hf_tokenprune.engine import options
 from hf_tokenprune.registry import get_method
-from hf_tokenprune.signals import DecoderShape, ModelShape, Shape, Signals, Stage, Transition
+from hf_tokenprune.signals import DecoderShape, ModelShape, Reduction, Shape, Signals, Stage, Transition
+from hf_tokenprune.tokens import merge_tokens
 
 SHAPE = ModelShape(
     depth=12,
@@ -41,8 +44,9 @@ DECODER_SHAPE = DecoderShape(
 SHAPES: dict[str, Shape] = {"vision": SHAPE, "decoder": DECODER_SHAPE}
 TOKEN_AXES = {
     **dict.fromkeys(("tokens", "inputs"), (1,)),
-    **dict.fromkeys(("queries", "keys", "values", "layer_scores"), (2,)),
+    **dict.fromkeys(("queries", "keys", "values", "layer_scores", "cls_attention"), (2,)),
     "attention": (2, 3),
+    "sizes": (1,),
     "text_attention": (3,),
     "text_mask": (),
 }
@@ -79,15 +83,17 @@ def make_signals(batch: int, num_prunable: int, num_protected: int = 1, seed: in
     attention = (queries.float() @ keys.float().transpose(-1, -2)).softmax(-1)
     tokens, inputs = rand(batch, num_tokens, SHAPE.width), rand(batch, num_tokens, SHAPE.width)
     pieces = attention.split(2)
-    return Signals(tokens, inputs, num_protected, num_protected > 0, pieces, queries, keys, values)
+    sizes = torch.randint(1, 5, (batch, num_tokens), generator=generator).float()
+    row = attention[:, :, 0]
+    return Signals(tokens, inputs, num_protected, num_protected > 0, pieces, queries, keys, values, row, sizes)
 
 
 def make_decoder_signals(stage: Stage, batch: int, num_prunable: int, seed: int = 0, dtype=torch.float32) -> Signals:
     """What a decoder offers this stage: the signals it needs and no more."""
     if stage.where == "vision_tower":
         signals = make_signals(batch, num_prunable, DECODER_SHAPE.tower.num_protected, seed, dtype)
-        unasked = {"attention", "queries", "keys", "values"} - stage.needs
-        return replace(signals, **dict.fromkeys(unasked))
+        unasked = {"attention", "queries", "keys", "values", "cls_attention"} - stage.needs
+        return replace(signals, sizes=None, **dict.fromkeys(unasked))
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(batch, num_prunable, DECODER_SHAPE.width, generator=generator).to(dtype)
     signals = Signals(tokens, tokens, num_protected=0, has_cls=False)
@@ -172,8 +178,38 @@ def test_counts_order_and_range(stage: Stage, num_prunable: int, num_protected: 
     assert (keep[:, 1:] > keep[:, :-1]).all(), "ascending, hence unique"
     assert keep.min() >= 0 and keep.max() < num_prunable
     if reduction.tokens is not None:
-        assert stage.where == "vision_tower", "merging is for vision towers"
+        assert stage.where == "vision_tower", "elsewhere sums of tokens do"
         assert reduction.tokens.shape == (*keep.shape, signals.tokens.shape[2])
+    if reduction.merged is not None:
+        check_groups(stage, reduction, num_prunable)
+
+
+def check_groups(stage: Stage, reduction: Reduction, num_prunable: int) -> None:
+    """Merged tokens are not among those that stay, each is merged once, and into one that stays."""
+    keep, merged, into, weights = reduction.keep, reduction.merged, reduction.into, reduction.weights
+    assert stage.where in ("after_block", "mid_block") and into is not None and weights is not None
+    assert merged.dtype == into.dtype == torch.int64 and merged.shape == into.shape
+    named = torch.cat([keep, merged], 1)
+    counts = torch.zeros(len(keep), num_prunable).scatter_add(1, named, torch.ones(named.shape))
+    assert counts.max() <= 1
+    assert counts.min() == 1 or not stage.merges, "a method that keeps sizes loses no token"
+    assert into.numel() == 0 or (into.min() >= 0 and into.max() < keep.shape[1])
+    assert weights.shape == (len(keep), num_prunable) and weights.dtype == torch.float32
+    assert weights.isfinite().all() and weights.min() >= 0
+
+
+def test_merging_conserves_patches_and_averages(stage: Stage) -> None:
+    """Sizes add up to what they were, and a group of equal tokens stays what it is."""
+    if not stage.merges:
+        return
+    signals = signals_for(stage)
+    reduction = stage.reduce(signals, stage.num_kept(36))
+    tokens = torch.ones(4, 37, 1)
+    carry = Carry(exact=False, sizes={stage.layer: signals.sizes})
+    carry.on_reduction(stage.layer, reduction, tokens, 1, restore=False)
+    torch.testing.assert_close(carry.sizes[stage.layer + 1].sum(1), signals.sizes.sum(1))
+    merged = merge_tokens(tokens[:, 1:], reduction.keep, reduction.merged, reduction.into, reduction.weights)
+    torch.testing.assert_close(merged, torch.ones_like(merged))
 
 
 def test_counts_grow_with_the_tokens_that_enter(stage: Stage) -> None:
@@ -189,9 +225,11 @@ def test_a_batch_is_its_samples_alone(stage: Stage) -> None:
     alone = [stage.reduce(select(signals, rows=slice(i, i + 1)), n_keep) for i in range(4)]
     assert torch.equal(together.keep, torch.cat([one.keep for one in alone]))
     for i, one in enumerate(alone):
-        if together.tokens is not None:
-            assert one.tokens is not None
-            torch.testing.assert_close(together.tokens[i : i + 1], one.tokens)
+        for name in ("tokens", "merged", "into", "weights"):
+            value = getattr(together, name)
+            assert (value is None) == (getattr(one, name) is None)
+            if value is not None:
+                torch.testing.assert_close(value[i : i + 1], getattr(one, name))
 
 
 def test_follows_a_permutation_or_ignores_the_content(stage: Stage) -> None:
@@ -202,7 +240,7 @@ def test_follows_a_permutation_or_ignores_the_content(stage: Stage) -> None:
     order = torch.cat([torch.arange(signals.num_protected), permutation + signals.num_protected])
     reduction = stage.reduce(signals, stage.num_kept(num_prunable))
     keep = reduction.keep
-    if reduction.tokens is not None:
+    if reduction.tokens is not None or reduction.merged is not None:
         return  # what is merged into what may go by position
     if torch.equal(keep, keep_of(stage, signals_for(stage, seed=5))):
         assert torch.equal(keep, keep[:1].expand_as(keep))
@@ -231,6 +269,8 @@ def test_identical_tokens_and_zero_vectors_are_survived(stage: Stage) -> None:
     num_prunable = num_tokens - signals.num_protected
     if signals.attention is not None:
         signals = replace(signals, attention=tuple(torch.full_like(p, 1 / num_tokens) for p in signals.attention))
+    if signals.cls_attention is not None:
+        signals = replace(signals, cls_attention=torch.full_like(signals.cls_attention, 1 / num_tokens))
     for name in ("text_attention", "layer_scores"):
         if getattr(signals, name) is not None:
             signals = replace(signals, **{name: torch.zeros_like(getattr(signals, name))})
@@ -238,6 +278,7 @@ def test_identical_tokens_and_zero_vectors_are_survived(stage: Stage) -> None:
     keep = reduction.keep
     assert keep.shape == (2, stage.num_kept(num_prunable)) and (keep[:, 1:] > keep[:, :-1]).all()
     assert reduction.tokens is None or reduction.tokens.isfinite().all()
+    assert reduction.weights is None or reduction.weights.isfinite().all()
 
 
 def test_decisions_never_wait_for_the_device(stage: Stage) -> None:
@@ -351,4 +392,5 @@ def test_configs_say_what_they_prune_and_survive_a_file(name: str, tmp_path) -> 
 
 @pytest.mark.parametrize(("name", "kind"), METHODS_AND_KINDS)
 def test_defaults_prune(name: str, kind: str) -> None:
-    assert left_after(get_method(name)(), SHAPES[kind]) < SHAPES[kind].num_prunable
+    config, shape = get_method(name)(), SHAPES[kind]
+    assert left_after(config, shape) < shape.num_prunable or options(config)

@@ -9,13 +9,20 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import SwinConfig, SwinModel, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    DeiTForImageClassificationWithTeacher,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, ZeroTPruneConfig, list_methods, prune, unprune
 from hf_tokenprune.cost import config_for_macs, cost
-from hf_tokenprune.engine import find_adapter, plan
+from hf_tokenprune.engine import find_adapter, options, plan
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
-from hf_tokenprune.registry import get_method
+from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.vision_cost import BlockCost, CostReport, ModelCost, model_cost
 
 from .families import TINY, images, supported_classes, tiny_model
@@ -29,6 +36,18 @@ EVERY_CLASS = pytest.mark.parametrize(
     ("family", "cls"), supported_classes(), ids=lambda value: getattr(value, "__name__", value)
 )
 EVERY_METHOD = pytest.mark.parametrize("config", DEFAULTS, ids=lambda config: config.method)
+
+
+def has_a_schedule(config: PruneConfig) -> bool:
+    try:
+        config.scaled(1.0)
+    except NotImplementedError:
+        return False
+    return True
+
+
+SCALABLE = [config for config in DEFAULTS if has_a_schedule(config)]
+EVERY_SCHEDULE = pytest.mark.parametrize("config", SCALABLE, ids=lambda config: config.method)
 
 
 def on_meta(width: int, patch: int = 16, image: int = 224, depth: int = 12, heads: int | None = None) -> nn.Module:
@@ -195,6 +214,22 @@ def test_mid_block_costs_less_and_the_same_where_nothing_is_pruned() -> None:
         assert (m.macs < a.macs) == (i in pruned)
 
 
+@pytest.mark.parametrize("cls", [ViTForImageClassification, DeiTForImageClassificationWithTeacher])
+@pytest.mark.parametrize(
+    "config",
+    [RandomConfig(exact_last_block=True), UniformConfig(exact_last_block=True), get_method("exact")()],
+    ids=lambda config: config.method,
+)
+def test_an_exact_last_block_costs_what_pytorch_counts(config: PruneConfig, cls: type) -> None:
+    """In it, only keys and values are of all tokens; the products with them are of CLS (and the distillation token)."""
+    model = tiny_model("vit" if cls is ViTForImageClassification else "deit", cls)
+    report = cost(model, config)
+    tokens, protected = report.pruned.blocks[-1].tokens_in, find_adapter(model).shape(model).num_protected
+    linear = 2 * (tokens + protected) * 32 * 32 + 2 * protected * 32 * 64
+    assert report.pruned.blocks[-1] == BlockCost(tokens, protected, linear + 2 * protected * tokens * 32)
+    assert report.pruned.macs == measured_macs(prune(model, config), images(1)) < report.dense.macs
+
+
 # -- cost() ----------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +237,11 @@ def test_mid_block_costs_less_and_the_same_where_nothing_is_pruned() -> None:
 @EVERY_METHOD
 def test_a_pruned_model_costs_what_its_config_does(family: str, cls: type, config: PruneConfig, tmp_path) -> None:
     model = tiny_model(family, cls)
+    adapter = get_adapter(family)
+    try:
+        adapter.check(model, plan(config, adapter.shape(model)), **options(config))
+    except UnsupportedModelError as error:
+        pytest.skip(str(error))
     expected = cost(model, config)
     assert expected.pruned.macs < expected.dense.macs
     assert cost(model, config.to_dict()) == cost(model, config.save_pretrained(tmp_path)) == expected
@@ -272,6 +312,12 @@ def test_bad_input() -> None:
             call(model, get_method("divprune")())
 
 
+@pytest.mark.parametrize("config", [c for c in DEFAULTS if c not in SCALABLE], ids=lambda config: config.method)
+def test_a_method_without_a_schedule_meets_no_budget(config: PruneConfig) -> None:
+    with pytest.raises(ConfigError, match=f"macs=1e\\+08: {config.method} has no schedule that could be scaled; set"):
+        config_for_macs(on_meta(192), config, 1e8)
+
+
 # -- a schedule for a budget -----------------------------------------------------------------------------------------
 
 
@@ -289,29 +335,33 @@ def one_token_more(report: CostReport, width: int, mlp: int) -> int:
     return total
 
 
-@EVERY_METHOD
+@EVERY_SCHEDULE
 @pytest.mark.parametrize("fraction", [0.999, 0.9, 0.75, 0.6, 0.5, 0.4])
 def test_a_budget_is_met_from_below(config: PruneConfig, fraction: float) -> None:
     model = on_meta(384)
     budget = fraction * cost(model).dense.macs
+    if cost(model, config.scaled(1e3)).pruned.macs > budget:
+        with pytest.raises(ConfigError, match="out of reach"):
+            config_for_macs(model, config, budget)
+        return
     found = config_for_macs(model, config, budget)
     report = cost(model, found)
     assert type(found) is type(config)
     assert report.pruned.macs <= budget < one_token_more(report, 384, 1536)
-    unchanged = {"keep_ratios", "num_similar"}
-    for field in dataclasses.fields(config):
-        assert field.name in unchanged or getattr(found, field.name) == getattr(config, field.name)
+    for name, value in vars(config).items():
+        assert getattr(found, name) == value or getattr(config.scaled(0.5), name) != value, "part of the schedule"
 
 
-@pytest.mark.parametrize("config", [c for c in DEFAULTS if hasattr(c, "keep_ratios")], ids=lambda config: config.method)
+@pytest.mark.parametrize("config", [c for c in SCALABLE if hasattr(c, "keep_ratios")], ids=lambda config: config.method)
 @pytest.mark.parametrize("fraction", [0.9, 0.75, 0.6])
 def test_any_weaker_schedule_is_over_the_budget(config: PruneConfig, fraction: float) -> None:
     model = on_meta(384)
     budget = fraction * cost(model).dense.macs
     found = config_for_macs(model, config, budget)
-    weaker = tuple(1 - (1 - ratio) * (1 - 1e-9) for ratio in found.keep_ratios)
+    many = isinstance(found.keep_ratios, tuple)
+    weaker = tuple(1 - (1 - ratio) * (1 - 1e-9) for ratio in (found.keep_ratios if many else [found.keep_ratios]))
     assert cost(model, found).pruned.macs <= budget
-    assert cost(model, dataclasses.replace(found, keep_ratios=weaker)).pruned.macs > budget
+    assert cost(model, dataclasses.replace(found, keep_ratios=weaker if many else weaker[0])).pruned.macs > budget
 
 
 def test_the_budget_of_a_config_gives_it_back() -> None:
@@ -350,7 +400,7 @@ def test_a_budget_so_large_that_no_token_is_similar_enough_to_leave(settings: di
     assert nothing.num_similar == 0
 
 
-@EVERY_METHOD
+@EVERY_SCHEDULE
 def test_budgets_out_of_reach(config: PruneConfig) -> None:
     model = tiny_model("vit", ViTForImageClassification)
     dense = cost(model).dense.macs
@@ -364,13 +414,14 @@ def test_budgets_out_of_reach(config: PruneConfig) -> None:
     assert f"macs={least - 1:.4g} is out of reach of this {config.method} schedule" in str(error.value)
     assert f"which ends at {least:.4g}; prune in more or earlier layers" in str(error.value)
     assert cost(model, config_for_macs(model, config, least)).pruned.macs == least
-    with pytest.raises(ConfigError, match="out of reach"):
-        config_for_macs(model, config.scaled(0), dense - 1)
+    if not options(config):  # which save something at any strength
+        with pytest.raises(ConfigError, match="out of reach"):
+            config_for_macs(model, config.scaled(0), dense - 1)
 
 
 def test_scaled_schedules_keep_at_least_one_token() -> None:
     model = tiny_model("vit", ViTForImageClassification)
-    for config in DEFAULTS:
+    for config in SCALABLE:
         report = cost(model, config.scaled(1e6))
-        assert report.pruned.blocks[-1].tokens_out >= 2  # CLS and one patch
+        assert report.pruned.blocks[-1].tokens_in >= 2  # CLS and one patch
         assert len(report.pruned.blocks) == TINY["num_hidden_layers"]

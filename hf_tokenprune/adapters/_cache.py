@@ -34,11 +34,24 @@ class Segment:
 
 @dataclass
 class CacheState:
-    """The pruned part of a cache: ``seen`` tokens of the caller, of which ``lengths[i]`` are in segment i."""
+    """The pruned part of a cache.
+
+    Attributes:
+        seen: tokens that the caller has fed.
+        segments: by segment, what its layers hold of them.
+        lengths: how many that are.
+        tail: how many of the last ones are text in every sample, which all layers hold.
+    """
 
     seen: int
     segments: list[Segment]
     lengths: list[int]
+    tail: int
+
+    def without_last(self, count: int) -> CacheState:
+        """The state before the last ``count`` <= tail tokens came."""
+        segments = [replace(s, valid=None if s.valid is None else s.valid[:, :-count]) for s in self.segments]
+        return CacheState(self.seen - count, segments, [n - count for n in self.lengths], self.tail - count)
 
 
 class PrunedDynamicCache(DynamicCache):
@@ -57,6 +70,12 @@ class PrunedDynamicCache(DynamicCache):
         super().reset()
         del self.token_prune
         self.__class__ = DynamicCache  # a cache without tokens is a stock one
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        excess = self.token_prune.lengths[0] - self.get_seq_length(0)
+        if 0 < excess <= self.token_prune.tail:  # assisted decoding feeds candidates with the prompt
+            self.token_prune = self.token_prune.without_last(excess)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

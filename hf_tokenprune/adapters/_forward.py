@@ -186,7 +186,14 @@ class Forward:
             keep = keep & before.valid
         order = torch.where(keep, torch.arange(keep.shape[1], device=keep.device), -1).sort(dim=1).values[:, -longest:]
         take, valid = order.clamp(min=0), None if min(lengths) == longest else order >= 0
+        segment = self.segment(stage.layer) + 1 if stage is not None and stage.layer >= 0 else 0
         positions, shift = before.positions, before.shift
+        former = self.past[segment].shift
+        if segment and former is not None:  # in former turns more has left before this segment than before the last one
+            last = self.past[segment - 1].shift
+            more = former if last is None else former - last
+            positions = positions - more
+            shift = more if shift is None else shift + more
         if stage is not None and stage.positions == "contiguous":
             dropped = ~keep if before.valid is None else ~keep & before.valid
             total = dropped.long().cumsum(1)
@@ -194,7 +201,6 @@ class Forward:
             shift = total[:, -1:] + (0 if shift is None else shift)
         self.layout = _moved(self.layout, take, valid)
         self.observed = {layer: score.gather(1, take) for layer, score in self.observed.items()}
-        segment = self.segment(stage.layer) + 1 if stage is not None and stage.layer >= 0 else 0
         view = View(
             slots=before.slots.gather(1, take),
             take=take,
@@ -235,8 +241,13 @@ class Forward:
         """What the next forward with this cache must know."""
         lengths = [held + view.slots.shape[1] for held, view in zip(self.held, self.views, strict=True)]
         segments = [Segment(first, v.key_valid, v.shift) for first, v in zip(self.starts, self.views, strict=True)]
-        assert self.image_rank is not None
-        return CacheState(self.seen + self.image_rank.shape[1], segments, lengths)
+        assert self.image_rank is not None and self.layout is not None
+        layout = self.layout
+        tail = min(
+            tail if any(images) else length
+            for tail, images, length in zip(layout.tail, layout.images, layout.lengths, strict=True)
+        )
+        return CacheState(self.seen + self.image_rank.shape[1], segments, lengths, tail)
 
 
 def _columns(attention: Tensor, index: Tensor) -> Tensor:

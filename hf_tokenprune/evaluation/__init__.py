@@ -1,4 +1,4 @@
-"""Evaluate classifiers, dense and pruned: takes any model and knows no method.
+"""Evaluate classifiers and two-tower models, dense and pruned: takes any model and knows no method.
 
 Importing this needs torch and Pillow alone; `evaluate`, `datasets` and `accelerate` (``pip install
 "hf-tokenprune[eval]"``) are imported by what uses them.
@@ -12,6 +12,7 @@ from hf_tokenprune.evaluation.loop import Logits, collect_logits
 from hf_tokenprune.evaluation.preprocess import PreprocessedImages
 from hf_tokenprune.evaluation.processor import load_processor
 from hf_tokenprune.evaluation.report import PairedReport, PairedRow, evaluate_paired
+from hf_tokenprune.evaluation.retrieval import Recall, RetrievalReport, RetrievalRow, evaluate_retrieval
 from hf_tokenprune.evaluation.scores import (
     agreement,
     kl_divergence,
@@ -21,6 +22,7 @@ from hf_tokenprune.evaluation.scores import (
     topk_correct,
 )
 from hf_tokenprune.evaluation.trainer import compute_metrics
+from hf_tokenprune.evaluation.zero_shot import evaluate_zero_shot, zero_shot_classifier
 
 if TYPE_CHECKING:
     from hf_tokenprune.evaluation.metric import TokenPruningMetric
@@ -31,11 +33,16 @@ __all__ = [
     "PairedReport",
     "PairedRow",
     "PreprocessedImages",
+    "Recall",
+    "RetrievalReport",
+    "RetrievalRow",
     "TokenPruningMetric",
     "agreement",
     "collect_logits",
     "compute_metrics",
     "evaluate_paired",
+    "evaluate_retrieval",
+    "evaluate_zero_shot",
     "kl_divergence",
     "load_images",
     "load_processor",
@@ -43,6 +50,7 @@ __all__ = [
     "paired_interval",
     "summarize",
     "topk_correct",
+    "zero_shot_classifier",
 ]
 
 

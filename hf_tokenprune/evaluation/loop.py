@@ -90,10 +90,9 @@ def collect_logits(
         process_index=accelerator.process_index,
         put_on_device=True,
     )
-    if getattr(model, "hf_device_map", None) is None and _device(model) != accelerator.device:
-        model.to(accelerator.device)
+    place(model, accelerator)
     rows, labels, seconds = [], [], 0.0
-    with _eval_mode(model), torch.inference_mode(), accelerator.autocast():
+    with eval_mode(model), torch.inference_mode(), accelerator.autocast():
         bar = tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process))
         for step, batch in enumerate(bar):
             inputs = _in_dtype_of(model, batch["inputs"])
@@ -117,8 +116,14 @@ def collect_logits(
     )
 
 
+def place(model: nn.Module, accelerator: Any) -> None:
+    """Move a model to the accelerator's device, unless it was dispatched over devices."""
+    if getattr(model, "hf_device_map", None) is None and _device(model) != accelerator.device:
+        model.to(accelerator.device)
+
+
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode, and every module's own flag back: ``model.train()`` would also wake those that were frozen in eval."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

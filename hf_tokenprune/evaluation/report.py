@@ -1,7 +1,6 @@
 """Dense against pruned on the same images: the numbers, their intervals, and tables of them."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from hf_tokenprune.evaluation.images import ImageDataset
 from hf_tokenprune.evaluation.loop import Logits, collect_logits
 from hf_tokenprune.evaluation.preprocess import PreprocessedImages
 from hf_tokenprune.evaluation.scores import kl_divergence, mean_interval, paired_interval, summarize, topk_correct
-from hf_tokenprune.evaluation.tables import aligned, markdown
+from hf_tokenprune.evaluation.tables import aligned, filled, markdown, number, plain, with_interval
 
 DENSE = "dense"
 
@@ -32,6 +31,8 @@ class PairedRow:
         accuracy_interval: 95 % interval of that difference, in percentage points; see `scores.paired_interval`. It is
             centred a little nearer to 0 than the difference itself.
         top5_accuracy: fraction of the labelled images.
+        top5_difference: as accuracy_difference; not in the tables.
+        top5_interval: as accuracy_interval; not in the tables.
         agreement: fraction of images given the same class as by the dense run.
         kl: mean KL(softmax(dense) || softmax(this)) in nats.
         kl_interval: its 95 % interval, mean +- 1.96 sd / sqrt(n), cut at 0; None for a single image.
@@ -47,6 +48,8 @@ class PairedRow:
     accuracy_difference: float | None = None
     accuracy_interval: tuple[float, float] | None = None
     top5_accuracy: float | None = None
+    top5_difference: float | None = None
+    top5_interval: tuple[float, float] | None = None
     agreement: float | None = None
     kl: float | None = None
     kl_interval: tuple[float, float] | None = None
@@ -77,15 +80,14 @@ class PairedReport:
             TokenPruneError: runs of other images or classes, a run called "dense", MACs of a run that there is not.
         """
         macs = macs or {}
-        _check_names(runs, macs)
+        check_names(runs, macs)
         rows = [_dense_row(dense, macs), *(_row(name, run, dense, macs) for name, run in runs.items())]
         return cls(tuple(rows), 0 if dense.labels is None else int((dense.labels >= 0).sum()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: ``images``, ``labelled`` and ``rows`` with the fields and units of `PairedRow`. A number
         that JSON cannot hold (a KL of infinity) is None."""
-        rows = [{key: _plain(value) for key, value in asdict(row).items()} for row in self.rows]
-        return {"images": self.rows[0].n, "labelled": self.labelled, "rows": rows}
+        return {"images": self.rows[0].n, "labelled": self.labelled, "rows": [plain(asdict(row)) for row in self.rows]}
 
     def summary(self) -> str:
         """The table as plain text, columns aligned, with what it rests on above and below."""
@@ -109,19 +111,17 @@ class PairedReport:
         """Header and cells; columns that are empty in all rows are left out."""
         columns: dict[str, Callable[[PairedRow], str]] = {
             "run": lambda row: row.name,
-            "top-1 %": lambda row: _number(row.accuracy, ".2f", 100),
-            "vs dense": lambda row: _with_interval(row.accuracy_difference, row.accuracy_interval, "+.2f"),
-            "top-5 %": lambda row: _number(row.top5_accuracy, ".2f", 100),
-            "agreement %": lambda row: _number(row.agreement, ".2f", 100),
-            "KL": lambda row: _with_interval(row.kl, row.kl_interval, ".3g"),
-            "GMACs": lambda row: _number(row.macs, ".3f", 1e-9),
-            "images/s": lambda row: _number(row.images_per_second, ".1f"),
-            "speed-up": lambda row: _number(row.speed_up, ".2f"),
-            "ideal": lambda row: _number(row.ideal_speed_up, ".2f"),
+            "top-1 %": lambda row: number(row.accuracy, ".2f", 100),
+            "vs dense": lambda row: with_interval(row.accuracy_difference, row.accuracy_interval, "+.2f"),
+            "top-5 %": lambda row: number(row.top5_accuracy, ".2f", 100),
+            "agreement %": lambda row: number(row.agreement, ".2f", 100),
+            "KL": lambda row: with_interval(row.kl, row.kl_interval, ".3g"),
+            "GMACs": lambda row: number(row.macs, ".3f", 1e-9),
+            "images/s": lambda row: number(row.images_per_second, ".1f"),
+            "speed-up": lambda row: number(row.speed_up, ".2f"),
+            "ideal": lambda row: number(row.ideal_speed_up, ".2f"),
         }
-        filled = {title: [cell(row) for row in self.rows] for title, cell in columns.items()}
-        filled = {title: cells for title, cells in filled.items() if any(cell != "-" for cell in cells)}
-        return list(filled), [list(cells) for cells in zip(*filled.values(), strict=True)]
+        return filled({title: [cell(row) for row in self.rows] for title, cell in columns.items()})
 
 
 def evaluate_paired(
@@ -150,12 +150,25 @@ def evaluate_paired(
         TokenPruneError: see `PairedReport.from_logits`; names are checked before anything runs. And what
             `collect_logits` raises.
     """
-    _check_names(variants, macs or {})
+    check_names(variants, macs or {})
     prepared = PreprocessedImages(images, processor, cache_bytes)
+    dense, runs = collect_runs(model, prepared, variants, batch_size, accelerator, progress)
+    return PairedReport.from_logits(dense, runs, macs)
+
+
+def collect_runs(
+    model: nn.Module,
+    images: PreprocessedImages,
+    variants: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    batch_size: int,
+    accelerator: Any,
+    progress: bool,
+) -> tuple[Logits, dict[str, Logits]]:
+    """What a model says as it is, and within each variant by its name; see `evaluate_paired` and `collect_logits`."""
 
     def run(name: str) -> Logits:
         return collect_logits(
-            model, prepared, batch_size=batch_size, accelerator=accelerator, progress=progress, desc=name
+            model, images, batch_size=batch_size, accelerator=accelerator, progress=progress, desc=name
         )
 
     dense = run(DENSE)
@@ -163,10 +176,15 @@ def evaluate_paired(
     for name, variant in variants.items():
         with variant():
             runs[name] = run(name)
-    return PairedReport.from_logits(dense, runs, macs)
+    return dense, runs
 
 
-def _check_names(runs: Mapping[str, Any], macs: Mapping[str, float]) -> None:
+def check_names(runs: Mapping[str, Any], macs: Mapping[str, float]) -> None:
+    """Names of runs, and of those whose MACs are known.
+
+    Raises:
+        TokenPruneError: a run called "dense", MACs of a run that there is not.
+    """
     if DENSE in runs:
         raise TokenPruneError(f"a run is called {DENSE!r}, which names the model as it is; call it otherwise")
     if unknown := sorted(set(macs) - {DENSE, *runs}):
@@ -192,22 +210,24 @@ def _row(name: str, run: Logits, dense: Logits, macs: Mapping[str, float]) -> Pa
             "or they have other labels; both must see the same images in the same order"
         )
     scores = summarize(run.logits, dense.labels, dense.logits)
-    difference, difference_interval = None, None
+    top1: tuple[Any, Any] = (None, None)
+    top5: tuple[Any, Any] = (None, None)
     if dense.labels is not None:
         known = dense.labels >= 0
-        before = topk_correct(dense.logits, dense.labels)[known]
-        after = topk_correct(run.logits, dense.labels)[known]
-        low, high = paired_interval(before, after)
-        difference = 100 * (int(after.sum()) - int(before.sum())) / len(after)
-        difference_interval = (100 * low, 100 * high)
+        top1, top5 = (
+            paired_difference(*(topk_correct(logits, dense.labels, k)[known] for logits in (dense.logits, run.logits)))
+            for k in (1, 5)
+        )
     kl_interval = mean_interval(kl_divergence(dense.logits, run.logits))
     return PairedRow(
         name=name,
         n=run.n,
         accuracy=scores.get("accuracy"),
-        accuracy_difference=difference,
-        accuracy_interval=difference_interval,
+        accuracy_difference=top1[0],
+        accuracy_interval=top1[1],
         top5_accuracy=scores.get("top5_accuracy"),
+        top5_difference=top5[0],
+        top5_interval=top5[1],
         agreement=scores["agreement"],
         kl=scores["kl"],
         kl_interval=kl_interval and (max(kl_interval[0], 0.0), kl_interval[1]),
@@ -218,21 +238,16 @@ def _row(name: str, run: Logits, dense: Logits, macs: Mapping[str, float]) -> Pa
     )
 
 
+def paired_difference(dense_correct: Tensor, correct: Tensor) -> tuple[float, tuple[float, float]]:
+    """Difference of two fractions measured on the same n images, and its interval, in percentage points.
+
+    Args:
+        dense_correct: ``(n,)`` bool.
+        correct: ``(n,)`` bool; see `scores.paired_interval`.
+    """
+    low, high = paired_interval(dense_correct, correct)
+    return 100 * (int(correct.sum()) - int(dense_correct.sum())) / len(correct), (100 * low, 100 * high)
+
+
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one is not None and other is not None and torch.equal(one, other))
-
-
-def _number(value: float | None, form: str, scale: float = 1.0) -> str:
-    return "-" if value is None else f"{value * scale:{form}}"
-
-
-def _with_interval(value: float | None, interval: Sequence[float] | None, form: str) -> str:
-    if interval is None:
-        return _number(value, form)
-    return f"{_number(value, form)} [{interval[0]:{form}}, {interval[1]:{form}}]"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

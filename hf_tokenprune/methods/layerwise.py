@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, TypeVar
 
-from ..config import PruneConfig, Where
+from ..config import Where
 from ..signals import DecoderShape, Shape
+from .visionwise import VisionConfig
 
 C = TypeVar("C", bound="LayerwiseConfig")
 
@@ -24,7 +25,7 @@ def scaled_ratio(keep_ratio: float, strength: float) -> float:
 
 
 @dataclass(frozen=True)
-class LayerwiseConfig(PruneConfig):
+class LayerwiseConfig(VisionConfig):
     """Fields of every config that prunes at several layers.
 
     Args:
@@ -43,6 +44,7 @@ class LayerwiseConfig(PruneConfig):
     default_keep_ratios: ClassVar[tuple[float, ...]] = ()
 
     def validate(self) -> None:
+        super().validate()
         if self.layers is not None:
             ascending = all(a < b for a, b in pairwise(self.layers))
             self.check(
@@ -55,10 +57,14 @@ class LayerwiseConfig(PruneConfig):
         ratios = self.keep_ratios if isinstance(self.keep_ratios, tuple) else (self.keep_ratios,)
         self.check(all(r is None or 0 < r <= 1 for r in ratios), "keep_ratios", "0 < ratio <= 1, the fraction kept")
 
+    def default_layers(self, depth: int) -> list[int]:
+        """Where the method prunes in a model of ``depth`` blocks."""
+        return at_depth(self.default_blocks, depth)
+
     def plan(self, shape: Shape) -> list[tuple[int, float]]:
         """The (layer, keep ratio) pairs for a model of this shape; fields that do not fit it raise ConfigError."""
         if self.layers is None:
-            layers = at_depth(self.default_blocks, shape.depth)
+            layers = self.default_layers(shape.depth)
             ratios = self._ratios(len(layers), self.default_keep_ratios)
             merged: dict[int, float] = {}
             for layer, ratio in zip(layers, ratios, strict=True):  # in a shallow model several may meet in one block
@@ -106,6 +112,8 @@ class BaselineConfig(LayerwiseConfig):
         if not isinstance(shape, DecoderShape):
             return [(layer, self.where, ratio, "sample") for layer, ratio in self.plan(shape)]
         self.check(self.where == "after_block", "where", "'after_block': in a decoder tokens leave behind a layer")
+        for name in ("exact_last_block", "restore"):
+            self.check(not getattr(self, name), name, "False: it is about vision encoders, and this is a decoder")
         if self.layers is not None:
             return [(layer, "after_block", ratio, "sample") for layer, ratio in self.plan(shape)]
         ratios = self.default_entrance_ratio if self.keep_ratios is None else self.keep_ratios

@@ -1,0 +1,74 @@
+"""ATS: keep the tokens that contribute most to what the CLS token gathers.
+
+Follows Mohsen Fayyaz, Soroush Abbasi Koohpayegani, Farnoush Rezaei Jafari, Sunando Sengupta, Hamid Reza Vaezi Joze,
+Eric Sommerlade, Hamed Pirsiavash, Jürgen Gall, "Adaptive Token Sampling For Efficient Vision Transformers", ECCV 2022
+(arXiv 2111.15667), with a fixed number of tokens.
+
+Axes: B batch, H heads, T all tokens, N prunable tokens, d head width, n kept.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..registry import register_method
+from ..signals import ModelShape, Reduction, Signals, Stage
+from ..tokens import num_to_keep, top_tokens
+from .layerwise import LayerwiseConfig
+
+Sampling = Literal["top_k", "inverse_transform"]
+
+
+@register_method("ats")
+@dataclass(frozen=True)
+class ATSConfig(LayerwiseConfig):
+    """ATS with a fixed number of tokens. By default 70 % stay after blocks 3, 6 and 9 of 12.
+
+    Args:
+        sampling: "top_k": the tokens of greatest significance. "inverse_transform": the paper's sampling at even
+            distances of the cumulative significance; where it hits a token more than once, the most significant of the
+            others fill up.
+    """
+
+    sampling: Sampling = "top_k"
+
+    default_blocks: ClassVar[tuple[int, ...]] = (3, 6, 9)
+    default_keep_ratios: ClassVar[tuple[float, ...]] = (0.7, 0.7, 0.7)
+
+    def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
+        return tuple(ATSStage(layer, self.where, ratio, self.sampling) for layer, ratio in self.plan(shape))
+
+
+@dataclass(frozen=True)
+class ATSStage(Stage):
+    keep_ratio: float
+    sampling: Sampling
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"cls_attention", "values"})
+
+    def num_kept(self, num_prunable: int) -> int:
+        return num_to_keep(num_prunable, self.keep_ratio)
+
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
+        scores = significance(signals)
+        if self.sampling == "inverse_transform":
+            scores = scores / scores.sum(1, keepdim=True).clamp_min(1e-12)
+            scores = scores + 2 * sampled(scores, n_keep)  # those that were hit come before all others
+        return Reduction(top_tokens(scores, n_keep))
+
+
+def significance(signals: Signals) -> Tensor:
+    """(B, N) float32: the attention that CLS pays to a token times the norm of its value, summed over heads (eq. 3)."""
+    attention, values = signals.need("cls_attention"), signals.need("values")
+    return (attention * values.float().norm(dim=-1)).sum(1)[:, signals.num_protected :]
+
+
+def sampled(scores: Tensor, count: int) -> Tensor:
+    """(B, N) 1 where the inverse of the cumulative ``scores`` (B, N) hits at 1/2k, 3/2k, ..., (2k − 1)/2k, else 0."""
+    quantiles = (torch.arange(count, device=scores.device) + 0.5) / max(count, 1)
+    hits = torch.searchsorted(scores.cumsum(1), quantiles.expand(len(scores), -1).contiguous())
+    return torch.zeros_like(scores).scatter(1, hits.clamp_max(scores.shape[1] - 1), 1.0)

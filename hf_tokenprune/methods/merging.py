@@ -1,0 +1,165 @@
+"""What methods share that merge tokens: schedules of counts, and matching tokens in pairs.
+
+Axes: B batch, P protected tokens, N prunable tokens, H heads, d head width, m tokens merged into others.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..signals import ModelShape, Reduction, Signals, Stage
+from ..tokens import top_tokens
+from .visionwise import VisionConfig
+
+C = TypeVar("C", bound="MergingConfig")
+
+
+@dataclass(frozen=True)
+class MergingConfig(VisionConfig):
+    """Fields of every config that merges a number of tokens at each of several layers, between attention and MLP.
+
+    Args:
+        r: tokens that are merged into others. An integer: at every layer; several: one a layer; a fraction (below 1):
+            of the patches that the checkpoint's own image size has, at all layers together and as evenly as whole
+            tokens allow. Never more than half of the tokens that enter a layer.
+        layers: 0-based blocks, ascending. None: the method's default for the model's depth.
+        proportional_attention: in later blocks a token draws attention in proportion to its size, the number of patches
+            it stands for.
+    """
+
+    r: int | float | tuple[int, ...]
+    layers: tuple[int, ...] | None = None
+    proportional_attention: bool = True
+
+    def validate(self) -> None:
+        super().validate()
+        counts = self.r if isinstance(self.r, tuple) else (self.r,)
+        self.check(
+            all(r >= 0 and (isinstance(r, int) or r < 1) for r in counts),
+            "r",
+            "a count >= 0 (integer), one a layer, or a fraction of the patches (0 <= fraction < 1)",
+        )
+        if self.layers is not None:
+            ascending = all(a < b for a, b in pairwise((-1, *self.layers)))
+            self.check(bool(self.layers) and ascending, "layers", "ascending block numbers >= 0")
+            if isinstance(self.r, tuple):
+                allowed = f"{len(self.layers)} values, one for each of layers={self.layers}"
+                self.check(len(self.r) == len(self.layers), "r", allowed)
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        """Where the method merges in a model of ``depth`` blocks."""
+        return tuple(range(depth))
+
+    def counts(self, shape: ModelShape) -> list[tuple[int, int]]:
+        """(layer, tokens to merge there) of each stage; fields that do not fit the shape raise ConfigError."""
+        layers = self.default_layers(shape.depth) if self.layers is None else self.layers
+        allowed = f"blocks 0..{shape.depth - 1}: this model has {shape.depth} blocks"
+        self.check(max(layers) < shape.depth, "layers", allowed)
+        if isinstance(self.r, float):
+            counts = spread(round(self.r * shape.num_patches), len(layers))
+        else:
+            counts = self.r if isinstance(self.r, tuple) else (self.r,) * len(layers)
+            self.check(len(counts) == len(layers), "r", f"{len(layers)} values, one for each default layer")
+        return list(zip(layers, counts, strict=True))
+
+    def scaled(self: C, strength: float) -> C:
+        """Every count multiplied by ``strength`` and rounded. Only a fraction can be scaled finely, up to 0.99."""
+        if isinstance(self.r, float):
+            return dataclasses.replace(self, r=min(self.r * strength, 0.99))
+        if isinstance(self.r, tuple):
+            return dataclasses.replace(self, r=tuple(int(r * strength + 0.5) for r in self.r))
+        return dataclasses.replace(self, r=int(self.r * strength + 0.5))
+
+
+def spread(total: int, count: int) -> tuple[int, ...]:
+    """``total`` as ``count`` integers that differ by at most one, the odd ones at even distances."""
+    sums = [(2 * total * i + count) // (2 * count) for i in range(count + 1)]
+    return tuple(b - a for a, b in pairwise(sums))
+
+
+@dataclass(frozen=True)
+class MergeStage(Stage):
+    """Merges ``r`` tokens; a method adds which, and how their features are averaged."""
+
+    r: int
+    proportional_attention: bool
+
+    merges: ClassVar[bool] = True
+
+    @property
+    def proportional(self) -> bool:
+        return self.proportional_attention
+
+    def num_kept(self, num_prunable: int) -> int:
+        return num_prunable - min(self.r, num_prunable // 2)
+
+
+def mean_keys(signals: Signals) -> Tensor:
+    """(B, N, d) float32: the keys of the prunable tokens, averaged over heads."""
+    return signals.need("keys")[:, :, signals.num_protected :].float().mean(1)
+
+
+def prunable_sizes(signals: Signals) -> Tensor:
+    """(B, N) float32: patches that each prunable token stands for."""
+    num_protected = signals.num_protected
+    if signals.sizes is None:
+        return signals.tokens.new_ones(signals.tokens[:, num_protected:].shape[:2], dtype=torch.float32)
+    return signals.sizes[:, num_protected:]
+
+
+def match_alternate(metric: Tensor, num_protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bipartite matching: every second token of the sequence looks for the most similar one of the others.
+
+    Args:
+        metric: (B, N, d) float32 of the prunable tokens; similarity is the cosine.
+        num_protected: protected tokens stand in front and count in the alternation, but take no part.
+
+    Returns:
+        Positions (a,) of the tokens that look, positions (B, a) of whom they find, and their similarity (B, a).
+    """
+    first = num_protected % 2  # of the prunable tokens at even places of the whole sequence
+    unit = F.normalize(metric, dim=-1)
+    nearest = (unit[:, first::2] @ unit[:, 1 - first :: 2].mT).max(-1)
+    looking = torch.arange(first, metric.shape[1], 2, device=metric.device)
+    return looking, 2 * nearest.indices + 1 - first, nearest.values
+
+
+def merge_cheapest(matching: tuple[Tensor, Tensor, Tensor], cost: Tensor, weights: Tensor, n_keep: int) -> Reduction:
+    """Merge the pairs of a matching whose ``cost`` (B, a) is least until ``n_keep`` tokens are left.
+
+    Features are averaged with ``weights`` (B, N).
+    """
+    looking, found, _ = matching
+    pairs = top_tokens(-cost, weights.shape[1] - n_keep)
+    return merged_into(looking[pairs], found.gather(1, pairs), weights)
+
+
+def merged_into(merged: Tensor, targets: Tensor, weights: Tensor) -> Reduction:
+    """The tokens ``merged`` (B, m) join ``targets`` (B, m), none of which is merged; all others stay as they are.
+
+    Features are averaged with ``weights`` (B, N), evenly in a group without any weight.
+    """
+    weights = weights.clamp_min(1e-12)
+    total = weights.scatter_add(1, targets, weights.gather(1, merged))
+    total = total.scatter(1, merged, total.gather(1, targets))
+    return joined(merged, targets, weights / total)
+
+
+def joined(merged: Tensor, targets: Tensor, weights: Tensor) -> Reduction:
+    """Like :func:`merged_into`, but features are summed with ``weights`` as they are."""
+    stays = torch.ones_like(weights, dtype=torch.int64).scatter(1, merged, 0)
+    keep = top_tokens(stays, weights.shape[1] - merged.shape[1])
+    place = stays.cumsum(1) - 1  # of a position in `keep`
+    return Reduction(keep, merged, place.gather(1, targets), weights)
+
+
+def everything(signals: Signals) -> Reduction:
+    """All tokens stay."""
+    batch, num_tokens = signals.tokens.shape[:2]
+    positions = torch.arange(num_tokens - signals.num_protected, device=signals.tokens.device)
+    return Reduction(positions.expand(batch, -1))

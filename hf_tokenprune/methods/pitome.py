@@ -1,0 +1,107 @@
+"""PiToMe: merge within large groups of look-alikes, protect tokens that stand alone.
+
+Follows the published description of Hoai-Chau Tran, Duy M. H. Nguyen, Duy M. Nguyen, Trung-Tin Nguyen, Ngan Le,
+Pengtao Xie, Daniel Sonntag, James Zou, Binh T. Nguyen, Mathias Niepert, "Accelerating Transformers with
+Spectrum-Preserving Token Merging", NeurIPS 2024 (arXiv 2405.16148). Written from the paper; the official code has a
+non-commercial licence and no line of it was used.
+
+Axes: B batch, N prunable tokens, d head width, k tokens merged.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Where
+from ..registry import register_method
+from ..signals import ModelShape, Reduction, Signals, Stage
+from ..tokens import num_to_keep
+from .layerwise import LayerwiseConfig
+from .merging import everything, mean_keys, merged_into, prunable_sizes
+
+
+@register_method("pitome")
+@dataclass(frozen=True)
+class PiToMeConfig(LayerwiseConfig):
+    """PiToMe, in every block by default.
+
+    Args:
+        layers: 0-based blocks, ascending. None: all.
+        keep_ratios: fraction of the prunable tokens left at each layer, at least 0.5; a number holds for all layers.
+        margin: of the cosine above which two tokens are alike, before the first block; it falls evenly to 0 with depth.
+        proportional_attention: in later blocks a token draws attention in proportion to its size, the number of patches
+            it stands for.
+    """
+
+    keep_ratios: float | tuple[float, ...] = 0.925
+    where: Where = "mid_block"
+    margin: float = 0.9
+    proportional_attention: bool = True
+
+    def validate(self) -> None:
+        super().validate()
+        ratios = self.keep_ratios if isinstance(self.keep_ratios, tuple) else (self.keep_ratios,)
+        self.check(min(ratios) >= 0.5, "keep_ratios", "0.5 <= ratio <= 1: at most every second token can be merged")
+        self.check(-1 <= self.margin <= 1, "margin", "a cosine, -1 to 1")
+
+    def default_layers(self, depth: int) -> list[int]:
+        return list(range(depth))
+
+    def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
+        return tuple(
+            PiToMeStage(layer, self.where, ratio, self.margin * (1 - layer / shape.depth), self.proportional_attention)
+            for layer, ratio in self.plan(shape)
+        )
+
+
+@dataclass(frozen=True)
+class PiToMeStage(Stage):
+    keep_ratio: float
+    margin: float
+    proportional_attention: bool
+
+    merges: ClassVar[bool] = True
+
+    @property
+    def proportional(self) -> bool:
+        return self.proportional_attention
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"keys"})
+
+    def num_kept(self, num_prunable: int) -> int:
+        return max(num_to_keep(num_prunable, self.keep_ratio), num_prunable - num_prunable // 2)
+
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
+        sizes = prunable_sizes(signals)
+        if n_keep == sizes.shape[1]:
+            return everything(signals)
+        unit = F.normalize(mean_keys(signals), dim=-1)
+        merged, targets = match_by_energy(unit @ unit.mT, self.margin, sizes.shape[1] - n_keep)
+        return merged_into(merged, targets, sizes)
+
+
+def energy(similarity: Tensor, margin: float) -> Tensor:
+    """(B, N): how many others a token is like, from their cosines (B, N, N): mean of f (eq. 4).
+
+    f(x) is x from the margin on, and exp(x − margin) − 1 below.
+    """
+    alike = torch.where(similarity >= margin, similarity, torch.expm1(similarity - margin))
+    return alike.mean(-1)  # a token's cosine with itself adds the same to all
+
+
+def match_by_energy(similarity: Tensor, margin: float, count: int) -> tuple[Tensor, Tensor]:
+    """Which ``count`` tokens are merged, and into whom: positions (B, k) each.
+
+    The 2k tokens of greatest energy take part: in that order the 1st, 3rd, ... each join the most similar of the 2nd,
+    4th, ...
+    """
+    order = energy(similarity, margin).argsort(dim=1, descending=True, stable=True)[:, : 2 * count]
+    merged, partners = order[:, 0::2], order[:, 1::2]
+    rows = similarity.gather(1, merged.unsqueeze(-1).expand(-1, -1, similarity.shape[2]))
+    between = rows.gather(2, partners.unsqueeze(1).expand(-1, count, -1))
+    return merged, partners.gather(1, between.argmax(-1))

@@ -1,0 +1,59 @@
+"""Salience-weighted merging: merge tokens that are alike or do not matter, and let those that matter dominate.
+
+A method of this package. The matching is that of Bolya et al., "Token Merging: Your ViT But Faster" (ToMe, ICLR 2023,
+arXiv 2210.09461), the salience that of Fayyaz et al., "Adaptive Token Sampling For Efficient Vision Transformers" (ATS,
+ECCV 2022, arXiv 2111.15667). Fusing by several criteria is the idea of Lee et al., "Multi-criteria Token Fusion with
+One-step-ahead Attention for Efficient Vision Transformers" (MCTF, CVPR 2024, arXiv 2403.10030).
+
+Axes: B batch, N prunable tokens.
+"""
+
+from dataclasses import dataclass, field
+
+from ..registry import register_method
+from ..signals import ModelShape, Reduction, Signals, Stage
+from .ats import significance
+from .layerwise import at_depth
+from .merging import MergeStage, MergingConfig, everything, match_alternate, mean_keys, merge_cheapest
+
+FIRST_BLOCKS = ((0.30, 6), (0.55, 5), (0.76, 4), (1.0, 2))
+"""1-based block of 12 where merging starts, for fractions below the limit: the more is merged, the earlier."""
+
+
+@register_method("salience_merge")
+@dataclass(frozen=True)
+class SalienceMergeConfig(MergingConfig):
+    """Salience-weighted merging in the later blocks. By default 70 % of the patches are merged in blocks 4 to 11 of 12.
+
+    Args:
+        layers: 0-based blocks, ascending. None: from block 6, 5, 4 or 2 of 12 (for a fraction ``r`` below 0.3, 0.55,
+            0.76 or 1; counts: 4) to the last but one.
+        exact_last_block: as everywhere, but on by default. For a head that reads patches set it to False.
+    """
+
+    r: int | float | tuple[int, ...] = 0.7
+    exact_last_block: bool = field(default=True, kw_only=True)
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        fraction = self.r if isinstance(self.r, float) else 0.7
+        first = next(block for limit, block in FIRST_BLOCKS if fraction < limit)
+        return tuple(range(at_depth((first,), depth)[0], max(depth - 1, 1)))
+
+    def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
+        proportional = self.proportional_attention
+        return tuple(SalienceMergeStage(layer, "mid_block", r, proportional) for layer, r in self.counts(shape))
+
+
+@dataclass(frozen=True)
+class SalienceMergeStage(MergeStage):
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"cls_attention", "keys", "values"})
+
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
+        salience = significance(signals)
+        if n_keep == salience.shape[1]:
+            return everything(signals)
+        matching = match_alternate(mean_keys(signals), signals.num_protected)
+        looking, _, similarity = matching
+        return merge_cheapest(matching, salience[:, looking] * (1 - similarity), salience, n_keep)

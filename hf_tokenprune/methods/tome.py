@@ -1,0 +1,41 @@
+"""ToMe: merge the tokens that are most alike.
+
+Follows the published description of Daniel Bolya, Cheng-Yang Fu, Xiaoliang Dai, Peizhao Zhang, Christoph Feichtenhofer,
+Judy Hoffman, "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461). Written from the paper; the official
+code has a non-commercial licence and no line of it was used.
+
+Axes: B batch, N prunable tokens.
+"""
+
+from dataclasses import dataclass
+
+from ..registry import register_method
+from ..signals import ModelShape, Reduction, Signals, Stage
+from .merging import MergeStage, MergingConfig, everything, match_alternate, mean_keys, merge_cheapest, prunable_sizes
+
+
+@register_method("tome")
+@dataclass(frozen=True)
+class ToMeConfig(MergingConfig):
+    """ToMe in every block. The default is the paper's 13 of 196 patches in each of 12 blocks; 40 tokens are left."""
+
+    r: int | float | tuple[int, ...] = 12 * 13 / 196
+
+    def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
+        proportional = self.proportional_attention
+        return tuple(ToMeStage(layer, "mid_block", r, proportional) for layer, r in self.counts(shape))
+
+
+@dataclass(frozen=True)
+class ToMeStage(MergeStage):
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"keys"})
+
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
+        sizes = prunable_sizes(signals)
+        if n_keep == sizes.shape[1]:
+            return everything(signals)
+        matching = match_alternate(mean_keys(signals), signals.num_protected)
+        _, _, similarity = matching
+        return merge_cheapest(matching, -similarity, sizes, n_keep)

@@ -1,0 +1,25 @@
+"""What configs share that prune vision encoders."""
+
+from dataclasses import dataclass, field
+
+from ..config import PruneConfig
+
+
+@dataclass(frozen=True)
+class VisionConfig(PruneConfig):
+    """Fields of every config for vision encoders.
+
+    Args:
+        exact_last_block: the last block computes queries, output projection and MLP for the protected tokens only, and
+            keys and values for all. Logits stay the same up to rounding; works for heads that read nothing else. No
+            token leaves in the last block then.
+        restore: the last hidden state gets its full length back: a patch that was merged has the state of the token it
+            is part of, one that was dropped its own last one. Not with ``exact_last_block``.
+    """
+
+    exact_last_block: bool = field(default=False, kw_only=True)
+    restore: bool = field(default=False, kw_only=True)
+
+    def validate(self) -> None:
+        allowed = "False with exact_last_block=True, which leaves no patch to restore"
+        self.check(not (self.exact_last_block and self.restore), "restore", allowed)

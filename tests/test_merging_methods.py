@@ -1,0 +1,449 @@
+"""ToMe, EViT, ATS, PiToMe and salience-weighted merging: against plain loops, their schedules, and published work."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import DeiTForImageClassification, ViTForImageClassification, ViTModel
+
+from hf_tokenprune import PruneConfig, ZeroTPruneConfig, prune, record
+from hf_tokenprune.engine import options, plan
+from hf_tokenprune.errors import ConfigError, UnsupportedModelError
+from hf_tokenprune.methods.ats import ATSConfig, ATSStage
+from hf_tokenprune.methods.evit import EViTConfig, EViTStage
+from hf_tokenprune.methods.exact import ExactConfig
+from hf_tokenprune.methods.layerwise import BaselineConfig
+from hf_tokenprune.methods.merging import MergingConfig, spread
+from hf_tokenprune.methods.pitome import PiToMeConfig, PiToMeStage
+from hf_tokenprune.methods.random import RandomConfig
+from hf_tokenprune.methods.salience_merge import SalienceMergeConfig, SalienceMergeStage
+from hf_tokenprune.methods.tome import ToMeConfig, ToMeStage
+from hf_tokenprune.methods.visionwise import VisionConfig
+from hf_tokenprune.registry import get_method, list_methods
+from hf_tokenprune.signals import ModelShape, Reduction, Signals, Stage
+from hf_tokenprune.tokens import merge_tokens
+from hf_tokenprune.vision_cost import model_cost
+
+from .families import images, tiny_model
+from .reference_merging import Groups, naive_ats, naive_evit, naive_pitome, naive_salience_merge, naive_tome
+from .test_contract_methods import DECODER_SHAPE, SHAPE, make_signals
+
+BATCH = 3
+MERGING = [ToMeConfig, SalienceMergeConfig]
+
+
+@pytest.fixture(params=["vit", "boosted", "distilled", "no_cls", "first"])
+def signals(request: pytest.FixtureRequest) -> Signals:
+    """One, two or no protected tokens; CLS that attends to a few tokens only; no token merged yet."""
+    made = make_signals(BATCH, 25, {"distilled": 2, "no_cls": 0}.get(request.param, 1))
+    if request.param == "boosted":
+        made = replace(made, cls_attention=(20 * made.cls_attention).softmax(-1))
+    return replace(made, sizes=None) if request.param == "first" else made
+
+
+def groups_of(reduction: Reduction, row: int) -> Groups:
+    """Each token that stays, with the weights of all that its new state is made of."""
+    keep = reduction.keep[row].tolist()
+    if reduction.merged is None:
+        return {token: {token: 1.0} for token in keep}
+    weights = reduction.weights[row].tolist()
+    groups = {token: {token: weights[token]} for token in keep}
+    for token, place in zip(reduction.merged[row].tolist(), reduction.into[row].tolist(), strict=True):
+        groups[keep[place]][token] = weights[token]
+    return groups
+
+
+def check(stage: Stage, signals: Signals, expected: list[Groups]) -> None:
+    """The stage merges the same tokens, with the same weights, to the same states."""
+    patches = signals.tokens[:, signals.num_protected :]
+    reduction = stage.reduce(signals, stage.num_kept(patches.shape[1]))
+    states = patches.gather(1, reduction.keep.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+    if reduction.merged is not None:
+        states = merge_tokens(patches, reduction.keep, reduction.merged, reduction.into, reduction.weights)
+    for row, groups in enumerate(expected):
+        found = groups_of(reduction, row)
+        assert {token: set(members) for token, members in found.items()} == {t: set(m) for t, m in groups.items()}
+        for token, members in groups.items():
+            assert found[token] == pytest.approx(members, rel=1e-5)
+        means = [sum(w * patches[row, i].double() for i, w in groups[token].items()) for token in sorted(groups)]
+        torch.testing.assert_close(states[row].double(), torch.stack(means), rtol=1e-4, atol=1e-5)
+
+
+# -- against plain loops ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r", [1, 4, 12])
+def test_tome_is_its_description(signals: Signals, r: int) -> None:
+    expected = [naive_tome(signals, row, r) for row in range(BATCH)]
+    check(ToMeStage(2, "mid_block", r, True), signals, expected)
+
+
+@pytest.mark.parametrize("r", [1, 4, 12])
+def test_salience_merge_is_its_description(signals: Signals, r: int) -> None:
+    expected = [naive_salience_merge(signals, row, r) for row in range(BATCH)]
+    check(SalienceMergeStage(2, "mid_block", r, True), signals, expected)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.96, 0.8, 0.5])
+@pytest.mark.parametrize("margin", [0.9, 0.3, 0.0])
+def test_pitome_is_its_description(signals: Signals, keep_ratio: float, margin: float) -> None:
+    stage = PiToMeStage(2, "mid_block", keep_ratio, margin, True)
+    expected = [naive_pitome(signals, row, 25 - stage.num_kept(25), margin) for row in range(BATCH)]
+    check(stage, signals, expected)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("keep_ratio", [0.93, 0.7, 0.1])
+def test_evit_is_its_description(signals: Signals, keep_ratio: float, fuse: bool) -> None:
+    expected = [naive_evit(signals, row, keep_ratio, fuse) for row in range(BATCH)]
+    check(EViTStage(2, "mid_block", keep_ratio, fuse), signals, expected)
+
+
+@pytest.mark.parametrize("sampling", ["top_k", "inverse_transform"])
+@pytest.mark.parametrize("keep_ratio", [0.9, 0.5, 0.1])
+def test_ats_is_its_description(signals: Signals, keep_ratio: float, sampling: str) -> None:
+    stage = ATSStage(2, "after_block", keep_ratio, sampling)
+    keep = stage.reduce(signals, stage.num_kept(25)).keep
+    assert keep.tolist() == [naive_ats(signals, row, stage.num_kept(25), sampling) for row in range(BATCH)]
+
+
+def test_the_two_samplings_of_ats_differ() -> None:
+    """Otherwise the test above would not tell them apart."""
+    signals = make_signals(BATCH, 25)
+    top, drawn = (ATSStage(2, "after_block", 0.5, sampling) for sampling in ("top_k", "inverse_transform"))
+    assert not torch.equal(top.reduce(signals, 12).keep, drawn.reduce(signals, 12).keep)
+
+
+def test_pitome_sees_tokens_as_a_set() -> None:
+    """Its partition goes by energy, not by position: whoever is merged into whom does not depend on the order."""
+    signals = make_signals(1, 25)
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(3))
+    positions = torch.cat([torch.zeros(1, dtype=torch.int64), order + 1])
+    permuted = replace(
+        signals,
+        keys=signals.keys[:, :, positions],
+        tokens=signals.tokens[:, positions],
+        sizes=signals.sizes[:, positions],
+    )
+    stage = PiToMeStage(2, "mid_block", 0.7, 0.5, True)
+    groups = {frozenset(members) for members in groups_of(stage.reduce(signals, 17), 0).values()}
+    moved = groups_of(stage.reduce(permuted, 17), 0)
+    assert {frozenset(order[list(members)].tolist()) for members in moved.values()} == groups
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        ToMeStage(0, "mid_block", 0, True),
+        SalienceMergeStage(0, "mid_block", 0, True),
+        PiToMeStage(0, "mid_block", 1.0, 0.9, True),
+        EViTStage(0, "mid_block", 1.0, True),
+        EViTStage(0, "mid_block", 1.0, False),
+        ATSStage(0, "after_block", 1.0, "top_k"),
+        ATSStage(0, "after_block", 1.0, "inverse_transform"),
+    ],
+    ids=lambda stage: type(stage).__name__,
+)
+def test_keeping_all_is_the_identity(signals: Signals, stage: Stage) -> None:
+    assert stage.num_kept(25) == 25
+    reduction = stage.reduce(signals, 25)
+    assert torch.equal(reduction.keep, torch.arange(25).expand(BATCH, -1)) and reduction.merged is None
+
+
+def test_tokens_that_nothing_speaks_for_are_averaged_evenly() -> None:
+    signals = make_signals(1, 25)
+    signals = replace(signals, values=torch.zeros_like(signals.values))
+    stage = SalienceMergeStage(0, "mid_block", 12, True)
+    for members in groups_of(stage.reduce(signals, 13), 0).values():
+        assert list(members.values()) == pytest.approx([1 / len(members)] * len(members))
+
+
+def test_stages_ask_for_no_more_than_they_read() -> None:
+    """None needs the full attention, so the fused kernel stays."""
+    needs = {
+        "tome": {"keys"},
+        "pitome": {"keys"},
+        "evit": {"cls_attention"},
+        "ats": {"cls_attention", "values"},
+        "salience_merge": {"cls_attention", "keys", "values"},
+    }
+    for name, expected in needs.items():
+        for stage in get_method(name)().stages_for(SHAPE):
+            assert stage.needs == expected
+            signals = make_signals(1, 36)
+            unasked = {"attention", "queries", "keys", "values", "cls_attention"} - expected
+            stage.reduce(replace(signals, **dict.fromkeys(unasked)), stage.num_kept(36))
+
+
+# -- schedules -------------------------------------------------------------------------------------------------------
+
+
+def deit(width: int, depth: int = 12, patches: int = 14) -> ModelShape:
+    """A ViT with patches of 16 and an MLP of four widths: DeiT and the ViTs of ToMe's tables."""
+    return ModelShape(
+        depth=depth,
+        width=width,
+        mlp_width=4 * width,
+        num_heads=width // 64,
+        head_dim=64,
+        image_size=(16 * patches, 16 * patches),
+        patch_size=(16, 16),
+        num_channels=3,
+        num_protected=1,
+        has_cls=True,
+        head_macs=1000 * width,
+    )
+
+
+TINY, SMALL = deit(192), deit(384)
+
+
+def tokens_left(config: PruneConfig, shape: ModelShape) -> list[int]:
+    cost = model_cost(shape, plan(config, shape), **({"exact_last_block": True} if options(config) else {}))
+    return [block.tokens_in for block in cost.blocks]
+
+
+def test_the_defaults_are_those_of_the_papers() -> None:
+    assert tokens_left(ToMeConfig(), TINY) == [197 - 13 * layer for layer in range(12)]
+    assert tokens_left(ToMeConfig(r=13), TINY) == tokens_left(ToMeConfig(), TINY)
+    assert [(s.layer, s.where, s.num_kept(196)) for s in EViTConfig().stages_for(TINY)] == [
+        (layer, "mid_block", 138 + 1) for layer in (3, 6, 9)
+    ]
+    assert [(s.layer, s.where, s.num_kept(196)) for s in ATSConfig().stages_for(TINY)] == [
+        (layer, "after_block", 137) for layer in (2, 5, 8)
+    ]
+    stages = PiToMeConfig().stages_for(TINY)
+    assert [stage.layer for stage in stages] == list(range(12))
+    assert [stage.margin for stage in stages] == pytest.approx([0.9 - 0.9 * layer / 12 for layer in range(12)])
+    assert {
+        stage.where for config in (PiToMeConfig(), *(c() for c in MERGING)) for stage in config.stages_for(TINY)
+    } == {"mid_block"}
+
+
+@pytest.mark.parametrize(("r", "first"), [(0.1, 6), (0.4, 5), (0.7, 4), (0.9, 2), (12, 4)])
+def test_salience_merge_starts_earlier_the_more_it_merges(r: float, first: int) -> None:
+    """Blocks from 1, as in the table of the method's page; the last block is left to `exact_last_block`."""
+    layers = [stage.layer + 1 for stage in SalienceMergeConfig(r=r).stages_for(TINY)]
+    assert layers == list(range(first, 12))
+    assert SalienceMergeConfig().exact_last_block and options(SalienceMergeConfig()) == {"exact_last_block": True}
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 12, 24, 32])
+@pytest.mark.parametrize("config_class", [ToMeConfig, SalienceMergeConfig, PiToMeConfig, EViTConfig, ATSConfig])
+def test_defaults_fit_every_depth(config_class: type[PruneConfig], depth: int) -> None:
+    stages = config_class().stages_for(deit(192, depth))
+    layers = [stage.layer for stage in stages]
+    assert stages and all(a < b for a, b in pairwise(layers)) and layers[0] >= 0 and layers[-1] < depth
+
+
+def test_spread_is_even_and_exact() -> None:
+    for total in range(60):
+        for count in range(1, 14):
+            parts = spread(total, count)
+            assert len(parts) == count and sum(parts) == total and max(parts) - min(parts) <= 1
+    assert spread(119, 12) == (10, 10, 10, 10, 10, 10, 9, 10, 10, 10, 10, 10)
+
+
+@pytest.mark.parametrize("config_class", MERGING)
+def test_a_fraction_is_of_the_checkpoints_patches(config_class: type[MergingConfig]) -> None:
+    """Strength can then be scaled in steps of one token, which a budget of MACs needs."""
+    for total in range(1, 190):
+        config = config_class(r=total / 196)
+        assert sum(stage.r for stage in config.stages_for(TINY)) == total
+    config = config_class(r=100 / 196).scaled(1.01)
+    assert sum(stage.r for stage in config.stages_for(TINY)) == 101
+    assert sum(stage.r for stage in config.stages_for(deit(192, patches=24))) == round(1.01 * 100 * 576 / 196)
+
+
+@pytest.mark.parametrize("config_class", MERGING)
+def test_counts_and_their_scaling(config_class: type[MergingConfig]) -> None:
+    config = config_class(r=(3, 0, 8), layers=(1, 2, 5))
+    assert [(stage.layer, stage.r) for stage in config.stages_for(TINY)] == [(1, 3), (2, 0), (5, 8)]
+    assert [stage.layer for stage in plan(config, TINY)] == [1, 5], "a layer that merges nothing is not touched"
+    assert config.scaled(0.5).r == (2, 0, 4)
+    assert config_class(r=9, layers=(2, 4)).scaled(0.5).r == 5
+    assert config_class().scaled(100).r == 0.99
+    assert PruneConfig.from_dict(config.to_dict()) == config
+
+
+def test_no_more_than_half_is_merged() -> None:
+    stage = ToMeStage(0, "mid_block", 13, True)
+    assert [stage.num_kept(n) for n in (0, 1, 2, 3, 25, 26, 27)] == [0, 1, 1, 2, 13, 13, 14]
+    stage = PiToMeStage(0, "mid_block", 0.5, 0.9, True)
+    assert [stage.num_kept(n) for n in (0, 1, 2, 3, 25)] == [0, 1, 1, 2, 13]
+
+
+def test_evit_rounds_up_and_adds_the_fused_token() -> None:
+    for n, attentive in ((10, 7), (11, 8), (196, 138), (1, 1), (0, 0)):
+        assert EViTStage(0, "mid_block", 0.7, False).num_kept(n) == attentive
+        assert EViTStage(0, "mid_block", 0.7, True).num_kept(n) == min(attentive + 1, n)
+
+
+def test_only_merging_methods_keep_sizes() -> None:
+    for name in ("tome", "pitome", "salience_merge"):
+        for on in (True, False):
+            stages = PruneConfig.for_method(name, proportional_attention=on).stages_for(TINY)
+            assert all(stage.merges and stage.proportional is on for stage in stages)
+    for name in ("evit", "ats"):
+        assert not any(stage.merges or stage.proportional for stage in get_method(name)().stages_for(TINY))
+
+
+# -- published work --------------------------------------------------------------------------------------------------
+
+# ToMe, GFLOPs as listed for the paper's DeiT models: the same multiply-adds that `cost` counts, to one decimal.
+TOME_GFLOPS = [(192, 8, 0.9), (192, 12, 0.8), (192, 16, 0.6), (384, 8, 3.4), (384, 13, 2.7), (384, 16, 2.3)]
+# EViT-DeiT-S with the fused token, "MACs (G)" in the official README, to one decimal.
+EVIT_GMACS = [(0.9, 4.0), (0.8, 3.5), (0.7, 3.0), (0.6, 2.6), (0.5, 2.3)]
+
+
+def gmacs(config: PruneConfig, shape: ModelShape) -> float:
+    return model_cost(shape, plan(config, shape)).macs / 1e9
+
+
+@pytest.mark.parametrize(("width", "r", "published"), TOME_GFLOPS)
+def test_work_of_tome_is_as_published(width: int, r: int, published: float) -> None:
+    assert round(gmacs(ToMeConfig(r=r), deit(width)), 1) == published
+
+
+@pytest.mark.parametrize(("keep_ratio", "published"), EVIT_GMACS)
+def test_work_of_evit_is_as_published(keep_ratio: float, published: float) -> None:
+    assert round(gmacs(EViTConfig(keep_ratios=keep_ratio), SMALL), 1) == published
+
+
+# -- fields ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config_class", MERGING)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": -1}, "r=-1 .*a count >= 0"),
+        ({"r": 1.0}, r"r=1\.0 .*0 <= fraction < 1"),
+        ({"r": -0.1}, r"r=-0\.1 .*0 <= fraction < 1"),
+        ({"r": (1, -2), "layers": (0, 1)}, "a count >= 0"),
+        ({"r": (1, 2, 3), "layers": (0, 1)}, r"r=\(1, 2, 3\) .*2 values"),
+        ({"r": (1, 0.5)}, "r="),
+        ({"layers": ()}, "layers="),
+        ({"layers": (3, 3)}, "ascending"),
+        ({"layers": (-1, 3)}, "ascending"),
+        ({"proportional_attention": 1}, "true or false"),
+        ({"exact_last_block": True, "restore": True}, "restore=True .*False with exact_last_block"),
+    ],
+)
+def test_what_a_merging_config_refuses(config_class: type[MergingConfig], fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_class(**fields)
+
+
+@pytest.mark.parametrize("config_class", MERGING)
+def test_what_does_not_fit_the_model_is_refused(config_class: type[MergingConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"layers=\(3, 12\) .*this model has 12 blocks"):
+        config_class(layers=(3, 12)).stages_for(TINY)
+    with pytest.raises(ConfigError, match=r"r=\(1, 2\) .*\d+ values, one for each default layer"):
+        config_class(r=(1, 2)).stages_for(TINY)
+
+
+def test_what_pitome_refuses() -> None:
+    for fields, message in (
+        ({"keep_ratios": 0.4}, "0.5 <= ratio"),
+        ({"keep_ratios": None}, "keep_ratios=None"),
+        ({"keep_ratios": (0.9, 0.3)}, "0.5 <= ratio"),
+        ({"margin": 1.5}, "a cosine"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            PiToMeConfig(**fields)
+
+
+VISION_METHODS = [name for name in list_methods("vision") if issubclass(get_method(name), VisionConfig)]
+
+
+@pytest.mark.parametrize("name", VISION_METHODS)
+def test_fields_of_every_config_for_vision_encoders(name: str) -> None:
+    config_class = get_method(name)
+    with pytest.raises(ConfigError, match=r"restore=True .*False with exact_last_block=True"):
+        config_class(exact_last_block=True, restore=True)
+    for fields in ({"exact_last_block": True}, {"exact_last_block": False, "restore": True}):
+        config = config_class(**fields)
+        assert options(config) == {key: True for key, value in fields.items() if value}
+        assert options(config.scaled(0.5)) == options(config)
+        assert PruneConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(TypeError):
+        config_class(*[None] * 20)
+
+
+@pytest.mark.parametrize("field", ["exact_last_block", "restore"])
+@pytest.mark.parametrize("name", [n for n in list_methods() if issubclass(get_method(n), BaselineConfig)])
+def test_a_decoder_has_no_use_for_them(name: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}=True .*vision encoders"):
+        PruneConfig.for_method(name, **{field: True}).stages_for(DECODER_SHAPE)
+
+
+def test_exact_is_a_config_without_fields() -> None:
+    config = ExactConfig()
+    assert config.to_dict() == {"method": "exact", "format_version": 1}
+    assert PruneConfig.from_dict(config.to_dict()) == config
+    assert options(config) == {"exact_last_block": True} and plan(config, TINY) == ()
+    with pytest.raises(ConfigError, match="no field 'exact_last_block'"):
+        PruneConfig.for_method("exact", exact_last_block=True)
+    with pytest.raises(UnsupportedModelError, match="works on vision encoders"):
+        plan(config, DECODER_SHAPE)
+
+
+# -- in a model ------------------------------------------------------------------------------------------------------
+
+MODELS = [("vit", ViTForImageClassification), ("deit", DeiTForImageClassification)]
+
+
+@pytest.mark.parametrize("model_class", MODELS, ids=lambda pair: pair[0])
+@pytest.mark.parametrize("config", [ExactConfig(), RandomConfig(), ToMeConfig(), ATSConfig()], ids=lambda c: c.method)
+def test_the_exact_last_block_changes_no_logit(model_class, config: PruneConfig) -> None:
+    """Without stages in the last block, whose work it takes over."""
+    layers = tuple(range(7))
+    if isinstance(config, ToMeConfig):
+        config = ToMeConfig(layers=layers)
+    pixels = images()
+    with torch.no_grad():
+        model = tiny_model(*model_class)
+        expected = (model if isinstance(config, ExactConfig) else prune(model, config))(pixels).logits
+        exact = config if isinstance(config, ExactConfig) else replace(config, exact_last_block=True)
+        found = prune(tiny_model(*model_class), exact)(pixels).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [SalienceMergeConfig(), ExactConfig(), ZeroTPruneConfig(exact_last_block=True)])
+def test_a_head_that_reads_patches_is_refused(config: PruneConfig) -> None:
+    model = tiny_model("vit", ViTModel)
+    with pytest.raises(UnsupportedModelError, match="exact_last_block: ViTModel"):
+        prune(model, config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ToMeConfig(), PiToMeConfig(), EViTConfig(), ATSConfig(), SalienceMergeConfig(exact_last_block=False)],
+    ids=lambda c: c.method,
+)
+@pytest.mark.parametrize("restore", [False, True])
+def test_tokens_leave_as_planned(config: PruneConfig, restore: bool) -> None:
+    config = replace(config, restore=restore)
+    model = tiny_model("vit", ViTModel)
+    with torch.no_grad():
+        dense = model(images()).last_hidden_state
+        prune(model, config)
+        with record(model) as rec:
+            states = model(images()).last_hidden_state
+    shape = replace(SHAPE, depth=8, image_size=(32, 32))
+    assert list(rec.tokens.values()) == tokens_left(replace(config, restore=False), shape)
+    assert states.shape == dense.shape if restore else states.shape[1] < dense.shape[1]
+
+
+def test_equal_patches_merge_without_a_trace() -> None:
+    """Merged copies with their sizes in the attention compute what the copies did: what proportional attention is for."""
+    torch.manual_seed(0)
+    model = tiny_model("vit", ViTForImageClassification).double()
+    pixels = torch.randn(1, 3, 4, 4, dtype=torch.float64).repeat(1, 1, 8, 8)
+    model.vit.embeddings.position_embeddings.data.zero_()
+    with torch.no_grad():
+        expected = model(pixels).logits
+        merged = prune(model, ToMeConfig(r=20))(pixels).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
