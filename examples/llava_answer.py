@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--model", default="llava-hf/llava-1.5-7b-hf", help="folder, or owner/name on the Hub")
     parser.add_argument("--image", required=True, help="image file")
     parser.add_argument("--question", default="What is in this image?")
-    parser.add_argument("--method", default="divprune", choices=list_methods())
+    parser.add_argument("--method", default="divprune", choices=list_methods("decoder"))
     parser.add_argument("--keep-ratio", type=float, help="of the image tokens, for methods with one such number")
     parser.add_argument("--new-tokens", type=int, default=64, help="most tokens of an answer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder, or owner/name on the Hub")
     parser.add_argument("--images", help="folder of images; default: the packaged digits")
-    parser.add_argument("--method", default="zero_tprune", choices=list_methods())
+    parser.add_argument("--method", default="zero_tprune", choices=list_methods("vision"))
     parser.add_argument("--limit", type=int, default=4, help="number of images")
     parser.add_argument("--out", type=Path, default=Path("prune_vit_output"))
     args = parser.parse_args()

@@ -21,7 +21,9 @@ SCORES = ("accuracy", "top5_accuracy", "agreement", "kl")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", action="append", choices=list_methods(), help="may be repeated; default: all")
+    parser.add_argument(
+        "--method", action="append", choices=list_methods("vision"), help="may be repeated; default: all"
+    )
     parser.add_argument("--limit", type=int, default=360, help="number of test digits")
     parser.add_argument("--out", type=Path, help="JSON file for the scores")
     args = parser.parse_args()
@@ -40,7 +42,7 @@ def main() -> None:
         scores = {"dense": {name: dense.metrics[f"test_{name}"] for name in SCORES[:2]}}
         # The Trainer holds the same model object, so pruning it is all there is to do.
         trainer.compute_metrics = compute_metrics(dense.predictions)
-        for method in args.method or list_methods():
+        for method in args.method or list_methods("vision"):
             with pruned(model, PruneConfig.for_method(method)):
                 metrics = trainer.evaluate()
             scores[method] = {name: metrics[f"eval_{name}"] for name in SCORES}

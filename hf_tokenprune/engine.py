@@ -151,7 +151,10 @@ def counts(stages: Iterable[Stage], shape: Shape, num_prunable: int | None = Non
     for stage in stages:
         if stage.where == "vision_tower":
             assert isinstance(shape, DecoderShape)
-            n_keep = shape.tower_images * stage.num_kept(shape.tower.num_patches)
+            patches = shape.tower.num_patches
+            n_keep = shape.tower_images * stage.num_kept(patches)
+            if stage.newlines == "protect":
+                n_keep += max(0, entering - shape.tower_images * patches)
         else:
             n_keep = stage.num_kept(original if stage.counts_from == "original" else entering)
         n_keep = min(n_keep, entering)

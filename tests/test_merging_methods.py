@@ -438,7 +438,7 @@ def test_tokens_leave_as_planned(config: PruneConfig, restore: bool) -> None:
 
 
 def test_equal_patches_merge_without_a_trace() -> None:
-    """Merged copies with their sizes in the attention compute what the copies did: what proportional attention is for."""
+    """Merged copies with their sizes in the attention compute what the copies did: so it is proportional."""
     torch.manual_seed(0)
     model = tiny_model("vit", ViTForImageClassification).double()
     pixels = torch.randn(1, 3, 4, 4, dtype=torch.float64).repeat(1, 1, 8, 8)

@@ -59,6 +59,16 @@ class PrunedDynamicCache(DynamicCache):
     ``generate`` and hand-written loops expect; ``get_seq_length(layer)`` how many of them that layer holds."""
 
     token_prune: CacheState
+    open: bool = False
+    """Whether a pruned model is at work on it. A dense one would get positions and masks wrong without noticing."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.open:
+            raise PruneStateError(
+                "this cache was filled by a pruned model, and the model at work is not pruned; prune it again with the "
+                "same config, or start with a new DynamicCache"
+            )
+        return super().update(*args, **kwargs)
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         held = int(super().get_seq_length(layer_idx or 0))
@@ -68,6 +78,7 @@ class PrunedDynamicCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
+        self.__dict__.pop("open", None)
         del self.token_prune
         self.__class__ = DynamicCache  # a cache without tokens is a stock one
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PruneStateError, UnsupportedModelError
 from ..signals import Stage
 from ..tokens import gather_tokens
-from ._cache import Segment, bind, check_cache, extended, state_of
+from ._cache import PrunedDynamicCache, Segment, bind, check_cache, extended, state_of
 from ._forward import Forward, View
 from ._layout import DROPPED, IMAGE, NEWLINE, PADDING, TEXT, read_layout
 
@@ -94,6 +94,8 @@ class EnterDecoder:
             return args, kwargs
         embeds: Tensor = kwargs["inputs_embeds"]
         check_mode(decoder, cache, kwargs.get("attention_mask"))
+        if past is not None:
+            cache.open = True  # type: ignore[union-attr]
         forward = begin(decoder, starts, embeds, kwargs, past)
         if images is not None:
             forward.stages, forward.recorder = stages, state.recorder
@@ -119,6 +121,9 @@ class LeaveDecoder:
 
     def __call__(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         forward: Forward | None = kwargs.get(ARGUMENT)
+        cache = output.past_key_values
+        if isinstance(cache, PrunedDynamicCache):
+            cache.open = False
         if forward is None or forward.layout is None:
             return output
         output.last_hidden_state = forward.restored(output.last_hidden_state, forward.views[-1])
@@ -129,7 +134,6 @@ class LeaveDecoder:
                 for states, view in zip(output.hidden_states[:-1], views, strict=True)
             ]
             output.hidden_states = (*restored, output.last_hidden_state)
-        cache = output.past_key_values
         if cache is not None and cache.get_seq_length():
             bind(cache, forward.cache_state())
         return output
@@ -206,11 +210,6 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
     forward.layout = read_layout(kinds, state.image_length)
     if forward.recorder is not None:
         forward.recorder.on_start()
-    if tower is not None and not bool((kinds == DROPPED).any()):
-        raise PruneStateError(
-            f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features made "
-            "by another model, or with another vision_feature_layer than the model's config names?"
-        )
     if min(forward.layout.lengths) == kinds.shape[1]:
         everything.valid = None
     if tower is not None or not forward.layout.aligned:
@@ -236,7 +235,13 @@ def read_kinds(
         newline = images.mask & (embeds == images.newline.to(embeds)).all(-1)
         kinds[newline] = NEWLINE if protect_newlines else DROPPED
     if tower is not None:
-        kinds[images.mask & embeds[..., 0].isnan()] = DROPPED
+        gone = images.mask & embeds[..., 0].isnan()
+        if not bool(gone.any()):
+            raise PruneStateError(
+                f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features "
+                "made by another model, or with another vision_feature_layer than the model's config names?"
+            )
+        kinds[gone] = DROPPED
     if valid is not None:
         kinds[~valid] = PADDING
     return kinds

@@ -94,7 +94,7 @@ def read_layout(kinds: Tensor, image_length: int | None) -> Layout:
             stands between two other tokens is one image.
     """
     images, text, tail, aligned = [], [], [], True
-    for row in kinds.tolist():  # the only transfer
+    for row in kinds.tolist():  # the one transfer
         counts: list[int] = []
         behind = 0
         for in_image, run in groupby(row, key=lambda kind: kind >= IMAGE):

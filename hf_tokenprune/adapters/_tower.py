@@ -52,6 +52,11 @@ class MarkDropped:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         selected = output.hidden_states[self.layer]
+        if selected is None:
+            raise UnsupportedModelError(
+                f"{type(self.stage).__name__} chooses tokens in vision_feature_layer={self.layer}, the layer that the "
+                "model's config names; the call asks for another one. Leave the argument out"
+            )
         num_protected = int(self.has_cls)
         n_keep = self.stage.num_kept(selected.shape[1] - num_protected)
         with torch.autocast(selected.device.type, enabled=False):
