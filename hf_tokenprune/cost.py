@@ -152,7 +152,7 @@ def _decoder_counter(
     new_tokens: int | None,
 ) -> tuple[Shape, Count]:
     if image_size is not None:
-        if not shape.has_newlines:
+        if not shape.newline_tokens:
             raise ConfigError(
                 f"image_size={image_size}: has no effect on this model, every image has {shape.image_tokens} tokens; "
                 "leave it out"

@@ -146,19 +146,22 @@ def options(config: PruneConfig) -> dict[str, bool]:
 
 
 def counts(stages: Iterable[Stage], shape: Shape, num_prunable: int | None = None) -> Iterator[tuple[Stage, int, int]]:
-    """(stage, prunable tokens that enter it, tokens it keeps) for one image; None: of the checkpoint's own size."""
-    entering = original = shape.num_prunable if num_prunable is None else num_prunable
+    """(stage, image tokens that enter it, image tokens it leaves) for one image; None: of the checkpoint's own size.
+
+    Protected newline tokens are image tokens here, which every stage leaves.
+    """
+    stages = tuple(stages)
+    newlines = shape.newline_tokens if isinstance(shape, DecoderShape) else 0
+    safe = newlines if any(stage.newlines == "protect" for stage in stages) else 0
+    entering = original = (shape.num_prunable if num_prunable is None else num_prunable) - safe
     for stage in stages:
         if stage.where == "vision_tower":
             assert isinstance(shape, DecoderShape)
-            patches = shape.tower.num_patches
-            n_keep = shape.tower_images * stage.num_kept(patches)
-            if stage.newlines == "protect":
-                n_keep += max(0, entering - shape.tower_images * patches)
+            n_keep = shape.tower_images * stage.num_kept(shape.tower.num_patches)
         else:
             n_keep = stage.num_kept(original if stage.counts_from == "original" else entering)
         n_keep = min(n_keep, entering)
-        yield stage, entering, n_keep
+        yield stage, entering + safe, n_keep + safe
         entering = n_keep
         if stage.layer < 0:
             original = n_keep

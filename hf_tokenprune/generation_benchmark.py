@@ -180,7 +180,7 @@ def random_inputs(
     front = text_tokens // 2
     image = torch.full((batch_size, shape.image_tokens), placeholders["image"])
     input_ids = torch.cat([ids[:, :front], image, ids[:, front:]], dim=1)
-    crops = (shape.tower_images,) if shape.has_newlines else ()
+    crops = (shape.tower_images,) if shape.newline_tokens else ()
     pixels = torch.randn(batch_size, *crops, shape.tower.num_channels, *side, generator=generator)
     inputs = {
         "input_ids": input_ids,

@@ -157,7 +157,7 @@ def generation_cost(
     inner, key_inner = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     per_token = 2 * shape.width * (inner + key_inner) + 3 * shape.width * shape.mlp_width
     # Crops lose their filling and get newline tokens behind the projector; elsewhere its features are the image tokens.
-    features = shape.tower_images * shape.tower.num_patches if shape.has_newlines else shape.image_tokens
+    features = shape.tower_images * shape.tower.num_patches if shape.newline_tokens else shape.image_tokens
     kept = {stage.layer: n_keep for stage, _, n_keep in counts(stages, shape)}
 
     layers = []

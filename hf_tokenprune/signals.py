@@ -25,6 +25,7 @@ class ModelShape:
         num_protected: tokens in front of the patches that are never pruned (CLS, distillation, registers).
         has_cls: whether token 0 is a CLS token.
         head_macs: multiply-adds of everything behind the last block, an image.
+        head_token_macs: further ones for every token that is left (heads that pool by attention).
     """
 
     depth: int
@@ -38,6 +39,7 @@ class ModelShape:
     num_protected: int
     has_cls: bool
     head_macs: int
+    head_token_macs: int = 0
 
     kind: ClassVar[str] = "vision"
 
@@ -64,7 +66,7 @@ class DecoderShape:
         tower_images: images that the tower encodes for one image of the prompt (NeXT: the whole and its crops).
         image_tokens: tokens in the decoder of one image of the prompt, newline tokens included.
         projector_macs: multiply-adds of the projector for one token.
-        has_newlines: whether ``image_tokens`` contains newline tokens.
+        newline_tokens: how many of ``image_tokens`` are newline tokens.
     """
 
     depth: int
@@ -78,7 +80,7 @@ class DecoderShape:
     tower_images: int
     image_tokens: int
     projector_macs: int
-    has_newlines: bool
+    newline_tokens: int
 
     kind: ClassVar[str] = "decoder"
 

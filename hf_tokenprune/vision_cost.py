@@ -112,4 +112,5 @@ def model_cost(
         attention = 2 * (queries + tokens_in) * shape.width * inner + 2 * queries * tokens_in * inner
         blocks.append(BlockCost(tokens_in, tokens_out, attention + 2 * mlp_tokens * shape.width * shape.mlp_width))
         prunable = left
-    return ModelCost(patch_embedding, tuple(blocks), shape.head_macs)
+    head = shape.head_macs + shape.head_token_macs * blocks[-1].tokens_out
+    return ModelCost(patch_embedding, tuple(blocks), head)

@@ -39,7 +39,7 @@ DECODER_SHAPE = DecoderShape(
     tower_images=1,
     image_tokens=576,
     projector_macs=0,
-    has_newlines=False,
+    newline_tokens=0,
 )
 SHAPES: dict[str, Shape] = {"vision": SHAPE, "decoder": DECODER_SHAPE}
 TOKEN_AXES = {

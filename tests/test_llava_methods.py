@@ -37,7 +37,7 @@ from .reference_llava_methods import (
 from .test_contract_methods import DECODER_SHAPE, SHAPE, keep_of, make_decoder_signals, make_signals, make_transition
 
 NO_CLS = replace(DECODER_SHAPE, tower=replace(DECODER_SHAPE.tower, num_protected=0, has_cls=False))
-NEWLINES = replace(DECODER_SHAPE, has_newlines=True, image_tokens=2880, tower_images=5)
+NEWLINES = replace(DECODER_SHAPE, newline_tokens=48, image_tokens=2880, tower_images=5)
 
 
 def rn(seed: int, *shape: int) -> torch.Tensor:

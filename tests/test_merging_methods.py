@@ -240,9 +240,11 @@ def test_defaults_fit_every_depth(config_class: type[PruneConfig], depth: int) -
 def test_spread_is_even_and_exact() -> None:
     for total in range(60):
         for count in range(1, 14):
-            parts = spread(total, count)
-            assert len(parts) == count and sum(parts) == total and max(parts) - min(parts) <= 1
+            for more in (0, 0.2, 0.45):
+                parts = spread(total + more, count)
+                assert len(parts) == count and sum(parts) == total and max(parts) - min(parts) <= 1
     assert spread(119, 12) == (10, 10, 10, 10, 10, 10, 9, 10, 10, 10, 10, 10)
+    assert spread(118.6, 12) == (10, 10, 10, 10, 9, 10, 10, 10, 10, 10, 10, 10), "as many, but one sooner"
 
 
 @pytest.mark.parametrize("config_class", MERGING)
@@ -347,7 +349,7 @@ def test_what_does_not_fit_the_model_is_refused(config_class: type[MergingConfig
 def test_what_pitome_refuses() -> None:
     for fields, message in (
         ({"keep_ratios": 0.4}, "0.5 <= ratio"),
-        ({"keep_ratios": None}, "keep_ratios=None"),
+        ({"layers": (1, 2)}, "keep_ratios=None .*one ratio a layer"),
         ({"keep_ratios": (0.9, 0.3)}, "0.5 <= ratio"),
         ({"margin": 1.5}, "a cosine"),
     ):

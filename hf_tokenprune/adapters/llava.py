@@ -15,12 +15,10 @@ from .vision import as_pair, linear_macs
 class LlavaFamilyAdapter(DecoderAdapter):
     """Sizes, which all LLaVA families read from the same fields."""
 
-    has_newlines = True
-
     def shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> DecoderShape:
         inner, text = self.inner(model), self.inner(model).language_model.config
         tower = tower_shape(inner.vision_tower)
-        tower_images, image_tokens = self.image_tokens(model, image_size)
+        tower_images, image_tokens, newline_tokens = self.image_tokens(model, image_size)
         return DecoderShape(
             depth=len(self.blocks(model)),
             width=text.hidden_size,
@@ -33,11 +31,11 @@ class LlavaFamilyAdapter(DecoderAdapter):
             tower_images=tower_images,
             image_tokens=image_tokens,
             projector_macs=linear_macs(inner.multi_modal_projector),
-            has_newlines=self.has_newlines,
+            newline_tokens=newline_tokens,
         )
 
-    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int]:
-        """(images the tower encodes, tokens in the decoder) for one image; None: of a usual size."""
+    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(images the tower encodes, tokens in the decoder, newlines among them) of one image; None: a usual size."""
         raise NotImplementedError
 
     def patch_tokens(self, model: PreTrainedModel) -> int:
@@ -49,10 +47,8 @@ class LlavaFamilyAdapter(DecoderAdapter):
 
 @register_adapter("llava")
 class LlavaAdapter(LlavaFamilyAdapter):
-    has_newlines = False
-
-    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int]:
-        return 1, self.patch_tokens(model)
+    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+        return 1, self.patch_tokens(model), 0
 
     def image_length(self, model: PreTrainedModel) -> int:
         return self.patch_tokens(model)

@@ -196,7 +196,7 @@ class VisionAdapter:
         if carries and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
             raise UnsupportedModelError(
                 f"blocks of {model.config.model_type!r} take no keyword arguments in this version of transformers; "
-                "merging, exact_last_block and restore need them: pip install -U transformers, or use a method that drops"
+                "merging, exact_last_block and restore need them: pip install -U transformers"
             )
         for stage in stages:
             missing = stage.needs - self.provides

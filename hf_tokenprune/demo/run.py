@@ -60,7 +60,8 @@ def run_demo(out: Path, limit: int | None = None, progress: bool = True) -> Demo
     dense = cost(model).dense.macs
     configs: dict[str, PruneConfig] = {}
     for name in list_methods("vision"):
-        configs[name] = config_for_macs(model, get_method(name)(), BUDGET * dense)
+        if get_method(name).scaled is not PruneConfig.scaled:  # else it has no schedule that could meet a budget
+            configs[name] = config_for_macs(model, get_method(name)(), BUDGET * dense)
     macs = {name: float(cost(model, config).pruned.macs) for name, config in configs.items()}
     report = evaluate_paired(
         model,

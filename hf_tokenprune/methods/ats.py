@@ -17,6 +17,7 @@ from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
 from ..tokens import num_to_keep, top_tokens
 from .layerwise import LayerwiseConfig
+from .visionwise import significance
 
 Sampling = Literal["top_k", "inverse_transform"]
 
@@ -59,12 +60,6 @@ class ATSStage(Stage):
             scores = scores / scores.sum(1, keepdim=True).clamp_min(1e-12)
             scores = scores + 2 * sampled(scores, n_keep)  # those that were hit come before all others
         return Reduction(top_tokens(scores, n_keep))
-
-
-def significance(signals: Signals) -> Tensor:
-    """(B, N) float32: the attention that CLS pays to a token times the norm of its value, summed over heads (eq. 3)."""
-    attention, values = signals.need("cls_attention"), signals.need("values")
-    return (attention * values.float().norm(dim=-1)).sum(1)[:, signals.num_protected :]
 
 
 def sampled(scores: Tensor, count: int) -> Tensor:

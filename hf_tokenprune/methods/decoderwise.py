@@ -29,7 +29,7 @@ class DecoderConfig(PruneConfig):
     def shared(self, shape: DecoderShape) -> dict[str, str]:
         """The fields above as every stage takes them; raises where one would have no effect on this shape."""
         allowed = "'prune': this model has no newline tokens to protect"
-        self.check(self.newlines == "prune" or shape.has_newlines, "newlines", allowed)
+        self.check(self.newlines == "prune" or shape.newline_tokens > 0, "newlines", allowed)
         return {"positions": self.positions, "newlines": self.newlines}
 
     def check_ratio(self, name: str) -> None:

@@ -41,7 +41,7 @@ class LayerwiseConfig(VisionConfig):
 
     default_blocks: ClassVar[tuple[int, ...]] = ()
     """1-based blocks of 12 after which the method prunes by default."""
-    default_keep_ratios: ClassVar[tuple[float, ...]] = ()
+    default_keep_ratios: ClassVar[float | tuple[float, ...]] = ()
 
     def validate(self) -> None:
         super().validate()
@@ -79,14 +79,13 @@ class LayerwiseConfig(VisionConfig):
         )
         return list(zip(self.layers, self._ratios(len(self.layers), ()), strict=True))
 
-    def _ratios(self, count: int, default: tuple[float, ...]) -> tuple[float, ...]:
-        if self.keep_ratios is None:
-            return default
-        if isinstance(self.keep_ratios, float):
-            return (self.keep_ratios,) * count
+    def _ratios(self, count: int, default: float | tuple[float, ...]) -> tuple[float, ...]:
+        ratios = default if self.keep_ratios is None else self.keep_ratios
+        if isinstance(ratios, float):
+            return (ratios,) * count
         allowed = f"{count} values, one for each default layer (or give layers too)"
-        self.check(len(self.keep_ratios) == count, "keep_ratios", allowed)
-        return self.keep_ratios
+        self.check(len(ratios) == count, "keep_ratios", allowed)
+        return ratios
 
     def scaled(self: C, strength: float) -> C:
         """Every removed fraction multiplied by ``strength``, which may exceed 1; at least 1 % stays at each layer."""

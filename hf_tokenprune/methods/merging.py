@@ -4,6 +4,7 @@ Axes: B batch, P protected tokens, N prunable tokens, H heads, d head width, m t
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, TypeVar
@@ -61,7 +62,7 @@ class MergingConfig(VisionConfig):
         allowed = f"blocks 0..{shape.depth - 1}: this model has {shape.depth} blocks"
         self.check(max(layers) < shape.depth, "layers", allowed)
         if isinstance(self.r, float):
-            counts = spread(round(self.r * shape.num_patches), len(layers))
+            counts = spread(self.r * shape.num_patches, len(layers))
         else:
             counts = self.r if isinstance(self.r, tuple) else (self.r,) * len(layers)
             self.check(len(counts) == len(layers), "r", f"{len(layers)} values, one for each default layer")
@@ -76,9 +77,9 @@ class MergingConfig(VisionConfig):
         return dataclasses.replace(self, r=int(self.r * strength + 0.5))
 
 
-def spread(total: int, count: int) -> tuple[int, ...]:
-    """``total`` as ``count`` integers that differ by at most one, the odd ones at even distances."""
-    sums = [(2 * total * i + count) // (2 * count) for i in range(count + 1)]
+def spread(total: float, count: int) -> tuple[int, ...]:
+    """``count`` integers whose running sum is that of ``total / count``, rounded; they differ by at most one."""
+    sums = [math.floor(total * i / count + 0.5) for i in range(count + 1)]
     return tuple(b - a for a, b in pairwise(sums))
 
 

@@ -31,20 +31,24 @@ class PiToMeConfig(LayerwiseConfig):
     Args:
         layers: 0-based blocks, ascending. None: all.
         keep_ratios: fraction of the prunable tokens left at each layer, at least 0.5; a number holds for all layers.
+            None: 0.925 (only where ``layers`` is None too).
         margin: of the cosine above which two tokens are alike, before the first block; it falls evenly to 0 with depth.
         proportional_attention: in later blocks a token draws attention in proportion to its size, the number of patches
             it stands for.
     """
 
-    keep_ratios: float | tuple[float, ...] = 0.925
     where: Where = "mid_block"
     margin: float = 0.9
     proportional_attention: bool = True
 
+    default_blocks: ClassVar[tuple[int, ...]] = tuple(range(1, 13))
+    default_keep_ratios: ClassVar[float] = 0.925
+
     def validate(self) -> None:
         super().validate()
-        ratios = self.keep_ratios if isinstance(self.keep_ratios, tuple) else (self.keep_ratios,)
-        self.check(min(ratios) >= 0.5, "keep_ratios", "0.5 <= ratio <= 1: at most every second token can be merged")
+        ratios = self.keep_ratios if isinstance(self.keep_ratios, tuple) else (self.keep_ratios or 1.0,)
+        allowed = "0.5 <= ratio <= 1: at most every second token can be merged"
+        self.check(all(ratio >= 0.5 for ratio in ratios), "keep_ratios", allowed)
         self.check(-1 <= self.margin <= 1, "margin", "a cosine, -1 to 1")
 
     def default_layers(self, depth: int) -> list[int]:

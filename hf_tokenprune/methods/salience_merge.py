@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
-from .ats import significance
 from .layerwise import at_depth
 from .merging import MergeStage, MergingConfig, everything, match_alternate, mean_keys, merge_cheapest
+from .visionwise import significance
 
 FIRST_BLOCKS = ((0.30, 6), (0.55, 5), (0.76, 4), (1.0, 2))
 """1-based block of 12 where merging starts, for fractions below the limit: the more is merged, the earlier."""

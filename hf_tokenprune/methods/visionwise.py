@@ -1,8 +1,14 @@
-"""What configs share that prune vision encoders."""
+"""What methods for vision encoders share.
+
+Axes: B batch, N prunable tokens.
+"""
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ..config import PruneConfig
+from ..signals import Signals
 
 
 @dataclass(frozen=True)
@@ -23,3 +29,13 @@ class VisionConfig(PruneConfig):
     def validate(self) -> None:
         allowed = "False with exact_last_block=True, which leaves no patch to restore"
         self.check(not (self.exact_last_block and self.restore), "restore", allowed)
+
+
+def significance(signals: Signals) -> Tensor:
+    """(B, N) float32: the attention that CLS pays to a token times the norm of its value, summed over heads.
+
+    That is what a token adds to the states that CLS gathers (Fayyaz et al., "Adaptive Token Sampling For Efficient
+    Vision Transformers", eq. 3 without the denominator).
+    """
+    attention, values = signals.need("cls_attention"), signals.need("values")
+    return (attention * values.float().norm(dim=-1)).sum(1)[:, signals.num_protected :]
