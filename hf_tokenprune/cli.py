@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -126,16 +126,20 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Split of a dataset, or subfolder.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many images, evenly spread.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(help="For CLIP-like models: a text file with the name of class 0, 1, ... in its lines."),
+    ] = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Accuracy of the dense and the pruned model on the same images, with 95 % intervals.
+    """Accuracy of the dense and the pruned model on the same images, with 95 % intervals; zero-shot for CLIP.
 
     Runs on the device accelerate chooses; for several: `accelerate launch --multi_gpu -m hf_tokenprune.cli eval ...`.
     """
     from .cost import cost
     from .engine import pruned
-    from .evaluation import evaluate_paired, load_images, load_processor
+    from .evaluation import evaluate_paired, evaluate_zero_shot, load_images, load_processor
     from .evaluation.optional import require
 
     if kind_of(empty_model(model)) != "vision":
@@ -149,16 +153,24 @@ def evaluate(
     loaded = load_dense(model, "cpu")
     variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
     macs = {name: float(cost(loaded, config).pruned.macs) for name, config in variants.items()}
-    report = evaluate_paired(
-        loaded,
-        dataset,
-        load_processor(model),
-        {name: partial(pruned, loaded, config) for name, config in variants.items()},
-        macs={"dense": float(cost(loaded).dense.macs), **macs},
-        batch_size=batch_size,
-        accelerator=accelerator,
-        progress=not as_json,
-    )
+    arms = {name: partial(pruned, loaded, config) for name, config in variants.items()}
+    settings: dict[str, Any] = {
+        "macs": {"dense": float(cost(loaded).dense.macs), **macs},
+        "batch_size": batch_size,
+        "accelerator": accelerator,
+        "progress": not as_json,
+    }
+    if hasattr(loaded, "get_text_features"):
+        from transformers import AutoProcessor
+
+        names = class_names.read_text(encoding="utf-8").splitlines() if class_names else dataset.classes
+        if names is None:
+            raise ConfigError(f"{images!r} has labels without names: give --class-names FILE, a line a class")
+        report = evaluate_zero_shot(loaded, dataset, AutoProcessor.from_pretrained(model), names, arms, **settings)
+    elif class_names:
+        raise ConfigError("--class-names has no effect: this model has a classifier of its own")
+    else:
+        report = evaluate_paired(loaded, dataset, load_processor(model), arms, **settings)
     if accelerator.is_main_process:
         data = {**report.to_dict(), "configs": {name: config.to_dict() for name, config in variants.items()}}
         show(as_json, data, report.to_markdown() if markdown else report.summary())

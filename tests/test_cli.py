@@ -256,3 +256,23 @@ def test_eval_is_for_classifiers(sizes: Path, folder: Path) -> None:
     result = run("eval", sizes, folder, "-m", "divprune")
     assert result.exit_code == 1
     assert "is a vision-language model, and eval measures image classification" in result.output
+
+
+def test_eval_of_clip_is_zero_shot(tmp_path: Path) -> None:
+    """Class names come from the folders' names, or from a file; a classifier of its own takes none."""
+    from .clip_checkpoint import save_tiny_clip
+
+    clip = save_tiny_clip(tmp_path / "clip")
+    for i, name in enumerate(["cat", "dog"]):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for j in range(2):
+            Image.new("RGB", (40, 40), (90 * i, 80 * j, 50)).save(tmp_path / "images" / name / f"{j}.png")
+    data = json.loads(ok("eval", clip, tmp_path / "images", "-m", "uniform", "--json"))
+    assert [row["name"] for row in data["rows"]] == ["dense", "uniform"]
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    again = json.loads(ok("eval", clip, tmp_path / "images", "-m", "uniform", "--class-names", names, "--json"))
+    assert again["rows"][1]["kl"] == data["rows"][1]["kl"]
+    refused = run("eval", DIGITS, tmp_path / "images", "-m", "uniform", "--class-names", names)
+    assert refused.exit_code == 1
+    assert "--class-names has no effect" in refused.output

@@ -27,11 +27,13 @@ from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR
 from hf_tokenprune.registry import get_method
 
+from .clip_checkpoint import save_tiny_clip
 from .llava_checkpoint import save_photo, save_tiny_llava
 
 ROOT = Path(__file__).resolve().parents[1]
 OUR_METHODS = [name for name in list_methods() if get_method(name).__module__.startswith("hf_tokenprune.")]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+CLIP = '"openai/clip-vit-base-patch32"'
 VIT, LLAVA = '"facebook/deit-small-patch16-224"', '"llava-hf/llava-1.5-7b-hf"'
 END = "\x1e"  # printed behind every block that runs
 
@@ -86,7 +88,9 @@ def test_code_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path, tin
         if block.runs:
             program += [""] * (block.line - len(program)) + block.code + [f"print(end={END!r})"]
     script = tmp_path / f"{page.stem}.py"
-    code = "\n".join(program).replace(VIT, repr(str(MODEL_DIR))).replace(LLAVA, repr(str(tiny_llava)))
+    code = "\n".join(program)
+    for name, folder in ((VIT, MODEL_DIR), (LLAVA, tiny_llava), (CLIP, save_tiny_clip(tmp_path / "clip"))):
+        code = code.replace(name, repr(str(folder)))
     script.write_text(code, encoding="utf-8")
     save_photo(tmp_path / "photo.jpg")
     done = python(script, cwd=tmp_path)

@@ -39,8 +39,8 @@ from hf_tokenprune import (
 )
 from hf_tokenprune.adapters import vision
 from hf_tokenprune.engine import current_config, find_adapter, plan
-from hf_tokenprune.recording import LayerDict
 from hf_tokenprune.errors import ConfigError, PruneStateError, UnsupportedModelError
+from hf_tokenprune.recording import LayerDict
 from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.signals import Signals
 

@@ -420,6 +420,10 @@ def test_rows_of_a_cache_move(pair, how) -> None:
 def test_a_cache_can_be_reset(pair) -> None:
     two = pruned_pair(*pair)
     first, second = sample(two.dense, ONE_IMAGE, 1), sample(two.dense, "..I.", 2)
+    stock = run(two.dense, first, use_cache=True).past_key_values
+    stock.reset()
+    if stock.get_seq_length():
+        pytest.skip("this version of Transformers fills a reset cache with zeros, and keeps its length")
     cache = run(two.model, first, use_cache=True).past_key_values
     cache.reset()
     assert cache.get_seq_length() == 0

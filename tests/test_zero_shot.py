@@ -153,7 +153,7 @@ def test_pruning_leaves_the_text_tower_alone(family):
 
 def test_modes_are_put_back_and_dropout_is_off():
     model, processor = tiny_clip()
-    model.config.text_config.attention_dropout = 0.5
+    model.text_model.encoder.layers[0].self_attn.dropout = 0.5
     model.train()
     model.text_projection.eval()
     assert torch.equal(zero_shot_classifier(model, processor, NAMES), zero_shot_classifier(model, processor, NAMES))
