@@ -189,7 +189,7 @@ def video_features(model: PreTrainedModel, videos: Tensor) -> Tensor:
     """(N, D): features of videos one behind the other, as the model itself makes them."""
     with torch.no_grad():  # by position: the name of the argument differs between versions
         made = model.model.get_video_features(videos, return_dict=True).pooler_output
-        if isinstance(made, Tensor) and not torch.equal(made[0, -1], model.model.image_newline):
+        if hasattr(model.model, "apply_pooling") and not torch.equal(made[0, -1], model.model.image_newline):
             # LLaVA-OneVision ends a video with a newline, which old versions add later, in the forward.
             made = torch.cat([made, model.model.image_newline.expand(len(made), 1, -1)], dim=1)
     return torch.cat([part.flatten(0, -2) for part in made])

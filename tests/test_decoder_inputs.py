@@ -29,7 +29,6 @@ from .decoder_families import (
     lengths,
     run,
     sample,
-    stages_of,
     tiny_vlm,
 )
 from .families import snapshot
@@ -58,11 +57,6 @@ def refused(model: PreTrainedModel, inputs: Inputs, match: str, error: type = Un
 
 
 # -- modes of generate and forward -----------------------------------------------------------------------------------
-
-
-def places_in(family: str, case: Case) -> set[str]:
-    model = tiny_vlm(family)
-    return {stage.where for stage in stages_of(model, case.config(model))}
 
 
 @each_once
@@ -253,15 +247,8 @@ def test_a_model_without_a_decoder_is_refused(case) -> None:
 
 # -- configs that prune refuses --------------------------------------------------------------------------------------
 
-TAKES_NEWLINES = [
-    (family, case)
-    for family, case in SUPPORTED
-    if hasattr(tiny_vlm(family).model, "image_newline") and places_in(family, case) & {"vision_tower"}
-]
-"""A choice in the tower that keeps every patch still takes newlines out, which the tower does not know."""
 
-
-@pytest.mark.parametrize("pair", [pair for pair in SUPPORTED if pair not in TAKES_NEWLINES], ids=id_of)
+@pytest.mark.parametrize("pair", SUPPORTED, ids=id_of)
 def test_a_config_that_prunes_nothing_is_refused(pair) -> None:
     """Nothing silent: an official code does nothing when its environment variables are missing."""
     family, case = pair
@@ -277,23 +264,12 @@ def test_a_config_that_prunes_nothing_is_refused(pair) -> None:
 
 
 def keeping_all(config: PruneConfig) -> PruneConfig:
-    """The config with everything kept that it names; or, in the tower, every patch."""
+    """The config with everything kept that it names."""
     fields = {f.name for f in dataclasses.fields(config)}
     kept: dict[str, Any] = {"keep_ratio": 1.0, "dominant": 1000, "contextual": 1000}
     ratios = getattr(config, "keep_ratios", None)
     kept["keep_ratios"] = tuple(1.0 for _ in ratios) if isinstance(ratios, tuple) else 1.0
     return dataclasses.replace(config, **{name: value for name, value in kept.items() if name in fields})
-
-
-@pytest.mark.parametrize("pair", TAKES_NEWLINES, ids=id_of)
-def test_a_tower_that_keeps_every_patch_prunes_nothing_with_newlines_protected(pair) -> None:
-    family, case = pair
-    model = tiny_vlm(family)
-    config = keeping_all(case.config(model))
-    if case.parts is not None:
-        pytest.skip("its parts are configs of their own")
-    with pytest.raises(ConfigError, match="prunes nothing on this model"):
-        prune(model, dataclasses.replace(config, newlines="protect"))
 
 
 def test_newlines_can_only_be_protected_where_there_are_any() -> None:
