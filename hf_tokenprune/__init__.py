@@ -8,12 +8,18 @@
 from .config import PruneConfig
 from .engine import prune, pruned, unprune
 from .errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
+from .methods.ats import ATSConfig
 from .methods.cls_attention import ClsAttentionConfig
 from .methods.divprune import DivPruneConfig
+from .methods.evit import EViTConfig
+from .methods.exact import ExactConfig
 from .methods.fastv import FastVConfig
+from .methods.pitome import PiToMeConfig
 from .methods.pyramiddrop import PyramidDropConfig
 from .methods.random import RandomConfig
+from .methods.salience_merge import SalienceMergeConfig
 from .methods.stack import StackConfig
+from .methods.tome import ToMeConfig
 from .methods.transprune import TransPruneConfig
 from .methods.uniform import UniformConfig
 from .methods.visionzip import VisionZipConfig
@@ -25,15 +31,21 @@ from .registry import list_adapters, list_methods, register_adapter, register_me
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATSConfig",
     "ClsAttentionConfig",
     "ConfigError",
     "DivPruneConfig",
+    "EViTConfig",
+    "ExactConfig",
     "FastVConfig",
+    "PiToMeConfig",
     "PruneConfig",
     "PruneStateError",
     "PyramidDropConfig",
     "RandomConfig",
+    "SalienceMergeConfig",
     "StackConfig",
+    "ToMeConfig",
     "TokenPruneError",
     "TransPruneConfig",
     "UniformConfig",

@@ -82,8 +82,11 @@ class PrunedDynamicCache(DynamicCache):
         del self.token_prune
         self.__class__ = DynamicCache  # a cache without tokens is a stock one
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        super().crop(*args, **kwargs)
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; a positive number is the length to keep, as it was in older versions."""
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
+        super().crop(tokens_to_remove)
         excess = self.token_prune.lengths[0] - self.get_seq_length(0)
         if 0 < excess <= self.token_prune.tail:  # assisted decoding feeds candidates with the prompt
             self.token_prune = self.token_prune.without_last(excess)

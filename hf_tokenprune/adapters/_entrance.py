@@ -24,10 +24,10 @@ ARGUMENT = "token_prune"
 
 @dataclass(frozen=True)
 class Images:
-    """Where image tokens are in the input: ``mask`` (B, T) bool; ``newline`` (D,) their newline embedding, if any."""
+    """Where image tokens are in the input: ``mask`` (B, T) bool; ``owner``: the model with the newline embedding."""
 
     mask: Tensor
-    newline: Tensor | None
+    owner: nn.Module
 
 
 @dataclass
@@ -51,7 +51,7 @@ class FindImages:
         for output in features.values():  # of get_image_features, or cut into chunks by generate
             if output is not None and output.get("last_hidden_state") is None and output.get("hidden_states") is None:
                 raise UnsupportedModelError(f"the image features come in chunks. {CHUNKS}")
-        return args, {**kwargs, ARGUMENT: Images(mask, getattr(module, "image_newline", None))}
+        return args, {**kwargs, ARGUMENT: Images(mask, module)}
 
     def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, T) bool; None: no image in this input."""
@@ -104,7 +104,7 @@ class EnterDecoder:
         mask = view.key_valid
         if mask is None and any(stage.layer < 0 and stage.positions == "original" for stage in state.stages):
             # Positions have gaps, which Transformers takes for packed sequences where there is no mask.
-            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            mask = embeds.new_ones(embeds.shape[0], forward.held[0] + embeds.shape[1], dtype=torch.bool)
         kwargs |= {
             "inputs_embeds": embeds,
             "attention_mask": mask,
@@ -231,8 +231,9 @@ def read_kinds(
     """(B, T) uint8: what each token is."""
     kinds = torch.full(images.mask.shape, TEXT, dtype=torch.uint8, device=embeds.device)
     kinds[images.mask] = IMAGE
-    if images.newline is not None and (protect_newlines or tower is not None):
-        newline = images.mask & (embeds == images.newline.to(embeds)).all(-1)
+    if hasattr(images.owner, "image_newline") and (protect_newlines or tower is not None):
+        embedding: Any = images.owner.image_newline  # only now: offloaded weights come with the forward
+        newline = images.mask & (embeds == embedding.to(embeds)).all(-1)
         kinds[newline] = NEWLINE if protect_newlines else DROPPED
     if tower is not None:
         gone = images.mask & embeds[..., 0].isnan()

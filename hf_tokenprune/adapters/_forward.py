@@ -120,6 +120,8 @@ class Forward:
 
     def observe(self, stage: Stage, layer: int, parts: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         """Let ``stage`` score what a layer did: ``parts`` are input and output of attention and MLP, (B, L, D) each."""
+        if layer in self.observed:  # recomputed for a backward
+            return
         assert self.layout is not None
         valid = self.views[-1].valid
         valid = torch.ones(parts[0].shape[:2], dtype=torch.bool, device=parts[0].device) if valid is None else valid
@@ -185,7 +187,8 @@ class Forward:
         if before.valid is not None:
             keep = keep & before.valid
         order = torch.where(keep, torch.arange(keep.shape[1], device=keep.device), -1).sort(dim=1).values[:, -longest:]
-        take, valid = order.clamp(min=0), None if min(lengths) == longest else order >= 0
+        valid = None if min(lengths) == longest else order >= 0
+        take = torch.where(order >= 0, order, order[:, -1:])  # padding: any token that stays; others may be NaN
         segment = self.segment(stage.layer) + 1 if stage is not None and stage.layer >= 0 else 0
         positions, shift = before.positions, before.shift
         former = self.past[segment].shift

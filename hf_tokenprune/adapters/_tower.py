@@ -71,6 +71,20 @@ class MarkDropped:
         return output
 
 
+class HideMarks:
+    """Forward pre-hook of the projector: 0 for NaN, which would make its gradients NaN."""
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].masked_fill(args[0].isnan(), 0),)
+
+
+class RestoreMarks:
+    """Forward hook of the projector: tokens that came in as all zero go out as NaN again."""
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return torch.where((args[0] == 0).all(-1, keepdim=True), torch.nan, output)
+
+
 def mark(states: Tensor, keep: Tensor, tokens: Tensor | None, index: Tensor) -> Tensor:
     """``states`` (I, T, D), NaN everywhere but at ``keep`` (I, m), with ``tokens`` (I, n, D), if any, at ``index``."""
     stays = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device).scatter_(1, keep, True)
@@ -102,13 +116,15 @@ def scoring_attention(tower: PreTrainedModel, feature_layer: int | list[int]) ->
     return attention
 
 
-def attach_tower(tower: PreTrainedModel, stage: Stage, feature_layer: int) -> list[Any]:
-    """Make the tower choose; returns handles of its hooks."""
+def attach_tower(tower: PreTrainedModel, projector: nn.Module, stage: Stage, feature_layer: int) -> list[Any]:
+    """Make the tower choose; returns handles of the hooks."""
     attention = scoring_attention(tower, feature_layer)
     enable_capture(attention)
     mark_dropped = MarkDropped(stage, feature_layer, HAS_CLS[tower.config.model_type])
     return [
         attention.register_forward_pre_hook(CaptureAsMask(), with_kwargs=True),
+        projector.register_forward_pre_hook(HideMarks()),
+        projector.register_forward_hook(RestoreMarks()),
         tower.register_forward_pre_hook(StartCapture(stage), with_kwargs=True),
         tower.register_forward_hook(mark_dropped, with_kwargs=True),
     ]

@@ -182,7 +182,9 @@ class DecoderAdapter:
         ]
         for stage in stages:
             if stage.where == "vision_tower":
-                state.handles += attach_tower(inner.vision_tower, stage, model.config.vision_feature_layer)
+                state.handles += attach_tower(
+                    inner.vision_tower, inner.multi_modal_projector, stage, model.config.vision_feature_layer
+                )
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""
