@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all set-up in an environment of their own; nothing is needed but Python >= 3.10.
-# TRANSFORMERS=5.17.0 tests another version, in an environment beside the first.
+# TRANSFORMERS=5.17.0 tests another version, in an environment beside the first; TESTS="tests/test_engine.py ..." a part.
 PYTHON ?= python3
 TRANSFORMERS ?=
 VENV ?= .venv$(if $(TRANSFORMERS),-$(TRANSFORMERS))
@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/hf-tokenprune demo
 
 test: $(VENV)/.dev lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(TESTS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

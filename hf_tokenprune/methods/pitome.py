@@ -8,6 +8,7 @@ non-commercial licence and no line of it was used.
 Axes: B batch, N prunable tokens, d head width, k tokens merged.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from ..config import Where
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
 from ..tokens import num_to_keep
-from .layerwise import LayerwiseConfig
+from .layerwise import LayerwiseConfig, scaled_ratio
 from .merging import everything, mean_keys, merged_into, prunable_sizes
 
 
@@ -53,6 +54,12 @@ class PiToMeConfig(LayerwiseConfig):
 
     def default_layers(self, depth: int) -> list[int]:
         return list(range(depth))
+
+    def scaled(self, strength: float) -> "PiToMeConfig":
+        """Every removed fraction multiplied by ``strength``; at least half of the tokens stay at each layer."""
+        ratios = self.default_keep_ratios if self.keep_ratios is None else self.keep_ratios
+        scaled = [max(0.5, scaled_ratio(r, strength)) for r in (ratios if isinstance(ratios, tuple) else (ratios,))]
+        return dataclasses.replace(self, keep_ratios=tuple(scaled) if isinstance(ratios, tuple) else scaled[0])
 
     def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
         return tuple(
