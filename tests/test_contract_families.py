@@ -233,7 +233,7 @@ def test_block_halves_are_the_block_bit_for_bit(family) -> None:
     adapter = get_adapter(family[0])
     states = torch.randn(2, 9, TINY["hidden_size"])
     with torch.no_grad():
-        stock = [block(states, None) for block in blocks_of(model)]
+        stock = [block(states, **adapter.block_class.no_mask) for block in blocks_of(model)]
         adapter.attach(model, (KeepAll(0, "mid_block"),))
         halves = [block.mlp_half(block.attention_half(states)) for block in blocks_of(model)]
     assert all(torch.equal(a, b) for a, b in zip(stock, halves, strict=True))
