@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from hf_tokenprune import PruneConfig, TransPruneConfig, prune, record
+from hf_tokenprune.adapters._cache import CACHE_NAME
 from hf_tokenprune.errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
 from hf_tokenprune.registry import get_method
 
@@ -52,7 +53,7 @@ def refused(model: PreTrainedModel, inputs: Inputs, match: str, error: type = Un
         yield
     assert {**snapshot(model), "attributes": None} == before
     cache = DynamicCache()
-    assert model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache).equal(expected)
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False, **{CACHE_NAME: cache}).equal(expected)
     assert lengths(cache)[-1] < inputs["input_ids"].shape[1]
 
 
@@ -67,7 +68,7 @@ def test_a_static_cache_is_refused(pair) -> None:
         model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
     with refused(model, inputs, "with a StaticCache"):
-        run(model, inputs, past_key_values=cache)
+        run(model, inputs, **{CACHE_NAME: cache})
     assert cache.get_seq_length() == 0
 
 
@@ -180,7 +181,7 @@ def test_another_feature_layer_in_the_call(layer) -> None:
     except TokenPruneError:
         return
     assert output.logits.isfinite().all()
-    assert lengths(output.past_key_values)[-1] < inputs["input_ids"].shape[1]
+    assert lengths(output[CACHE_NAME])[-1] < inputs["input_ids"].shape[1]
 
 
 # -- models that prune refuses ---------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_an_unknown_vision_tower_is_refused_where_it_chooses() -> None:
     model = tiny_vlm("llava", vision_config=tower)
     inputs = sample(model, ONE_IMAGE)
     prune(model, Case("divprune").config(tiny_vlm("llava")))
-    assert lengths(run(model, inputs, use_cache=True).past_key_values)[0] < inputs["input_ids"].shape[1]
+    assert lengths(run(model, inputs, use_cache=True)[CACHE_NAME])[0] < inputs["input_ids"].shape[1]
 
 
 def test_a_changed_layer_is_refused() -> None:

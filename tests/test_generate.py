@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from hf_tokenprune import prune, record, unprune
+from hf_tokenprune.adapters._cache import CACHE_NAME
 from hf_tokenprune.errors import PruneStateError
 from hf_tokenprune.signals import Stage
 
@@ -102,7 +103,7 @@ def test_greedy_is_the_reference(pair, text) -> None:
     close(torch.cat(output.logits), logits)
     entering = told.forward().entering
     assert entering[-1] < inputs["input_ids"].shape[1], "something left"
-    assert lengths(output.past_key_values) == [n + STEPS - 1 for n in entering]
+    assert lengths(output[CACHE_NAME]) == [n + STEPS - 1 for n in entering]
 
 
 @every_method
@@ -209,7 +210,7 @@ def test_prompt_lookup_is_greedy(pair) -> None:
     expected = greedy(two.model, inputs, 12)
     output = greedy(two.model, inputs, 12, prompt_lookup_num_tokens=3)
     assert output.sequences.shape == expected.sequences.shape
-    assert lengths(output.past_key_values)[-1] < output.sequences.shape[1] - 1
+    assert lengths(output[CACHE_NAME])[-1] < output.sequences.shape[1] - 1
     if not guided(two.stages):  # else the first candidates had a say in what was kept
         assert torch.equal(output.sequences, expected.sequences)
         close(torch.cat(output.logits), torch.cat(expected.logits))
@@ -251,14 +252,14 @@ def test_several_turns_with_one_cache(pair, second) -> None:
     two = pruned_pair(*pair, "qwen2")
     first, words = sample(two.dense, ONE_IMAGE, 1), sample(two.dense, second, 2)
     cache = DynamicCache()
-    output = greedy(two.model, first, past_key_values=cache)
+    output = greedy(two.model, first, **{CACHE_NAME: cache})
     tokens = output.sequences[0, -STEPS:].tolist()
-    assert output.past_key_values is cache
+    assert output[CACHE_NAME] is cache
 
     told = two.told(first).then(tokens)
     whole = continued(first, tokens, words)
     with record(two.model) as rec:
-        output = greedy(two.model, whole, past_key_values=cache)
+        output = greedy(two.model, whole, **{CACHE_NAME: cache})
     if "I" in second:
         told = told.then_prompt(reference(two.dense, words, two.stages, rec, pruned=two.model))
     else:
@@ -270,7 +271,7 @@ def test_several_turns_with_one_cache(pair, second) -> None:
     assert lengths(cache) == [n + STEPS - 1 for n in told.forward().entering]
 
     whole = continued(whole, expected, sample(two.dense, "..", 3))
-    output = greedy(two.model, whole, past_key_values=cache)
+    output = greedy(two.model, whole, **{CACHE_NAME: cache})
     expected, logits = told.then(expected + whole["input_ids"][0, -2:].tolist()).generate(STEPS)
     assert output.sequences[0, -STEPS:].tolist() == expected
     close(torch.cat(output.logits), logits)
@@ -281,10 +282,10 @@ def test_a_cached_text_in_front(pair) -> None:
     """A system prompt whose keys are kept and used for a prompt with an image."""
     two = pruned_pair(*pair)
     system, inputs = sample(two.dense, ".....", 1), sample(two.dense, ONE_IMAGE, 2)
-    cache = run(two.model, system, use_cache=True).past_key_values
+    cache = run(two.model, system, use_cache=True)[CACHE_NAME]
     whole = continued(system, [], inputs)
     with record(two.model) as rec:
-        output = greedy(two.model, whole, past_key_values=cache)
+        output = greedy(two.model, whole, **{CACHE_NAME: cache})
     start = dataclasses.replace(reference(two.dense, system), leaving=())
     told = reference(two.dense, inputs, two.stages, rec, pruned=two.model)
     start = dataclasses.replace(start, leaving=tuple(dataclasses.replace(x, kept=frozenset()) for x in told.leaving))
@@ -305,12 +306,12 @@ def test_a_loop_written_by_hand(pair, chunk, mask) -> None:
     ones = torch.ones(1, inputs["input_ids"].shape[1] + 6, dtype=torch.long)
     if not mask:
         inputs.pop("attention_mask")
-    cache = run(two.model, inputs, use_cache=True).past_key_values
+    cache = run(two.model, inputs, use_cache=True)[CACHE_NAME]
     seen, logits = inputs["input_ids"].shape[1], []
     for piece in more.split(chunk, dim=1):
         seen += piece.shape[1]
         step = {"input_ids": piece, **({"attention_mask": ones[:, :seen]} if mask else {})}
-        logits.append(run(two.model, step, past_key_values=cache, use_cache=True).logits[0])
+        logits.append(run(two.model, step, **{CACHE_NAME: cache}, use_cache=True).logits[0])
         assert cache.get_seq_length() == seen
     close(torch.cat(logits), two.told(inputs).then(more[0].tolist()).forward().logits[-6:])
 
@@ -322,9 +323,9 @@ def test_a_padded_loop_written_by_hand(pair) -> None:
     alone = prompts(two.dense)
     batch = collate(alone)
     more = torch.randint(1, VOCABULARY - 2, (len(alone), 4), generator=torch.Generator().manual_seed(7))
-    cache = run(two.model, batch, use_cache=True).past_key_values
+    cache = run(two.model, batch, use_cache=True)[CACHE_NAME]
     mask = torch.cat([batch["attention_mask"], torch.ones_like(more)], 1)
-    logits = run(two.model, {"input_ids": more, "attention_mask": mask}, past_key_values=cache).logits
+    logits = run(two.model, {"input_ids": more, "attention_mask": mask}, **{CACHE_NAME: cache}).logits
     for row, inputs in enumerate(alone):
         close(logits[row], two.told(inputs).then(more[row].tolist()).forward().logits[-4:])
 
@@ -335,19 +336,19 @@ def test_cropping_and_going_on(pair) -> None:
     two = pruned_pair(*pair)
     inputs = sample(two.dense, ONE_IMAGE, 1)
     cache = DynamicCache()
-    output = greedy(two.model, inputs, past_key_values=cache)
+    output = greedy(two.model, inputs, **{CACHE_NAME: cache})
     kept = output.sequences[0, -STEPS:].tolist()[:2]
     cache.crop(-2)  # of four: the last token was never fed
     other = sample(two.dense, "...", 5)
-    again = greedy(two.model, continued(inputs, kept, other), past_key_values=cache)
+    again = greedy(two.model, continued(inputs, kept, other), **{CACHE_NAME: cache})
     tokens, logits = two.told(inputs).then(kept + other["input_ids"][0].tolist()).generate(STEPS)
     assert again.sequences[0, -STEPS:].tolist() == tokens
     close(torch.cat(again.logits), logits)
 
-    cache = run(two.model, inputs, use_cache=True).past_key_values
+    cache = run(two.model, inputs, use_cache=True)[CACHE_NAME]
     cache.crop(-ONE_IMAGE.rindex(".") + ONE_IMAGE.index("I") - 1)
     with pytest.raises(PruneStateError, match=r"cropped inside a prompt .* start with a new DynamicCache"):
-        run(two.model, {"input_ids": inputs["input_ids"][:, -1:]}, past_key_values=cache)
+        run(two.model, {"input_ids": inputs["input_ids"][:, -1:]}, **{CACHE_NAME: cache})
     assert greedy(two.model, inputs).sequences.equal(output.sequences)
 
 
@@ -358,11 +359,11 @@ def test_cropping_to_a_length_is_right_or_refused(pair) -> None:
     inputs = sample(two.dense, ONE_IMAGE, 1)
     length = inputs["input_ids"].shape[1]
     cache = DynamicCache()
-    tokens = greedy(two.model, inputs, past_key_values=cache).sequences[0, -STEPS:].tolist()
+    tokens = greedy(two.model, inputs, **{CACHE_NAME: cache}).sequences[0, -STEPS:].tolist()
     step = {"input_ids": torch.tensor([[9]])}
     try:
         cache.crop(length + 2)
-        logits = run(two.model, step, past_key_values=cache).logits[0]
+        logits = run(two.model, step, **{CACHE_NAME: cache}).logits[0]
     except ValueError:
         return
     close(logits, two.told(inputs).then([*tokens[:2], 9]).forward().logits[-1:])
@@ -372,12 +373,12 @@ def test_cropping_to_a_length_is_right_or_refused(pair) -> None:
 def test_a_copied_cache_goes_its_own_way(pair) -> None:
     two = pruned_pair(*pair)
     inputs = sample(two.dense, ONE_IMAGE, 1)
-    cache = run(two.model, inputs, use_cache=True).past_key_values
+    cache = run(two.model, inputs, use_cache=True)[CACHE_NAME]
     clone = copy.deepcopy(cache)
     told = two.told(inputs)
     for held, words in ((cache, [5, 6]), (clone, [7]), (cache, [8]), (clone, [9, 10])):
         held.words = [*getattr(held, "words", []), *words]
-        logits = run(two.model, {"input_ids": torch.tensor([words])}, past_key_values=held).logits[0]
+        logits = run(two.model, {"input_ids": torch.tensor([words])}, **{CACHE_NAME: held}).logits[0]
         close(logits, told.then(held.words).forward().logits[-len(words) :])
 
 
@@ -387,11 +388,11 @@ def test_caches_of_two_conversations_do_not_mix(pair) -> None:
     two = pruned_pair(*pair)
     talks = [sample(two.dense, ONE_IMAGE, 1), sample(two.dense, "..I.i..", 2), sample(two.dense, "...", 3)]
     told = [two.told(inputs) for inputs in talks]
-    caches = [run(two.model, inputs, use_cache=True).past_key_values for inputs in talks]
+    caches = [run(two.model, inputs, use_cache=True)[CACHE_NAME] for inputs in talks]
     for word in (5, 6):
         for i, cache in enumerate(caches):
             told[i] = told[i].then([word])
-            logits = run(two.model, {"input_ids": torch.tensor([[word]])}, past_key_values=cache).logits[0]
+            logits = run(two.model, {"input_ids": torch.tensor([[word]])}, **{CACHE_NAME: cache}).logits[0]
             close(logits, told[i].forward().logits[-1:])
 
 
@@ -402,7 +403,7 @@ def test_rows_of_a_cache_move(pair, how) -> None:
     two = pruned_pair(*pair)
     alone = prompts(two.dense)
     batch = collate(alone)
-    cache = run(two.model, batch, use_cache=True).past_key_values
+    cache = run(two.model, batch, use_cache=True)[CACHE_NAME]
     if how == "batch_repeat_interleave":
         rows = [row for row in range(len(alone)) for _ in range(2)]
         cache.batch_repeat_interleave(2)
@@ -411,7 +412,7 @@ def test_rows_of_a_cache_move(pair, how) -> None:
         getattr(cache, how)(torch.tensor(rows))
     more = torch.randint(1, VOCABULARY - 2, (len(rows), 2), generator=torch.Generator().manual_seed(7))
     mask = torch.cat([batch["attention_mask"][rows], torch.ones_like(more)], 1)
-    logits = run(two.model, {"input_ids": more, "attention_mask": mask}, past_key_values=cache).logits
+    logits = run(two.model, {"input_ids": more, "attention_mask": mask}, **{CACHE_NAME: cache}).logits
     for i, row in enumerate(rows):
         close(logits[i], two.told(alone[row]).then(more[i].tolist()).forward().logits[-2:])
 
@@ -420,18 +421,18 @@ def test_rows_of_a_cache_move(pair, how) -> None:
 def test_a_cache_can_be_reset(pair) -> None:
     two = pruned_pair(*pair)
     first, second = sample(two.dense, ONE_IMAGE, 1), sample(two.dense, "..I.", 2)
-    stock = run(two.dense, first, use_cache=True).past_key_values
+    stock = run(two.dense, first, use_cache=True)[CACHE_NAME]
     stock.reset()
     if stock.get_seq_length():
         pytest.skip("this version of Transformers fills a reset cache with zeros, and keeps its length")
-    cache = run(two.model, first, use_cache=True).past_key_values
+    cache = run(two.model, first, use_cache=True)[CACHE_NAME]
     cache.reset()
     assert cache.get_seq_length() == 0
-    output = greedy(two.model, second, past_key_values=cache)
+    output = greedy(two.model, second, **{CACHE_NAME: cache})
     assert output.sequences.equal(greedy(two.model, second).sequences)
     unprune(two.model)
     cache.reset()
-    output = greedy(two.model, second, past_key_values=cache)
+    output = greedy(two.model, second, **{CACHE_NAME: cache})
     assert output.sequences.equal(greedy(two.dense, second).sequences)
 
 
@@ -440,12 +441,12 @@ def test_a_cache_belongs_to_a_config(pair) -> None:
     """One that was filled before the config changed is refused, not misread."""
     two = pruned_pair(*pair)
     inputs = sample(two.dense, ONE_IMAGE, 1)
-    cache = run(two.model, inputs, use_cache=True).past_key_values
+    cache = run(two.model, inputs, use_cache=True)[CACHE_NAME]
     unprune(two.model)
     other = Case("fastv") if pair[1].method != "fastv" else Case("pyramiddrop")
     prune(two.model, other.config(two.model, **({"layer": 5} if other.method == "fastv" else {})))
     with pytest.raises(PruneStateError, match="filled by a model pruned in other layers; start with a new"):
-        run(two.model, {"input_ids": torch.tensor([[5]])}, past_key_values=cache)
+        run(two.model, {"input_ids": torch.tensor([[5]])}, **{CACHE_NAME: cache})
     assert greedy(two.model, inputs).sequences.shape[1] == inputs["input_ids"].shape[1] + STEPS
 
 
@@ -454,9 +455,34 @@ def test_a_dense_cache_stays_dense(pair) -> None:
     """A cache filled by the dense model holds every token; a pruned model can go on with it."""
     two = pruned_pair(*pair)
     inputs = sample(two.dense, ONE_IMAGE, 1)
-    cache = run(two.dense, inputs, use_cache=True).past_key_values
-    logits = run(two.model, {"input_ids": torch.tensor([[5, 6]])}, past_key_values=cache).logits[0]
+    cache = run(two.dense, inputs, use_cache=True)[CACHE_NAME]
+    logits = run(two.model, {"input_ids": torch.tensor([[5, 6]])}, **{CACHE_NAME: cache}).logits[0]
     close(logits, reference(two.dense, inputs).then([5, 6]).forward().logits[-2:])
+
+
+@each_once
+def test_a_pruned_cache_is_refused_by_the_dense_model(pair) -> None:
+    """It would make its mask and positions from tokens that its layers do not hold."""
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE, 1)
+    cache = run(two.model, inputs, use_cache=True)[CACHE_NAME]
+    held = lengths(cache)
+    with pytest.raises(PruneStateError, match=r"filled by a pruned model.*prune it again.*new DynamicCache"):
+        run(two.dense, {"input_ids": torch.tensor([[5]])}, **{CACHE_NAME: cache})
+    assert lengths(cache) == held
+
+
+@each_once
+def test_the_former_name_of_the_cache(pair) -> None:
+    """Transformers takes the argument under both names for a while, of the base model too."""
+    two = pruned_pair(*pair)
+    inputs = sample(two.dense, ONE_IMAGE, 1)
+    step = {"input_ids": torch.tensor([[5]])}
+    states = []
+    for name in (CACHE_NAME, "past_key_values"):
+        cache = run(two.model.base_model, inputs, use_cache=True)[CACHE_NAME]
+        states.append(run(two.model.base_model, step, **{name: cache}).last_hidden_state)
+    assert torch.equal(*states)
 
 
 # -- a real accelerator ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, list_adapters, prune, unprune
+from hf_tokenprune.adapters._cache import CACHE_NAME
 from hf_tokenprune.cost import config_for_macs, cost
 from hf_tokenprune.engine import find_adapter, plan
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
@@ -110,7 +111,7 @@ def test_generating_costs_what_pytorch_counts_and_fills_the_cache(family: str, c
     counted = cost(model, text_tokens=TEXT, new_tokens=NEW).pruned
     assert counted.macs + counted.decode_macs == measured(generate)["Global"]
     assert counted.decode_steps == NEW - 1
-    tensors = [tensor for layer in outputs[0].past_key_values.layers for tensor in (layer.keys, layer.values)]
+    tensors = [tensor for layer in outputs[0][CACHE_NAME].layers for tensor in (layer.keys, layer.values)]
     assert counted.kv_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

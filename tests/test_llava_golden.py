@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_tokenprune import TransPruneConfig, prune, record, unprune
+from hf_tokenprune.adapters._cache import CACHE_NAME
 
 from .decoder_families import lengths
 
@@ -95,7 +96,7 @@ def test_prefill_is_the_official_one(golden: Golden) -> None:
     for name, expected in (("1", first), ("3", second)):
         image = expected[(expected >= POSITION) & (expected < POSITION + NUM_IMAGE)] - POSITION
         assert rec.kept[name].tolist() == [image.tolist()]
-    assert lengths(output.past_key_values) == values["e2e_kvlens"].flatten().tolist()
+    assert lengths(output[CACHE_NAME]) == values["e2e_kvlens"].flatten().tolist()
     close(output.logits[:, second], values["e2e_logits"].float())
 
 
@@ -115,7 +116,7 @@ def test_generate_gives_the_official_tokens(golden: Golden) -> None:
     expected = torch.cat([values["e2e_logits"][:, -1], values["e2e_decode_logits"][0]])[: len(tokens)]
     close(torch.cat(output.logits), expected.float())
     fed = len(tokens) - 1  # the last one was never fed
-    assert lengths(output.past_key_values) == [n + fed for n in values["e2e_kvlens"].flatten().tolist()]
+    assert lengths(output[CACHE_NAME]) == [n + fed for n in values["e2e_kvlens"].flatten().tolist()]
 
 
 def test_the_dense_model_is_another_one(golden: Golden) -> None:

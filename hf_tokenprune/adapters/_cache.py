@@ -6,6 +6,7 @@ cropping, and two generations with one model cannot mix it up.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import create_causal_mask
 
 from ..errors import PruneStateError, UnsupportedModelError
+
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What this version of Transformers calls the cache in arguments and outputs: "cache" from 5.24 on."""
 
 
 @dataclass
@@ -110,6 +115,11 @@ class PrunedDynamicCache(DynamicCache):
             for s in state.segments
         ]
         self.token_prune = replace(state, segments=segments)
+
+
+def given_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a forward, under its present or its former name; None: there is none."""
+    return kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
 
 
 def check_cache(cache: Any) -> None:

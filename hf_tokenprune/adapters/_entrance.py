@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from ..errors import PruneStateError, UnsupportedModelError
 from ..signals import Stage
 from ..tokens import gather_tokens
-from ._cache import PrunedDynamicCache, Segment, bind, check_cache, extended, state_of
+from ._cache import (
+    CACHE_NAME,
+    PrunedDynamicCache,
+    Segment,
+    bind,
+    check_cache,
+    extended,
+    given_cache,
+    state_of,
+)
 from ._forward import Forward, View
 from ._layout import DROPPED, IMAGE, NEWLINE, PADDING, TEXT, read_layout
 
@@ -55,7 +64,7 @@ class FindImages:
 
     def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, T) bool; None: no image in this input."""
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         embeds = kwargs.get("inputs_embeds")
         given = input_ids if input_ids is not None else embeds
         if given is None or (given.shape[1] == 1 and cache is not None and cache.get_seq_length()):
@@ -86,7 +95,7 @@ class EnterDecoder:
     def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         images: Images | None = kwargs.pop(ARGUMENT, None)
         state = decoder.token_prune
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
         starts = [0, *(layer + 1 for layer in stages)]
         past = state_of(cache, starts)
@@ -95,7 +104,7 @@ class EnterDecoder:
         embeds: Tensor = kwargs["inputs_embeds"]
         check_mode(decoder, cache, kwargs.get("attention_mask"))
         if past is not None:
-            cache.open = True  # type: ignore[union-attr]
+            cache.open = True
         forward = begin(decoder, starts, embeds, kwargs, past)
         if images is not None:
             forward.stages, forward.recorder = stages, state.recorder
@@ -121,7 +130,7 @@ class LeaveDecoder:
 
     def __call__(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         forward: Forward | None = kwargs.get(ARGUMENT)
-        cache = output.past_key_values
+        cache = output.get(CACHE_NAME)
         if isinstance(cache, PrunedDynamicCache):
             cache.open = False
         if forward is None or forward.layout is None:
@@ -156,7 +165,7 @@ def check_mode(decoder: nn.Module, cache: Any, attention_mask: Any) -> None:
 
 def begin(decoder: Any, starts: list[int], embeds: Tensor, kwargs: dict[str, Any], past: Any) -> Forward:
     """The forward with the first segment's view of all its tokens."""
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = given_cache(kwargs)
     mask: Tensor | None = kwargs.get("attention_mask")
     batch, length = embeds.shape[:2]
     seen = 0 if cache is None else cache.get_seq_length()

@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ..signals import Signals, Stage, Transition
 from ..tokens import gather_tokens
-from ._cache import CacheState, Segment, extended
+from ._cache import CACHE_NAME, CacheState, Segment, extended
 from ._layout import Layout
 from ._text_rows import text_attention
 
@@ -107,9 +107,9 @@ class Forward:
             config=self.decoder.config,
             inputs_embeds=states,
             attention_mask=view.key_valid,
-            past_key_values=self.cache,
             position_ids=None,
             layer_idx=layer,
+            **{CACHE_NAME: self.cache},
         )
 
     # -- pruning -----------------------------------------------------------------------------------------------------
