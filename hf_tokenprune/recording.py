@@ -73,7 +73,7 @@ class Record:
         for name in sorted(self._local, key=_order):
             keep = self._local[name]
             original = keep if original is None else original.gather(1, keep)
-            kept[name] = original
+            kept[name] = original.sort(dim=1).values
         return LayerDict(kept)
 
     @property

@@ -150,7 +150,8 @@ class Reduction:
     sum of their sizes.
 
     Attributes:
-        keep: (B, n) int64, ascending positions among the N prunable tokens that entered.
+        keep: (B, n) int64, positions among the N prunable tokens that entered, in the order in which they go on.
+            Ascending, but where a method says otherwise.
         merged: (B, m) int64, positions of tokens that are merged into a survivor; None: the others just leave.
         into: (B, m) int64, the place in ``keep`` of that survivor.
         weights: (B, N) float32.

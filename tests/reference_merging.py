@@ -1,6 +1,7 @@
 """The merging methods and their relatives once more, as plain loops over tokens in float64, from the papers' equations.
 
-A result is a dictionary: each token that stays, with the weight of every token that its new state is made of.
+A result is a dictionary: each token that stays, with the weight of every token that its new state is made of. It is in
+the order in which tokens go on.
 """
 
 import math
@@ -64,17 +65,25 @@ def averaged(pairs: list[tuple[int, int]], weights: list[float]) -> Groups:
     }
 
 
+def in_new_order(groups: Groups, edges: list[tuple[int, int, float]]) -> Groups:
+    """Step 5: the sets are concatenated back together, what is left of A in front (appendix D)."""
+    in_a = {a for a, _, _ in edges}
+    return {token: groups[token] for token in sorted(groups, key=lambda token: (token not in in_a, token))}
+
+
 def naive_tome(signals: Signals, row: int, r: int) -> Groups:
     """Steps 4 and 5: the r most similar edges stay; connected tokens are averaged by size (section 3)."""
-    edges = sorted(alternate_edges(signals, row), key=lambda edge: -edge[2])[:r]
-    return averaged([(a, b) for a, b, _ in edges], sizes_of(signals, row))
+    edges = alternate_edges(signals, row)
+    chosen = sorted(edges, key=lambda edge: -edge[2])[:r]
+    return in_new_order(averaged([(a, b) for a, b, _ in chosen], sizes_of(signals, row)), edges)
 
 
 def naive_salience_merge(signals: Signals, row: int, r: int) -> Groups:
     """The r edges of least s_a · (1 − cos) stay; connected tokens are averaged by s."""
     salience = significance(signals, row)
-    edges = sorted(alternate_edges(signals, row), key=lambda edge: salience[edge[0]] * (1 - edge[2]))[:r]
-    return averaged([(a, b) for a, b, _ in edges], salience)
+    edges = alternate_edges(signals, row)
+    chosen = sorted(edges, key=lambda edge: salience[edge[0]] * (1 - edge[2]))[:r]
+    return in_new_order(averaged([(a, b) for a, b, _ in chosen], salience), edges)
 
 
 def naive_pitome(signals: Signals, row: int, k: int, margin: float) -> Groups:
@@ -105,7 +114,7 @@ def naive_evit(signals: Signals, row: int, keep_ratio: float, fuse: bool) -> Gro
         groups[others[0]] = {i: attention[i] for i in others}
     elif fuse and others:  # one token in place of one: nothing to gain, all stay
         groups[others[0]] = {others[0]: 1.0}
-    return groups
+    return dict(sorted(groups.items()))
 
 
 def naive_ats(signals: Signals, row: int, k: int, sampling: str) -> list[int]:

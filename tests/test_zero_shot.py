@@ -302,7 +302,7 @@ def test_similarities_in_float32_of_a_model_in_bfloat16(autocast):
         embeddings, logits = ImageTower(model)(pixel_values=pixels), _Classifier(model, classes)(pixel_values=pixels)
     assert embeddings.dtype == logits.dtype == torch.float32
     want = math.exp(model.logit_scale.item()) * embeddings.double().numpy() @ classes.double().numpy().T
-    np.testing.assert_allclose(logits.numpy(), want, rtol=1e-5)
+    np.testing.assert_allclose(logits.numpy(), want, rtol=1e-5, atol=1e-6)
     report = evaluate_zero_shot(model, labelled(7), processor, NAMES, {"same": model_as_it_is}, progress=False)
     assert report.rows[1].kl == 0
 
@@ -342,13 +342,14 @@ def test_labels_and_class_folders(tmp_path):
 
 
 def pairs(n: int = 12) -> list:
-    """One, two or three captions an image; those of the first image come again with the last."""
+    """One, two or three captions an image, all different: ties are tested with vectors made by hand."""
     words = [f"{NAMES[i % 8]} and {NAMES[(3 * i + i // 8) % 8]}" for i in range(3 * n)]
+    assert len(set(words)) == 3 * n
     found = []
     for i, image in enumerate(pictures(n)):
         own = words[3 * i : 3 * i + 1 + i % 3]
         found.append((image, own[0] if len(own) == 1 else own))
-    return [*found[:-1], (found[-1][0], found[0][1])]
+    return found
 
 
 def naive_hits(similar: np.ndarray, owner: list[int], k: int) -> tuple[list[bool], list[bool]]:
@@ -380,10 +381,9 @@ def test_retrieval_matches_a_plain_loop(family, monkeypatch):
     assert (dense_row.name, row.name) == ("dense", "half")
     assert (dense_row.macs, row.macs, dense_row.ideal_speed_up, row.ideal_speed_up) == (2e9, 1e9, None, 2.0)
     assert (dense_row.speed_up, row.speed_up) == (None, row.images_per_second / dense_row.images_per_second)
-    # rounded, because the repeated caption ties exactly in the batch of the report, not quite in the loop
-    dense = similarity(model, processor, [image for image, _ in data], texts).round(6)
+    dense = similarity(model, processor, [image for image, _ in data], texts)
     with pruned(model, CONFIG):
-        less = similarity(model, processor, [image for image, _ in data], texts).round(6)
+        less = similarity(model, processor, [image for image, _ in data], texts)
     for i, k in enumerate(ks):
         for got, got_dense, before, after in zip(
             (row.image_to_text[i], row.text_to_image[i]),

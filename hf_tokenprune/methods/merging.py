@@ -7,7 +7,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -113,42 +113,63 @@ def prunable_sizes(signals: Signals) -> Tensor:
     return signals.sizes[:, num_protected:]
 
 
-def match_alternate(metric: Tensor, num_protected: int) -> tuple[Tensor, Tensor, Tensor]:
+class Matching(NamedTuple):
+    """Each of the tokens that look, with the most similar one of those that are sought.
+
+    Attributes:
+        looking, sought: (a,) and (b,) int64 positions among the prunable tokens, ascending.
+        found: (B, a) int64, places in ``sought``.
+        similarity: (B, a).
+    """
+
+    looking: Tensor
+    sought: Tensor
+    found: Tensor
+    similarity: Tensor
+
+
+def match_alternate(metric: Tensor, num_protected: int) -> Matching:
     """Bipartite matching: every second token of the sequence looks for the most similar one of the others.
 
     Args:
         metric: (B, N, d) float32 of the prunable tokens; similarity is the cosine.
         num_protected: protected tokens stand in front and count in the alternation, but take no part.
-
-    Returns:
-        Positions (a,) of the tokens that look, positions (B, a) of whom they find, and their similarity (B, a).
     """
     first = num_protected % 2  # of the prunable tokens at even places of the whole sequence
     unit = F.normalize(metric, dim=-1)
     nearest = (unit[:, first::2] @ unit[:, 1 - first :: 2].mT).max(-1)
-    looking = torch.arange(first, metric.shape[1], 2, device=metric.device)
-    return looking, 2 * nearest.indices + 1 - first, nearest.values
+    positions = torch.arange(metric.shape[1], device=metric.device)
+    return Matching(positions[first::2], positions[1 - first :: 2], nearest.indices, nearest.values)
 
 
-def merge_cheapest(matching: tuple[Tensor, Tensor, Tensor], cost: Tensor, weights: Tensor, n_keep: int) -> Reduction:
+def merge_cheapest(matching: Matching, cost: Tensor, weights: Tensor, n_keep: int) -> Reduction:
     """Merge the pairs of a matching whose ``cost`` (B, a) is least until ``n_keep`` tokens are left.
 
-    Features are averaged with ``weights`` (B, N).
+    Features are averaged with ``weights`` (B, N). As in the published algorithm of ToMe, the tokens that looked and
+    were not merged go on in front of those that were sought: the next layer deals them out in that order.
     """
-    looking, found, _ = matching
-    pairs = top_tokens(-cost, weights.shape[1] - n_keep)
-    return merged_into(looking[pairs], found.gather(1, pairs), weights)
+    count = weights.shape[1] - n_keep
+    order = cost.argsort(dim=1, stable=True)
+    pairs, unmerged = order[:, :count], order[:, count:].sort(dim=1).values
+    merged, found = matching.looking[pairs], matching.found.gather(1, pairs)
+    keep = torch.cat([matching.looking[unmerged], matching.sought.expand(len(cost), -1)], dim=1)
+    return Reduction(keep, merged, unmerged.shape[1] + found, shares(weights, merged, matching.sought[found]))
 
 
 def merged_into(merged: Tensor, targets: Tensor, weights: Tensor) -> Reduction:
     """The tokens ``merged`` (B, m) join ``targets`` (B, m), none of which is merged; all others stay as they are.
 
-    Features are averaged with ``weights`` (B, N), evenly in a group without any weight.
+    Features are averaged with ``weights`` (B, N), and tokens keep their order.
     """
+    return joined(merged, targets, shares(weights, merged, targets))
+
+
+def shares(weights: Tensor, merged: Tensor, targets: Tensor) -> Tensor:
+    """(B, N): each token's part of the ``weights`` (B, N) of its group; even in a group without any weight."""
     weights = weights.clamp_min(1e-12)
     total = weights.scatter_add(1, targets, weights.gather(1, merged))
     total = total.scatter(1, merged, total.gather(1, targets))
-    return joined(merged, targets, weights / total)
+    return weights / total
 
 
 def joined(merged: Tensor, targets: Tensor, weights: Tensor) -> Reduction:

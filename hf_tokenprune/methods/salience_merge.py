@@ -55,5 +55,5 @@ class SalienceMergeStage(MergeStage):
         if n_keep == salience.shape[1]:
             return everything(signals)
         matching = match_alternate(mean_keys(signals), signals.num_protected)
-        looking, _, similarity = matching
-        return merge_cheapest(matching, salience[:, looking] * (1 - similarity), salience, n_keep)
+        cost = salience[:, matching.looking] * (1 - matching.similarity)
+        return merge_cheapest(matching, cost, salience, n_keep)

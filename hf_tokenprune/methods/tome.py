@@ -37,5 +37,4 @@ class ToMeStage(MergeStage):
         if n_keep == sizes.shape[1]:
             return everything(signals)
         matching = match_alternate(mean_keys(signals), signals.num_protected)
-        _, _, similarity = matching
-        return merge_cheapest(matching, -similarity, sizes, n_keep)
+        return merge_cheapest(matching, -matching.similarity, sizes, n_keep)
