@@ -141,15 +141,14 @@ def benchmark(
 
 def _measure(arms: Arms, batch_size: int, image_size: tuple[int, int] | None, repeats: Repeats) -> BenchmarkRow:
     model, shape = arms.model, arms.adapter.shape(arms.model)
+    run = getattr(model, "get_image_features", model)  # of a model with a text tower, what images pass
     size = image_size or shape.image_size
     parameter = next(model.parameters())
     pixels = torch.randn(batch_size, shape.num_channels, *size, generator=torch.Generator().manual_seed(0))
-    inputs: dict[str, Any] = {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
-    if size != shape.image_size:
-        inputs["interpolate_pos_encoding"] = True
+    inputs = arms.adapter.image_inputs(model, pixels.to(parameter.device, parameter.dtype))
 
     def forward() -> None:
-        model(**inputs)
+        run(**inputs)
 
     measured = arms.interleave(lambda: seconds(forward), repeats, f"batch {batch_size}")
     return BenchmarkRow(

@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import PruneConfig, as_config
 from .errors import ConfigError, PruneStateError, UnsupportedModelError
-from .registry import get_adapter
+from .registry import get_adapter, list_adapters
 from .signals import DecoderShape, Shape, Stage
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -106,7 +106,14 @@ def find_adapter(model: nn.Module) -> Any:
         inner = next((name for name in wrappers if isinstance(getattr(model, name, None), nn.Module)), "")
         hint = f"; pass model.{inner}, or prune before wrapping" if inner else ""
         raise UnsupportedModelError(f"expected a transformers PreTrainedModel, got {type(model).__name__}{hint}")
-    return get_adapter(model.config.model_type)
+    try:
+        return get_adapter(model.config.model_type)
+    except UnsupportedModelError as error:
+        for name, part in model.named_children():  # such as an image encoder beside a text encoder
+            if isinstance(part, PreTrainedModel) and part.config.model_type in list_adapters():
+                hint = f"or pass model.{name} instead: {part.config.model_type!r} has an adapter"
+                raise UnsupportedModelError(f"{error}, {hint}") from None
+        raise
 
 
 def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:

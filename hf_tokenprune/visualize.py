@@ -73,18 +73,18 @@ def visualize(model: nn.Module, pixel_values: Tensor, processor: object | None =
     """Run a pruned model on a batch and draw what each layer kept.
 
     Args:
-        model: a pruned vision model.
-        pixel_values: (B, C, H, W) as the image processor makes them; a few images.
+        model: a pruned vision model; one with a text tower runs without it.
+        pixel_values: (B, C, H, W) as the image processor makes them (of SigLIP 2: before it cuts them); a few images.
         processor: its ``image_mean`` and ``image_std`` turn pixels back into colours; None: contrast is stretched.
         size: width of a picture in pixels.
 
     Raises:
         PruneStateError: the model is not pruned.
     """
-    shape = find_adapter(model).shape(model)
-    native = tuple(pixel_values.shape[-2:]) == shape.image_size
+    adapter = find_adapter(model)
+    shape = adapter.shape(model)
     with record(model) as rec, torch.no_grad():
-        model(pixel_values, **({} if native else {"interpolate_pos_encoding": True}))
+        adapter.encoder(model)(**adapter.image_inputs(model, pixel_values))
     rows, columns = (n // p for n, p in zip(pixel_values.shape[-2:], shape.patch_size, strict=True))
     return kept_sheet([to_image(pixels, processor) for pixels in pixel_values], rec, (rows, columns), size)
 

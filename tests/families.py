@@ -20,10 +20,16 @@ TINY = {
     "patch_size": 4,
     "num_labels": 5,
 }
-
-
-NEEDS_MORE = {"input_ids", "spatial_shapes", "noise"}
-"""Arguments of models that a batch of images alone is not enough for: these need tests of their own."""
+TINY_TEXT = {
+    "vocab_size": 20,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+    "projection_size": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 
 
 def model_classes(family: str) -> list[type[PreTrainedModel]]:
@@ -38,7 +44,7 @@ def model_classes(family: str) -> list[type[PreTrainedModel]]:
         if c.config_class is config_class
         and c.forward is not PreTrainedModel.forward
         and not c.__name__.endswith("PreTrainedModel")
-        and not NEEDS_MORE & set(inspect.signature(c.forward).parameters)
+        and "pixel_values" in inspect.signature(c.forward).parameters
     ]
 
 
@@ -61,9 +67,14 @@ def supported_classes() -> list[tuple[str, type[PreTrainedModel]]]:
 def tiny_model(family: str, cls: type[PreTrainedModel], attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
     """A model with random weights whose attention is far from uniform, in eval mode."""
     torch.manual_seed(1)
-    fields = {**TINY, **overrides}
-    if hasattr(AutoConfig.for_model(family), "vision_config"):  # of a model that has a text tower too
-        fields = {"vision_config": fields, "num_labels": fields["num_labels"]}
+    fields, stock = {**TINY, **overrides}, AutoConfig.for_model(family)
+    vision = getattr(stock, "vision_config", stock)
+    if hasattr(vision, "num_patches"):  # in the place of a size of the image
+        fields["num_patches"] = (fields["image_size"] // fields["patch_size"]) ** 2
+    if hasattr(vision, "mask_ratio"):
+        fields["mask_ratio"] = 0.0
+    if vision is not stock:  # a model that has a text tower too
+        fields = {"vision_config": fields, "text_config": TINY_TEXT, "num_labels": fields["num_labels"]}
     config = AutoConfig.for_model(family, **fields)
     config._attn_implementation = attention
     model = cls(config).eval()
@@ -79,9 +90,18 @@ def images(batch: int = 2, size: int = TINY["image_size"]) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
+def inputs_for(model: PreTrainedModel, pixels: torch.Tensor) -> dict[str, Any]:
+    """What the forward of a model needs for images (B, 3, H, W)."""
+    inputs: dict[str, Any] = get_adapter(model.config.model_type).image_inputs(model, pixels)
+    if "input_ids" in inspect.signature(model.forward).parameters:
+        inputs["input_ids"] = torch.arange(1, 6, device=pixels.device).expand(2, -1)
+    return inputs
+
+
 def first_tensor(output: Any) -> torch.Tensor:
-    """Logits of a classifier, last hidden state of a base model."""
-    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+    """Logits of a classifier, last hidden state of a base model, embeddings of images beside texts."""
+    names = ("logits", "last_hidden_state", "image_embeds")
+    return next(value for name in names if (value := getattr(output, name, None)) is not None)
 
 
 def snapshot(model: PreTrainedModel) -> dict[str, Any]:

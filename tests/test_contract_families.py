@@ -28,12 +28,11 @@ from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.signals import Signals, Stage
 from hf_tokenprune.tokens import with_protected
 
-from .families import TINY, first_tensor, images, methods_for, snapshot, supported_classes, tiny_model
+from .families import TINY, first_tensor, images, inputs_for, methods_for, snapshot, supported_classes, tiny_model
 
 CLASSES = supported_classes()
 FAMILIES = list({family: (family, cls) for family, cls in CLASSES}.values())  # the last class: a classifier, if any
 PLACES = ("after_block", "mid_block")
-FIRST_BLOCK = r"layers?\.0\."
 
 
 def configs() -> list[PruneConfig]:
@@ -91,12 +90,18 @@ def config(pair) -> PruneConfig:
 
 def run(model: nn.Module, pixels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
     with torch.no_grad():
-        return first_tensor(model(images() if pixels is None else pixels, **kwargs))
+        return first_tensor(call(model, images() if pixels is None else pixels, **kwargs))
 
 
-def states_of(model: PreTrainedModel) -> torch.Tensor:
+def call(model: nn.Module, pixels: torch.Tensor, **kwargs: Any) -> Any:
+    return model(**inputs_for(model, pixels), **kwargs)
+
+
+def states_of(model: PreTrainedModel, **kwargs: Any) -> Any:
+    """Output of the part that holds the blocks."""
+    adapter = get_adapter(model.config.model_type)
     with torch.no_grad():
-        return get_adapter(model.config.model_type).encoder(model)(images()).last_hidden_state
+        return adapter.encoder(model)(**adapter.image_inputs(model, images()), **kwargs)
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -130,10 +135,9 @@ def test_protected_tokens_are_the_first_ones_and_stay(family, config) -> None:
     """Original positions of everything that is left: protected tokens first, then ascending patches."""
     model = tiny_model(*family)
     adapter = get_adapter(family[0])
-    encoder = adapter.encoder(model)
     prune(model, config)
-    with record(model) as rec, torch.no_grad():
-        states = encoder(images(), output_hidden_states=True).hidden_states
+    with record(model) as rec:
+        states = states_of(model, output_hidden_states=True).hidden_states
     protected = adapter.shape(model).num_protected
     lengths = [state.shape[1] for state in states]
     assert lengths == [*rec.tokens.values(), rec.kept[list(rec.kept)[-1]].shape[1] + protected]
@@ -147,7 +151,7 @@ def test_equals_the_dense_model_with_dropped_tokens_masked(family, config) -> No
         pytest.skip("merged tokens do not just leave: tests/test_merging_methods.py")
     prune(model, config)
     with record(model) as rec:
-        result = states_of(model)  # some heads average all patches that are left
+        result = states_of(model).last_hidden_state  # some heads average all patches that are left
     protected = get_adapter(family[0]).shape(model).num_protected
     num_patches = get_adapter(family[0]).shape(model).num_patches
     kept: torch.Tensor | None = None
@@ -156,7 +160,7 @@ def test_equals_the_dense_model_with_dropped_tokens_masked(family, config) -> No
         if str(layer) in rec.kept:
             kept = torch.zeros(2, num_patches + protected, dtype=torch.bool)
             kept.scatter_(1, with_protected(rec.kept[layer], protected), True)
-    expected = states_of(dense)
+    expected = states_of(dense).last_hidden_state
     expected = expected[kept].view(2, -1, expected.shape[-1])  # the tokens that are left
     torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4)
 
@@ -334,13 +338,13 @@ def test_gradient_checkpointing(family, config) -> None:
             norm.register_forward_hook(count(calls, layer))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        first_tensor(model(images())).square().sum().backward()
+        first_tensor(call(model, images())).square().sum().backward()
         assert calls == [2 if checkpointing else 1] * len(calls), "every block is run again, pruned ones too"
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     plain, checkpointed = gradients(False), gradients(True)
     assert plain.keys() == checkpointed.keys()
-    assert any(re.search(FIRST_BLOCK, name) for name in plain)
+    assert any(re.search(r"layers?\.0\.", name) for name in plain)
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name])
 
@@ -385,7 +389,7 @@ def test_other_image_sizes(family, config) -> None:
     model = prune(tiny_model(*family), config)
     shape = get_adapter(family[0]).shape(model)
     with record(model) as rec:
-        result = run(model, torch.randn(2, 3, 48, 64), interpolate_pos_encoding=True)
+        result = run(model, torch.randn(2, 3, 48, 64))
     assert result.isfinite().all()
     assert rec.tokens[0] == 12 * 16 + shape.num_protected
     remaining = 12 * 16
@@ -397,8 +401,8 @@ def test_other_image_sizes(family, config) -> None:
 @every_kind
 def test_training_mode_prunes_and_learns(family, config) -> None:
     model = prune(tiny_model(*family, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1), config).train()
-    first_tensor(model(images())).square().sum().backward()
-    grads = [p.grad for name, p in model.named_parameters() if re.search(FIRST_BLOCK, name)]
+    first_tensor(call(model, images())).square().sum().backward()
+    grads = [p.grad for p in blocks_of(model)[0].parameters()]
     assert grads and all(g is not None and g.isfinite().all() for g in grads)
 
 

@@ -21,6 +21,8 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     SwinConfig,
     SwinForImageClassification,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
     ViTForImageClassification,
     ViTModel,
 )
@@ -172,6 +174,52 @@ def test_a_family_without_adapter(make: Any) -> None:
         assert f"have: {', '.join(list_adapters())}" in message
         assert "docs/add_a_family.md" in message
     assert snapshot(model) == before
+
+
+def dual_encoder() -> VisionTextDualEncoderModel:
+    """A model without an adapter around one that has one."""
+    vision = tiny_model("vit", ViTModel).config
+    torch.manual_seed(1)
+    joint = VisionTextDualEncoderConfig.from_vision_text_configs(vision, BERT, projection_dim=8)
+    return VisionTextDualEncoderModel(joint).eval()
+
+
+def image_features(model: VisionTextDualEncoderModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.get_image_features(images()).pooler_output
+
+
+def test_a_family_without_adapter_around_one_that_has_one() -> None:
+    model = dual_encoder()
+    before = snapshot(model)
+    for call in (lambda: prune(model, CONFIG), lambda: unprune(model), lambda: current_config(model)):
+        message = error_of(UnsupportedModelError, call)
+        assert message.startswith("no adapter for model_type='vision-text-dual-encoder'")
+        assert "docs/add_a_family.md" in message
+        assert message.endswith(", or pass model.vision_model instead: 'vit' has an adapter")
+    assert snapshot(model) == before
+
+
+def test_pruning_through_a_part_as_the_hint_says() -> None:
+    model = dual_encoder()
+    before, dense = snapshot(model), image_features(model)
+    assert prune(model.vision_model, CONFIG) is model.vision_model
+    assert current_config(model.vision_model) == CONFIG
+    assert not torch.equal(image_features(model), dense)
+    unprune(model.vision_model)
+    assert snapshot(model) == before
+    assert torch.equal(image_features(model), dense)
+
+
+def test_a_checkpoint_with_a_pruned_part_loads_dense_and_says_what_the_part_was_pruned_with(tmp_path: Path) -> None:
+    model = dual_encoder()
+    dense = image_features(model)
+    prune(model.vision_model, CONFIG)
+    model.save_pretrained(tmp_path)
+    loaded = VisionTextDualEncoderModel.from_pretrained(tmp_path)
+    assert torch.equal(image_features(loaded), dense)
+    prune(loaded.vision_model, loaded.vision_model.config.prune_config)
+    assert torch.equal(image_features(loaded), image_features(model))
 
 
 class Wrapper(nn.Module):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import ViTForImageClassification
 
 from hf_tokenprune import RandomConfig, TokenPruneError, prune, record
 from hf_tokenprune.visualize import draw_kept, kept_sheet, to_image, visualize
 
-from .families import images, supported_classes, tiny_model
+from .families import images, inputs_for, supported_classes, tiny_model
 
 
 def test_dropped_patches_are_dimmed_and_kept_ones_are_not() -> None:
@@ -30,7 +31,7 @@ def test_sheet_shows_what_was_recorded(family) -> None:
     sheet = visualize(model, pixels, processor=Normalised(), size=64)
     assert sheet.width == 3 * (64 + 6) + 6, "input and two layers"
     with record(model) as rec, torch.no_grad():
-        model(pixels)
+        model(**inputs_for(model, pixels))
     grey = sheet.convert("L").load()
     for column, layer in ((1, "1"), (2, "4")):
         for row in range(2):
@@ -57,7 +58,7 @@ def test_pixels_become_the_colours_they_came_from() -> None:
 
 
 def test_images_that_were_not_recorded_are_refused() -> None:
-    model = prune(tiny_model(*supported_classes()[0]), RandomConfig())
+    model = prune(tiny_model("vit", ViTForImageClassification), RandomConfig())
     with record(model) as rec:
         pass
     with pytest.raises(TokenPruneError, match="1 images but 0 recorded"):

@@ -6,7 +6,7 @@ A family (one file) names its stock block class, restates that block's two halve
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -139,10 +139,17 @@ def refuse_mask(attention_mask: Tensor | None) -> None:
         return
     message = "a pruned vision model takes no attention_mask; call unprune(model) to use one"
     if torch.compiler.is_compiling() and attention_mask.dim() == 4:  # the values are not known yet
-        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        torch._assert_async(visible.all(), message)
+        require(attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0, message)
         return
     raise UnsupportedModelError(message)
+
+
+def require(visible: Tensor, message: str) -> None:
+    """Raise UnsupportedModelError with ``message`` unless all of ``visible`` is true; where it runs, if compiled."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(visible.all(), message)
+    elif not bool(visible.all()):
+        raise UnsupportedModelError(message)
 
 
 class VisionAdapter:
@@ -157,10 +164,18 @@ class VisionAdapter:
     """Those of ``full_grid_heads`` that can work where the last block restores all tokens."""
     protected_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = ()
     """Model classes that read protected tokens only after the last block."""
+    encoder_hooks: ClassVar[tuple[Callable[..., Any], ...]] = ()
+    """Forward pre-hooks (with keyword arguments) that the encoder needs while it is pruned."""
 
     def encoder(self, model: PreTrainedModel) -> PreTrainedModel:
         """The part of the model that holds embeddings and blocks."""
         return model.base_model
+
+    def image_inputs(self, model: PreTrainedModel, pixels: Tensor) -> dict[str, Any]:
+        """Images (B, C, H, W) of any size as arguments of the encoder, and of a model without a text tower."""
+        if tuple(pixels.shape[-2:]) == self.shape(model).image_size:
+            return {"pixel_values": pixels}
+        return {"pixel_values": pixels, "interpolate_pos_encoding": True}
 
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
         """The blocks, in order."""
@@ -251,14 +266,14 @@ class VisionAdapter:
             )
             if proportional or (stage is not None and stage.needs):
                 enable_capture(self.attention(block))
-        if carries:
-            handle = self.encoder(model).register_forward_pre_hook(StartCarry(), with_kwargs=True)
-            self.encoder(model).__dict__["token_prune_handle"] = handle
+        hooks = [*self.encoder_hooks, *([StartCarry()] if carries else [])]
+        encoder = self.encoder(model)
+        handles = [encoder.register_forward_pre_hook(hook, with_kwargs=True) for hook in hooks]
+        encoder.__dict__["token_prune_handles"] = handles
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""
-        handle = self.encoder(model).__dict__.pop("token_prune_handle", None)
-        if handle is not None:
+        for handle in self.encoder(model).__dict__.pop("token_prune_handles", ()):
             handle.remove()
         for block in self.pruned_blocks(model).values():
             disable_capture(self.attention(block))
