@@ -1,7 +1,8 @@
-"""``hf-tokenprune``: list, info, apply, eval, bench and demo from a shell."""
+"""``hf-tokenprune``: list, info, apply, eval, compare, bench and demo from a shell."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,25 +11,32 @@ from typing import Annotated, Any
 import typer
 
 from .cli_options import (
+    ClassNamesOpt,
     ConfigOpt,
     DeviceOpt,
+    ImagesArg,
     JsonOpt,
+    LimitOpt,
     MacsOpt,
     MethodOpt,
     ModelArg,
     NewTokensOpt,
     SetOpt,
+    SplitOpt,
     TextTokensOpt,
+    ThreadsOpt,
+    check_vision,
     configs_for,
     empty_model,
-    kind_of,
     load_dense,
+    new_folder,
+    paired_report,
     random_model,
     readable_errors,
     save_processor,
     show,
 )
-from .errors import ConfigError, TokenPruneError
+from .errors import ConfigError
 
 app = typer.Typer(
     help="Training-free token pruning for Hugging Face Transformers.",
@@ -98,8 +106,7 @@ def apply(
     from .engine import prune
     from .pretrained import save_pretrained
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; choose another one")
+    new_folder(out)
     loaded = load_dense(model, "cpu")
     variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
     if len(variants) != 1:
@@ -116,20 +123,15 @@ def apply(
 @readable_errors
 def evaluate(
     model: ModelArg,
-    images: Annotated[
-        str, typer.Argument(help="Folder with labels.csv, folder of class folders, or a datasets repository.")
-    ],
+    images: ImagesArg,
     method: MethodOpt = None,
     set_: SetOpt = None,
     gmacs: MacsOpt = None,
     prune_config: ConfigOpt = None,
-    split: Annotated[str | None, typer.Option(help="Split of a dataset, or subfolder.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many images, evenly spread.", min=1)] = None,
+    split: SplitOpt = None,
+    limit: LimitOpt = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    class_names: Annotated[
-        Path | None,
-        typer.Option(help="For CLIP-like models: a text file with the name of class 0, 1, ... in its lines."),
-    ] = None,
+    class_names: ClassNamesOpt = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -137,43 +139,71 @@ def evaluate(
 
     Runs on the device accelerate chooses; for several: `accelerate launch --multi_gpu -m hf_tokenprune.cli eval ...`.
     """
-    from .cost import cost
-    from .engine import pruned
-    from .evaluation import evaluate_paired, evaluate_zero_shot, load_images, load_processor
+    from .evaluation import load_images
     from .evaluation.optional import require
 
-    if kind_of(empty_model(model)) != "vision":
-        raise TokenPruneError(
-            f"{model!r} is a vision-language model, and eval measures image classification; `info` tells what pruning "
-            "it saves, `bench` how fast it gets"
-        )
-    accelerate = require("accelerate")
-    accelerator = accelerate.Accelerator()
+    check_vision(model, "eval")
+    accelerator = require("accelerate").Accelerator()
     dataset = load_images(images, limit=limit, split=split)
     loaded = load_dense(model, "cpu")
     variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
-    macs = {name: float(cost(loaded, config).pruned.macs) for name, config in variants.items()}
-    arms = {name: partial(pruned, loaded, config) for name, config in variants.items()}
-    settings: dict[str, Any] = {
-        "macs": {"dense": float(cost(loaded).dense.macs), **macs},
-        "batch_size": batch_size,
-        "accelerator": accelerator,
-        "progress": not as_json,
-    }
-    if hasattr(loaded, "get_text_features"):
-        from transformers import AutoProcessor
-
-        names = class_names.read_text(encoding="utf-8").splitlines() if class_names else dataset.classes
-        if names is None:
-            raise ConfigError(f"{images!r} has labels without names: give --class-names FILE, a line a class")
-        report = evaluate_zero_shot(loaded, dataset, AutoProcessor.from_pretrained(model), names, arms, **settings)
-    elif class_names:
-        raise ConfigError("--class-names has no effect: this model has a classifier of its own")
-    else:
-        report = evaluate_paired(loaded, dataset, load_processor(model), arms, **settings)
+    report = paired_report(model, loaded, dataset, variants, class_names, batch_size, accelerator, not as_json)
     if accelerator.is_main_process:
         data = {**report.to_dict(), "configs": {name: config.to_dict() for name, config in variants.items()}}
         show(as_json, data, report.to_markdown() if markdown else report.summary())
+
+
+@app.command()
+@readable_errors
+def compare(
+    model: ModelArg,
+    images: ImagesArg,
+    out: Annotated[Path, typer.Option(help="Folder for table, picture and configs; must be new or empty.")],
+    gmacs: MacsOpt = None,
+    method: MethodOpt = None,
+    set_: SetOpt = None,
+    prune_config: ConfigOpt = None,
+    split: SplitOpt = None,
+    limit: LimitOpt = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of both, accuracy and timing.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of the timing.")] = 5,
+    threads: ThreadsOpt = None,
+    class_names: ClassNamesOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Methods side by side at equal work (-g): accuracy, KL and measured speed, as table (CSV, Markdown) and picture.
+
+    Without --method and --prune-config: every method that fits the model.
+    """
+    from .benchmark import benchmark
+    from .compare import Comparison, every_method
+    from .evaluation import load_images
+    from .evaluation.optional import require
+
+    check_vision(model, "compare")
+    new_folder(out)
+    require("matplotlib", "plot")
+    if not gmacs:
+        raise ConfigError("methods compare at equal work: give budgets with --gmacs, such as -g 1.0 -g 0.85")
+    accelerator = require("accelerate").Accelerator()
+    dataset = load_images(images, limit=limit, split=split)
+    loaded = load_dense(model, "cpu")
+    if method or prune_config:
+        variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
+    else:
+        variants = every_method(loaded, gmacs)
+    accuracy = paired_report(model, loaded, dataset, variants, class_names, batch_size, accelerator, not as_json)
+    loaded.to("cpu" if accelerator.device.type == "cpu" else accelerator.device).eval()
+    timing: dict[str, Any] = {}
+    for number, (name, config) in enumerate(variants.items(), 1):
+        if not as_json:
+            typer.echo(f"timing {number} of {len(variants)}: {name}", err=True)
+        timing[name] = benchmark(loaded, config, (batch_size,), rounds, threads=threads)
+    comparison = Comparison(accuracy, timing, variants)
+    if accelerator.is_main_process:
+        files = comparison.save(out, shlex.join(["hf-tokenprune", *sys.argv[1:]]))
+        written = "\n".join(map(str, files))
+        show(as_json, comparison.to_dict(), f"{comparison.to_markdown()}\n\n{written}")
 
 
 @app.command()
@@ -191,7 +221,7 @@ def bench(
         typer.Option("--batch-size", "-b", min=1, help="May be repeated. Default: 1, 8, 32; with a decoder 1, 4."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds for each batch size.")] = 15,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: ThreadsOpt = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: DeviceOpt = "cpu",
     random_weights: Annotated[bool, typer.Option(help="Only the config is read; speed needs no weights.")] = False,

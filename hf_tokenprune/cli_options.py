@@ -37,6 +37,15 @@ TextTokensOpt = Annotated[
 NewTokensOpt = Annotated[
     int | None, typer.Option(min=2, help="Vision-language models: tokens to generate. Default: 32.")
 ]
+ImagesArg = Annotated[
+    str, typer.Argument(help="Folder with labels.csv, folder of class folders, or a datasets repository.")
+]
+SplitOpt = Annotated[str | None, typer.Option(help="Split of a dataset, or subfolder.")]
+LimitOpt = Annotated[int | None, typer.Option(help="At most so many images, evenly spread.", min=1)]
+ClassNamesOpt = Annotated[
+    Path | None, typer.Option(help="For CLIP-like models: a text file with the name of class 0, 1, ... in its lines.")
+]
+ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
 
@@ -136,6 +145,59 @@ def empty_model(path: str) -> Any:
 
     with torch.device("meta"):
         return random_model(path)
+
+
+def new_folder(out: Path) -> Path:
+    """A folder that nothing would be overwritten in."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; choose another one")
+    return out
+
+
+def paired_report(
+    path: str,
+    model: Any,
+    images: Any,
+    variants: dict[str, PruneConfig],
+    class_names: Path | None,
+    batch_size: int,
+    accelerator: Any,
+    progress: bool,
+) -> Any:
+    """The model as it is, and pruned by each of ``variants``, on the same images; zero-shot if it has a text tower."""
+    from functools import partial
+
+    from .cost import cost
+    from .engine import pruned
+    from .evaluation import evaluate_paired, evaluate_zero_shot, load_processor
+
+    macs = {name: float(cost(model, config).pruned.macs) for name, config in variants.items()}
+    arms = {name: partial(pruned, model, config) for name, config in variants.items()}
+    settings: dict[str, Any] = {
+        "macs": {"dense": float(cost(model).dense.macs), **macs},
+        "batch_size": batch_size,
+        "accelerator": accelerator,
+        "progress": progress,
+    }
+    if hasattr(model, "get_text_features"):
+        from transformers import AutoProcessor
+
+        names = class_names.read_text(encoding="utf-8").splitlines() if class_names else images.classes
+        if names is None:
+            raise ConfigError("the images have labels without names: give --class-names FILE, a line a class")
+        return evaluate_zero_shot(model, images, AutoProcessor.from_pretrained(path), names, arms, **settings)
+    if class_names:
+        raise ConfigError("--class-names has no effect: this model has a classifier of its own")
+    return evaluate_paired(model, images, load_processor(path), arms, **settings)
+
+
+def check_vision(path: str, command: str) -> None:
+    """Raise TokenPruneError for a vision-language model, which ``command`` is not about."""
+    if kind_of(empty_model(path)) != "vision":
+        raise TokenPruneError(
+            f"{path!r} is a vision-language model, and {command} measures image classification; `info` tells what "
+            "pruning it saves, `bench` how fast it gets"
+        )
 
 
 def kind_of(model: Any) -> str:

@@ -1,18 +1,17 @@
-"""The packages of ``hf-tokenprune[eval]``, imported only when something needs them."""
+"""The packages of ``hf-tokenprune[eval]`` and other extras, imported only when something needs them."""
 
 from importlib import import_module
 from types import ModuleType
 
 
-def missing(error: ModuleNotFoundError) -> ImportError:
+def missing(error: ModuleNotFoundError, extra: str = "eval") -> ImportError:
     """The error to raise instead of ``error``: it names the package and how to install it."""
     return ImportError(
-        f"hf_tokenprune.evaluation needs the package {error.name!r}, which is not installed: "
-        'pip install "hf-tokenprune[eval]"'
+        f'this needs the package {error.name!r}, which is not installed: pip install "hf-tokenprune[{extra}]"'
     )
 
 
-def require(module: str) -> ModuleType:
+def require(module: str, extra: str = "eval") -> ModuleType:
     """Import ``module``.
 
     Raises:
@@ -21,4 +20,4 @@ def require(module: str) -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise missing(error) from error
+        raise missing(error, extra) from error
