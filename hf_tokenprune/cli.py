@@ -193,7 +193,7 @@ def compare(
     else:
         variants = every_method(loaded, gmacs)
     accuracy = paired_report(model, loaded, dataset, variants, class_names, batch_size, accelerator, not as_json)
-    loaded.to("cpu" if accelerator.device.type == "cpu" else accelerator.device).eval()
+    loaded.to(accelerator.device).eval()
     timing: dict[str, Any] = {}
     for number, (name, config) in enumerate(variants.items(), 1):
         if not as_json:

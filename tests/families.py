@@ -44,7 +44,7 @@ def model_classes(family: str) -> list[type[PreTrainedModel]]:
         if c.config_class is config_class
         and c.forward is not PreTrainedModel.forward
         and not c.__name__.endswith("PreTrainedModel")
-        and "pixel_values" in inspect.signature(c.forward).parameters
+        and takes(c, "pixel_values")
     ]
 
 
@@ -90,17 +90,22 @@ def images(batch: int = 2, size: int = TINY["image_size"]) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
+def takes(cls: type[PreTrainedModel], argument: str) -> bool:
+    """Whether the forward of a model class has an argument."""
+    return argument in inspect.signature(cls.forward).parameters
+
+
 def inputs_for(model: PreTrainedModel, pixels: torch.Tensor) -> dict[str, Any]:
     """What the forward of a model needs for images (B, 3, H, W)."""
     inputs: dict[str, Any] = get_adapter(model.config.model_type).image_inputs(model, pixels)
-    if "input_ids" in inspect.signature(model.forward).parameters:
+    if takes(type(model), "input_ids"):
         inputs["input_ids"] = torch.arange(1, 6, device=pixels.device).expand(2, -1)
     return inputs
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """Logits of a classifier, last hidden state of a base model, embeddings of images beside texts."""
-    names = ("logits", "last_hidden_state", "image_embeds")
+    """Logits of a classifier or of images against texts, last hidden state of a base model."""
+    names = ("logits", "logits_per_image", "last_hidden_state")  # embeddings of length 1 would have no gradient here
     return next(value for name in names if (value := getattr(output, name, None)) is not None)
 
 

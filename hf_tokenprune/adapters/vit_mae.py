@@ -32,7 +32,8 @@ class RasterOrder:
     """Forward pre-hook: patches stay in their order, as methods and records suppose, and are not shuffled."""
 
     def __call__(self, encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        given = {**dict(zip(("pixel_values", "noise"), args, strict=False)), **kwargs}
+        names = ("pixel_values", "noise", "interpolate_pos_encoding", "attention_mask")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         config: Any = encoder.config
         noise = given.get("noise")
         if noise is None:
