@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hf_tokenprune import list_methods, pruned
+from hf_tokenprune import PruneConfig, list_methods, pruned
 
 
 def prepare(processor, rows: list[dict], folder: Path):
@@ -44,6 +44,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("answers.jsonl"))
     args = parser.parse_args()
 
+    configs = {"dense": None} | {name: PruneConfig.for_method(name) for name in list_methods("decoder")}
+    runs = {  # read first: a mistake in the last one shows before the others have run
+        name: configs[name] if name in configs else PruneConfig.from_pretrained(name)
+        for name in args.run or ["dense", "divprune"]
+    }
     rows = [json.loads(line) for line in args.questions.read_text(encoding="utf-8").splitlines() if line.strip()]
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
     processor = AutoProcessor.from_pretrained(args.model)
@@ -56,10 +61,9 @@ def main() -> None:
         return processor.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
     answer(batches[0])  # the first forward of a process is slow, and would count for the first run alone
-    for name in args.run or ["dense", "divprune"]:
+    for name, config in runs.items():
         answers, start = [], time.perf_counter()
-        config = {"method": name} if name in list_methods() else name
-        with nullcontext() if name == "dense" else pruned(model, config), tqdm(total=len(rows), desc=name) as progress:
+        with nullcontext() if config is None else pruned(model, config), tqdm(total=len(rows), desc=name) as progress:
             for batch in batches:
                 answers += answer(batch)
                 progress.update(len(batch))

@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 MAX_FILE_BYTES = 1 << 20  # a config is a few hundred bytes; a larger file is not one
 MAX_VALUES = 1024  # entries of a tuple field: no model has more blocks
 
-Where = Literal["after_block", "mid_block"]
+Where = Literal["after_block", "mid_block", "queries"]
 C = TypeVar("C", bound="PruneConfig")
 
 

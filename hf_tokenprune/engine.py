@@ -6,11 +6,11 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from torch import nn
 
-from .config import PruneConfig, as_config
+from .config import PruneConfig, Where, as_config
 from .errors import ConfigError, PruneStateError, UnsupportedModelError
 from .registry import get_adapter, list_adapters
 from .signals import DecoderShape, Shape, Stage
@@ -127,7 +127,7 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
         works_on, this = " and ".join(KINDS[kind] for kind in sorted(config.prunes)), KINDS[shape.kind]
         raise UnsupportedModelError(f"method {config.method!r} works on {works_on}; this model is one of the {this}")
     stages = config.stages_for(shape)
-    layers = [stage.layer for stage in stages if stage.where in ("after_block", "mid_block")]
+    layers = [stage.layer for stage in stages if stage.where in get_args(Where)]
     if layers != sorted(set(layers)) or not all(0 <= layer < shape.depth for layer in layers):
         raise ConfigError(
             f"{config} prunes in blocks {layers}: expected ascending ones of 0..{shape.depth - 1}, "

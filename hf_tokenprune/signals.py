@@ -98,7 +98,7 @@ class Signals:
     """What one pruning layer offers a method. What ``Stage.needs`` does not name is None.
 
     Attributes:
-        tokens: (B, P + N, D) states where the tokens leave: block output, or between attention and MLP.
+        tokens: (B, P + N, D) states where the tokens leave: block output, between attention and MLP, or block input.
         inputs: (B, P + N, D) states that entered the block.
         num_protected: P; the first P tokens stay whatever the method says.
         has_cls: whether token 0 is a CLS token.
@@ -204,6 +204,8 @@ class Stage:
     Attributes:
         layer: 0-based index of the block that scores the tokens and that they leave in; -1 before the first block.
         where: "after_block", "mid_block" (between attention and MLP, so that the MLP already runs on fewer tokens),
+            "queries" (before the queries, when keys and values of all tokens are known: these still serve the attention
+            of the block, but queries, output projection and MLP are of those that stay),
             "entrance" (in front of a decoder's first layer), or "vision_tower" (of a decoder, at its output).
         positions: decoders: of the tokens behind: "contiguous" (renumbered) or "original".
         newlines: decoders: "prune" newline tokens like image tokens, or "protect" them.

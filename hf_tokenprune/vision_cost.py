@@ -107,8 +107,9 @@ def model_cost(
         stage = None if exact else by_layer.get(layer)
         left = 0 if exact else stage.num_kept(prunable) if stage else prunable
         tokens_in, tokens_out = prunable + shape.num_protected, left + shape.num_protected
-        queries = tokens_out if exact else tokens_in
-        mlp_tokens = tokens_out if exact or (stage and stage.where == "mid_block") else tokens_in
+        where = "queries" if exact else stage.where if stage else "after_block"
+        queries = tokens_out if where == "queries" else tokens_in
+        mlp_tokens = tokens_in if where == "after_block" else tokens_out
         attention = 2 * (queries + tokens_in) * shape.width * inner + 2 * queries * tokens_in * inner
         blocks.append(BlockCost(tokens_in, tokens_out, attention + 2 * mlp_tokens * shape.width * shape.mlp_width))
         prunable = left

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_tokenprune import list_adapters, list_methods
+from hf_tokenprune import PruneConfig, UnsupportedModelError, list_adapters, list_methods
 from hf_tokenprune.adapters.vision import VisionAdapter
+from hf_tokenprune.engine import options, plan
 from hf_tokenprune.registry import get_adapter, get_method
 
 TINY = {
@@ -83,6 +84,16 @@ def tiny_model(family: str, cls: type[PreTrainedModel], attention: str = "sdpa",
             if ("q_proj" in name or "k_proj" in name) and parameter.std() < 0.05:  # SigLIP's are large already
                 parameter.mul_(8)
     return model
+
+
+def refused(model: PreTrainedModel, config: PruneConfig) -> bool:
+    """Whether the family, or the head of this model, lacks what the config needs."""
+    adapter = get_adapter(model.config.model_type)
+    try:
+        adapter.check(model, plan(config, adapter.shape(model)), **options(config))
+    except UnsupportedModelError:
+        return True
+    return False
 
 
 def images(batch: int = 2, size: int = TINY["image_size"]) -> torch.Tensor:

@@ -5,6 +5,7 @@ the order in which tokens go on.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -38,19 +39,31 @@ def significance(signals: Signals, row: int) -> list[float]:
     ]
 
 
-def alternate_edges(signals: Signals, row: int) -> list[tuple[int, int, float]]:
+def mean_cosine(signals: Signals, row: int) -> Callable[[int, int], float]:
+    """The cosine of the keys of two prunable tokens, head by head, and then the mean."""
+    keys = signals.keys[row, :, signals.num_protected :].double()
+    return lambda a, b: sum(cosine(head[a], head[b]) for head in keys) / len(keys)
+
+
+def cosine_of_means(signals: Signals, row: int) -> Callable[[int, int], float]:
+    """The cosine of keys that are averaged over heads before."""
+    keys = mean_keys(signals, row)
+    return lambda a, b: cosine(keys[a], keys[b])
+
+
+def alternate_edges(signals: Signals, row: int, alike: Callable[[int, int], float]) -> list[tuple[int, int, float]]:
     """ToMe, section 3, steps 1 to 3: tokens go to A and B in turns; each of A draws one edge, to the most similar of B.
 
     All tokens of the sequence are dealt out, A first; protected ones then neither draw an edge nor are drawn to.
     """
-    keys, protected = mean_keys(signals, row), signals.num_protected
-    sequence = range(protected + len(keys))
+    protected = signals.num_protected
+    sequence = range(signals.tokens.shape[1])
     in_a = [place - protected for place in sequence if place % 2 == 0 and place >= protected]
     in_b = [place - protected for place in sequence if place % 2 == 1 and place >= protected]
     edges = []
     for a in in_a:
-        best = max(in_b, key=lambda b: cosine(keys[a], keys[b]))
-        edges.append((a, best, cosine(keys[a], keys[best])))
+        best = max(in_b, key=lambda b: alike(a, b))
+        edges.append((a, best, alike(a, best)))
     return edges
 
 
@@ -73,15 +86,17 @@ def in_new_order(groups: Groups, edges: list[tuple[int, int, float]]) -> Groups:
 
 def naive_tome(signals: Signals, row: int, r: int) -> Groups:
     """Steps 4 and 5: the r most similar edges stay; connected tokens are averaged by size (section 3)."""
-    edges = alternate_edges(signals, row)
+    edges = alternate_edges(signals, row, cosine_of_means(signals, row))
     chosen = sorted(edges, key=lambda edge: -edge[2])[:r]
     return in_new_order(averaged([(a, b) for a, b, _ in chosen], sizes_of(signals, row)), edges)
 
 
-def naive_salience_merge(signals: Signals, row: int, r: int) -> Groups:
+def naive_salience_merge(signals: Signals, row: int, r: int, similarity: str = "per_head") -> Groups:
     """The r edges of least s_a · (1 − cos) stay; connected tokens are averaged by s."""
     salience = significance(signals, row)
-    edges = alternate_edges(signals, row)
+    edges = alternate_edges(
+        signals, row, {"per_head": mean_cosine, "mean_key": cosine_of_means}[similarity](signals, row)
+    )
     chosen = sorted(edges, key=lambda edge: salience[edge[0]] * (1 - edge[2]))[:r]
     return in_new_order(averaged([(a, b) for a, b, _ in chosen], salience), edges)
 

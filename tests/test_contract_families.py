@@ -5,7 +5,7 @@ import copy
 import io
 import pickle
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from hf_tokenprune import (
     save_pretrained,
     unprune,
 )
+from hf_tokenprune.config import Where
 from hf_tokenprune.engine import options, plan
 from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.signals import Signals, Stage
@@ -47,16 +48,17 @@ FAMILIES = list({family: (family, cls) for family, cls in CLASSES}.values())  # 
 BY_TOWERS = sorted(CLASSES, key=lambda pair: takes(pair[1], "input_ids"))
 LARGEST = list({type(get_adapter(family)): (family, cls) for family, cls in BY_TOWERS}.values())
 """One model class for each adapter, which may have several families: with a text tower, if any has one."""
-PLACES = ("after_block", "mid_block")
+PLACES = get_args(Where)
 
 
 def configs() -> list[PruneConfig]:
-    """The default of every method that drops or merges something, at both places where it can choose."""
+    """The default of every method that drops or merges something, at every place where it can choose."""
     found = []
     for name in methods_for("vision"):
         config = get_method(name)()
-        places = [replace(config, where=place) for place in PLACES] if hasattr(config, "where") else [config]
-        found += [config for config in places if plan(config, get_adapter("vit").shape(tiny_model(*FAMILIES[-1])))]
+        places = get_args(get_type_hints(type(config)).get("where"))
+        variants = [replace(config, where=place) for place in places] or [config]
+        found += [config for config in variants if plan(config, get_adapter("vit").shape(tiny_model(*FAMILIES[-1])))]
     return found
 
 
@@ -349,7 +351,7 @@ def test_gradient_checkpointing(family, config) -> None:
         model = prune(tiny_model(*family), config).train()
         calls = [0] * len(blocks_of(model))
         for layer, block in enumerate(blocks_of(model)):
-            norm = next(module for module in block.modules() if isinstance(module, nn.LayerNorm))
+            norm = [module for module in block.modules() if isinstance(module, nn.LayerNorm)][-1]  # of the MLP
             norm.register_forward_hook(count(calls, layer))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

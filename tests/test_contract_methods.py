@@ -3,12 +3,14 @@
 import pickle
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 
 from hf_tokenprune import PruneConfig, list_methods
 from hf_tokenprune.adapters._carry import Carry
+from hf_tokenprune.config import Where
 from hf_tokenprune.engine import options
 from hf_tokenprune.registry import get_method
 from hf_tokenprune.signals import DecoderShape, ModelShape, Reduction, Shape, Signals, Stage, Transition
@@ -61,7 +63,7 @@ DECODER_STAGES = [stage for name in methods_for("decoder") for stage in get_meth
 
 
 def all_stages() -> list[Stage]:
-    """Every stage of every method's default config; in both places in a vision encoder."""
+    """Every stage of every method's default config; between attention and MLP too in a vision encoder."""
     vision = [stage for name in methods_for("vision") for stage in get_method(name)().stages_for(SHAPE)]
     return [*vision, *(replace(stage, where="mid_block") for stage in vision), *DECODER_STAGES]
 
@@ -189,7 +191,7 @@ def test_counts_order_and_range(stage: Stage, num_prunable: int, num_protected: 
 def check_groups(stage: Stage, reduction: Reduction, num_prunable: int) -> None:
     """Merged tokens are not among those that stay, each is merged once, and into one that stays."""
     keep, merged, into, weights = reduction.keep, reduction.merged, reduction.into, reduction.weights
-    assert stage.where in ("after_block", "mid_block") and into is not None and weights is not None
+    assert stage.where in get_args(Where) and into is not None and weights is not None
     assert merged.dtype == into.dtype == torch.int64 and merged.shape == into.shape
     named = torch.cat([keep, merged], 1)
     counts = torch.zeros(len(keep), num_prunable).scatter_add(1, named, torch.ones(named.shape))

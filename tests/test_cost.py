@@ -30,6 +30,7 @@ from .families import TINY, images, supported_classes, tiny_model
 DEFAULTS = [get_method(name)() for name in list_methods("vision")]
 DROP_WITHOUT_LOOKING = [
     RandomConfig(),
+    RandomConfig(where="queries"),
     UniformConfig(),
 ]  # no products of their own: a forward costs what the model does
 EVERY_CLASS = pytest.mark.parametrize(

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    MistralConfig,
+    PreTrainedModel,
+    StaticCache,
+    ViTForImageClassification,
+)
 
 from hf_tokenprune import PruneConfig, TransPruneConfig, prune, record
 from hf_tokenprune.adapters._cache import CACHE_NAME
@@ -17,6 +25,7 @@ from hf_tokenprune.registry import get_method
 
 from .decoder_families import (
     CASES,
+    DEPTH,
     FAMILIES,
     SUPPORTED,
     TEXTS,
@@ -70,6 +79,15 @@ def test_a_static_cache_is_refused(pair) -> None:
     with refused(model, inputs, "with a StaticCache"):
         run(model, inputs, **{CACHE_NAME: cache})
     assert cache.get_seq_length() == 0
+
+
+def test_caches_that_cut_or_nest_their_layers_are_refused() -> None:
+    model, inputs = ready()
+    sliding = DynamicCache(config=MistralConfig(sliding_window=16, num_hidden_layers=DEPTH))
+    with refused(model, inputs, r"with a DynamicCache of \['DynamicSlidingWindowLayer'\].*Use a DynamicCache"):
+        run(model, inputs, **{CACHE_NAME: sliding})
+    with refused(model, inputs, r"with a EncoderDecoderCache.*Use a DynamicCache"):
+        run(model, inputs, **{CACHE_NAME: EncoderDecoderCache(DynamicCache(), DynamicCache())})
 
 
 @each_once

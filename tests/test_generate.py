@@ -330,6 +330,25 @@ def test_a_padded_loop_written_by_hand(pair) -> None:
         close(logits[row], two.told(inputs).then(more[row].tolist()).forward().logits[-4:])
 
 
+@pytest.mark.parametrize("method", ["divprune", "transprune", "stack"])
+def test_a_loop_behind_padding_on_the_right(method) -> None:
+    """Positions of later tokens are the caller's, who alone knows that padding does not count: as in a dense model."""
+    two = pruned_pair("llava_next", Case(method), "qwen2")
+    alone = prompts(two.dense)
+    batch = collate(alone, "right")
+    more = torch.randint(1, VOCABULARY - 2, (len(alone), 4), generator=torch.Generator().manual_seed(7))
+    mask, seen = torch.cat([batch["attention_mask"], torch.ones_like(more)], 1), batch["input_ids"].shape[1]
+    cache = run(two.model, batch, use_cache=True)[CACHE_NAME]
+    logits = []
+    for start, end in ((0, 1), (1, 4)):
+        positions = batch["attention_mask"].sum(1, keepdim=True) + torch.arange(start, end)
+        step = {"input_ids": more[:, start:end], "attention_mask": mask[:, : seen + end], "position_ids": positions}
+        logits.append(run(two.model, step, **{CACHE_NAME: cache}).logits)
+    for row, inputs in enumerate(alone):
+        expected = two.told(inputs).then(more[row].tolist()).forward().logits[-4:]
+        close(torch.cat(logits, 1)[row], expected)
+
+
 @each_once
 def test_cropping_and_going_on(pair) -> None:
     """What was generated can be taken back; a cut inside the pruned prompt is refused."""
@@ -483,6 +502,37 @@ def test_the_former_name_of_the_cache(pair) -> None:
         cache = run(two.model.base_model, inputs, use_cache=True)[CACHE_NAME]
         states.append(run(two.model.base_model, step, **{name: cache}).last_hidden_state)
     assert torch.equal(*states)
+
+
+# -- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["prune, then compile", "compile and run, then prune"])
+@pytest.mark.parametrize("part", ["model", "language model"])
+def test_compiled_models_prune_as_plain_ones(part, order) -> None:
+    """Graphs break, and those made while the model was dense are not used again: nothing is silently dense or wrong."""
+    torch.compiler.reset()
+    case = Case("stack")
+    two = pruned_pair("llava", case)
+    batch = collate(prompts(two.dense))
+    plain = run(two.model, batch, use_cache=True)
+    plain_tokens = two.model.generate(**batch, max_new_tokens=3, do_sample=False)
+
+    model = two.dense
+    dense_logits = run(model, batch).logits
+    if order.startswith("prune"):
+        prune(model, case.config(model))
+    (model if part == "model" else model.model.language_model).compile(backend="eager")
+    if order.startswith("compile"):
+        close(run(model, batch).logits, dense_logits)
+        prune(model, case.config(model))
+    compiled = run(model, batch, use_cache=True)
+    valid = batch["attention_mask"].bool()
+    close(compiled.logits[valid], plain.logits[valid])
+    assert lengths(compiled[CACHE_NAME]) == lengths(plain[CACHE_NAME])
+    assert torch.equal(model.generate(**batch, max_new_tokens=3, do_sample=False), plain_tokens)
+    unprune(model)
+    close(run(model, batch).logits[valid], dense_logits[valid])
 
 
 # -- a real accelerator ----------------------------------------------------------------------------------------------

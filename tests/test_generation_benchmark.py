@@ -227,3 +227,15 @@ def test_given_stage_of_a_stage_that_counts_from_the_original() -> None:
     assert [stage.counts_from for stage in stages] == ["original"] * 2
     given = [GivenStage.like(stage) for stage in stages]
     assert [stage.num_kept(25) for stage in given] == [17, 10]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [Case("divprune"), Case("transprune")], ids=str)
+def test_gpu(case: Case) -> None:
+    """In bfloat16 on CUDA: every part is timed there, and memory is that of the device."""
+    model = tiny_vlm("llava").to("cuda", torch.bfloat16)
+    report = benchmark(model, case.config(model), batch_sizes=(2,), **QUICK)
+    assert report.environment["device"] == torch.cuda.get_device_name()
+    (row,) = report.rows
+    assert all(timing.pruned_seconds > 0 for timing in (row.prefill, row.decode, row.end_to_end))
+    assert row.dense_peak_bytes > 0 and row.pruned_peak_bytes > 0

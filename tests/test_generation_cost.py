@@ -18,6 +18,7 @@ from hf_tokenprune.engine import find_adapter, plan
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 from hf_tokenprune.generation_benchmark import random_inputs
 from hf_tokenprune.generation_cost import GenerationCost, GenerationCostReport, generation_cost
+from hf_tokenprune.methods.divprune import divprune
 from hf_tokenprune.signals import DecoderShape
 from hf_tokenprune.vision_cost import BlockCost
 
@@ -188,6 +189,16 @@ def test_counts_of_llava_7b_with_the_default_text() -> None:
     assert report.dense.vision_tower == 576 * 3 * 14**2 * 1024 + 24 * block
     assert report.dense.projector == 576 * (1024 * 4096 + 4096**2)
     assert report.pruned.vision_tower == report.dense.vision_tower
+
+
+@pytest.mark.parametrize(("image_tokens", "kept"), [(576, 56), (2340, 229)])
+def test_the_choice_of_divprune_is_below_two_per_cent_of_a_prefill(image_tokens: int, kept: int) -> None:
+    """Of LLaVA-1.5-7B's at batch 4: PyTorch counts the products; each step compares and updates one row."""
+    batch, width = 4, 4096
+    features = torch.empty(batch, image_tokens, width, device="meta")
+    choice = measured(lambda: divprune(features, kept))["Global"] + 2 * batch * kept * image_tokens
+    shape = dataclasses.replace(shape_of(llava_7b()), image_tokens=image_tokens)
+    assert batch * image_tokens**2 * width <= choice <= 0.002 * batch * generation_cost(shape).macs
 
 
 # -- by hand ---------------------------------------------------------------------------------------------------------

@@ -85,11 +85,11 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def test_prefill_is_the_official_one(golden: Golden) -> None:
-    """Which image tokens stay at each stage, keys in each layer, and logits of all tokens that are left."""
+    """Which image tokens stay at each stage, keys in each layer, last states and logits of all tokens that are left."""
     values = golden.values
     prune(golden.model, CONFIG)
     with record(golden.model) as rec, torch.no_grad():
-        output = golden.model(**golden.inputs, use_cache=True)
+        output = golden.model(**golden.inputs, use_cache=True, output_hidden_states=True)
     first = values["e2e_keep0"].long().flatten()  # positions within all 28 tokens
     second = first[values["e2e_keep1"].long().flatten()]
     assert second.equal(values["e2e_abs_kept"].long().flatten())
@@ -97,6 +97,7 @@ def test_prefill_is_the_official_one(golden: Golden) -> None:
         image = expected[(expected >= POSITION) & (expected < POSITION + NUM_IMAGE)] - POSITION
         assert rec.kept[name].tolist() == [image.tolist()]
     assert lengths(output[CACHE_NAME]) == values["e2e_kvlens"].flatten().tolist()
+    close(output.hidden_states[-1][:, second], values["e2e_hidden"].float())
     close(output.logits[:, second], values["e2e_logits"].float())
 
 

@@ -300,6 +300,18 @@ def test_divprune_in_half_precision_scores_in_float32() -> None:
     assert divprune(half.float(), 40)[0].tolist() == naive_order_by_matrix(half[0].double(), 40)
 
 
+@pytest.mark.gpu
+def test_divprune_never_waits_for_the_device() -> None:
+    features = rn(8, 2, 576, 64).cuda()
+    divprune(features, 2)  # the first call loads kernels, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        order = divprune(features, 56)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(order.cpu(), divprune(features.cpu(), 56))
+
+
 def naive_order_by_matrix(features: torch.Tensor, n_keep: int) -> list[int]:
     unit = features / features.norm(dim=-1, keepdim=True)
     distance = 1 - unit @ unit.T

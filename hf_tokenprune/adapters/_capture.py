@@ -35,14 +35,15 @@ class Capture:
         self.found: dict[str, Tensor] = {}
         self.attention: list[Tensor] = []  # consecutive pieces of the batch
 
-    def store(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+    def store(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> None:
+        """Take what is needed of (B, H, T, d) tensors; of the queries token 0 is enough for "cls_attention"."""
         available = {"queries": queries, "keys": keys, "values": values}
         self.found = {name: tensor.detach() for name, tensor in available.items() if name in self.needs}
-
-    def store_cls_row(self, queries: Tensor, keys: Tensor, scaling: float) -> None:
-        logits = (queries[:, :, :1].float() @ keys.float().mT) * scaling
-        attention = (logits if self.bias is None else logits + self.bias).softmax(-1)
-        self.found["cls_attention"] = attention.squeeze(2).detach()
+        if "cls_attention" in self.needs:
+            with torch.autocast(queries.device.type, enabled=False):
+                logits = (queries[:, :, :1].float() @ keys.float().mT) * scaling
+                attention = (logits if self.bias is None else logits + self.bias).softmax(-1)
+            self.found["cls_attention"] = attention.squeeze(2).detach()
 
     def signals(
         self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool, sizes: Tensor | None = None
@@ -89,10 +90,7 @@ def capture_attention_forward(
     implementation = config.token_prune_original._attn_implementation
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if capture is not None:
-        capture.store(query, key, value)
-        if "cls_attention" in capture.needs:
-            with torch.autocast(query.device.type, enabled=False):
-                capture.store_cls_row(query, key, scaling)
+        capture.store(query, key, value, scaling)
         if capture.bias is not None:
             attention_mask = capture.bias.to(query.dtype)
     if capture is None or "attention" not in capture.needs:

@@ -24,6 +24,7 @@ class Carry:
 
     Attributes:
         exact: whether the last block may leave out what the head does not read.
+        attentions: whether the caller wants the maps of attention.
         sizes: (B, P + N) float32, patches that each token stands for; no entry: one each.
         owner: (B, M) int64, place among the N prunable tokens of the one that stands for each of the M original ones;
             -1: it has left.
@@ -31,6 +32,7 @@ class Carry:
     """
 
     exact: bool
+    attentions: bool = False
     sizes: dict[int, Tensor] = field(default_factory=dict)
     owner: dict[int, Tensor] = field(default_factory=dict)
     left: dict[int, Tensor] = field(default_factory=dict)
@@ -101,10 +103,12 @@ class StartCarry:
     """Forward pre-hook of the encoder: sends a :class:`Carry` along. Importable, so that a model can be pickled."""
 
     def __call__(self, encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        wanted = [kwargs.get(name, getattr(encoder.config, name, None)) for name in WANT_ALL_TOKENS]
-        carry = Carry(exact=not encoder.training and all(value is None or value is False for value in wanted))
-        return args, {**kwargs, CARRY_ARGUMENT: carry}
 
+        def wants(name: str) -> bool:
+            value = kwargs.get(name, getattr(encoder.config, name, None))
+            return value is not None and value is not False
 
-WANT_ALL_TOKENS = ("output_hidden_states", "output_attentions")
-"""Requests that the exact last block cannot serve."""
+        attentions = wants("output_attentions")
+        # The exact last block serves neither request, and in training dropout would differ.
+        exact = not (encoder.training or attentions or wants("output_hidden_states"))
+        return args, {**kwargs, CARRY_ARGUMENT: Carry(exact, attentions)}

@@ -8,8 +8,9 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPModel, 
 
 from ..registry import register_adapter
 from ..signals import ModelShape
+from ._block import Projections, PrunedVisionBlock
 from ._capture import CAPTURE_ARGUMENT
-from .vision import PrunedVisionBlock, VisionAdapter, as_pair, attend, linear_macs
+from .vision import VisionAdapter, as_pair, linear_macs
 
 
 class CLIPHalves(PrunedVisionBlock):
@@ -24,14 +25,15 @@ class CLIPHalves(PrunedVisionBlock):
         # As the mask, which SigLIP hands on to the attention function; other keyword arguments it does not.
         capture = kwargs.pop(CAPTURE_ARGUMENT, None)
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), capture, **kwargs)
+        return self.add_attention(hidden_states, attended)
+
+    def add_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
         return hidden_states + attended
 
-    def protected_half(self, hidden_states: Tensor, num_protected: int, bias: Tensor | None) -> Tensor:
-        attention: Any = self.self_attn
-        states = self.layer_norm1(hidden_states)
-        return hidden_states[:, :num_protected] + attend(
-            attention, states, num_protected, attention.out_proj, attention.scale, bias
-        )
+    def projections(self) -> Projections:
+        of: Any = self.self_attn
+        linear = (of.q_proj, of.k_proj, of.v_proj, of.out_proj)
+        return Projections(self.layer_norm1, *linear, of.head_dim, of.scale, of.dropout)
 
     def mlp_half(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))

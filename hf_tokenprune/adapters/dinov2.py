@@ -13,7 +13,8 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 
 from ..registry import register_adapter
 from ..signals import ModelShape
-from .vision import PrunedVisionBlock, VisionAdapter, as_pair, linear_macs
+from ._block import Projections, PrunedVisionBlock
+from .vision import VisionAdapter, as_pair, linear_macs
 
 FEATURE_MAPS = "it makes feature maps of several blocks, which need every patch"
 
@@ -34,7 +35,15 @@ class Dinov2Halves(PrunedVisionBlock):
     def attention_half(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended = self.attention(self.norm1(hidden_states), **kwargs)
         attended = attended[0] if isinstance(attended, tuple) else attended  # a tensor in older transformers
+        return self.add_attention(hidden_states, attended)
+
+    def add_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
         return self.drop_path(self.layer_scale1(attended)) + hidden_states
+
+    def projections(self) -> Projections:
+        of: Any = self.attention
+        linear = (of.q_proj, of.k_proj, of.v_proj, of.o_proj)
+        return Projections(self.norm1, *linear, of.head_dim, of.scaling, of.attention_dropout)
 
     def mlp_half(self, hidden_states: Tensor) -> Tensor:
         return self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states

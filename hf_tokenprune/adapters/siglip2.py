@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2EncoderLayer, Siglip2ForImageClassification
 
 from ..registry import register_adapter
+from ._block import require
 from .clip import CLIPHalves
 from .siglip import SiglipAdapter
-from .vision import require
 
 
 class PrunedSiglip2EncoderLayer(CLIPHalves, Siglip2EncoderLayer):

@@ -8,7 +8,8 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTF
 
 from ..registry import register_adapter
 from ..signals import ModelShape
-from .vision import PrunedVisionBlock, VisionAdapter, as_pair, attend, linear_macs
+from ._block import Projections, PrunedVisionBlock
+from .vision import VisionAdapter, as_pair, linear_macs
 
 
 class ViTHalves(PrunedVisionBlock):
@@ -22,13 +23,15 @@ class ViTHalves(PrunedVisionBlock):
 
     def attention_half(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.attention(self.layernorm_before(hidden_states), None, **kwargs)
+        return self.add_attention(hidden_states, attended)
+
+    def add_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
         return self.dropout(attended) + hidden_states
 
-    def protected_half(self, hidden_states: Tensor, num_protected: int, bias: Tensor | None) -> Tensor:
-        attention: Any = self.attention
-        states = self.layernorm_before(hidden_states)
-        attended = attend(attention, states, num_protected, attention.o_proj, attention.scaling, bias)
-        return self.dropout(attended) + hidden_states[:, :num_protected]
+    def projections(self) -> Projections:
+        of: Any = self.attention
+        linear = (of.q_proj, of.k_proj, of.v_proj, of.o_proj)
+        return Projections(self.layernorm_before, *linear, of.head_dim, of.scaling, of.attention_dropout)
 
     def mlp_half(self, hidden_states: Tensor) -> Tensor:
         return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states

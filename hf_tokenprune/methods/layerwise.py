@@ -32,7 +32,9 @@ class LayerwiseConfig(VisionConfig):
         layers: 0-based blocks, ascending. None: the default for the model's depth.
         keep_ratios: fraction of the prunable tokens kept at each layer, in (0, 1]; a number holds for all layers.
             None: the method's default (only where ``layers`` is None too).
-        where: "after_block", or "mid_block": between attention and MLP, whose work then shrinks too.
+        where: "after_block"; "mid_block": between attention and MLP, whose work then shrinks too; or "queries": the
+            block still reads keys and values of all tokens, but computes queries, output projection and MLP only for
+            those that stay. For tokens that are dropped this gives what "mid_block" gives, for less work.
     """
 
     layers: tuple[int, ...] | None = None

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,15 @@ class MergingConfig(VisionConfig):
             of the patches that the checkpoint's own image size has, at all layers together and as evenly as whole
             tokens allow. Never more than half of the tokens that enter a layer.
         layers: 0-based blocks, ascending. None: the method's default for the model's depth.
+        where: "mid_block": states are merged between attention and MLP. "queries": before the queries, so that the
+            attention of the block still reads keys and values of all tokens, but is computed for the merged ones.
         proportional_attention: in later blocks a token draws attention in proportion to its size, the number of patches
             it stands for.
     """
 
     r: int | float | tuple[int, ...]
     layers: tuple[int, ...] | None = None
+    where: Literal["mid_block", "queries"] = "mid_block"
     proportional_attention: bool = True
 
     def validate(self) -> None:
@@ -103,6 +106,15 @@ class MergeStage(Stage):
 def mean_keys(signals: Signals) -> Tensor:
     """(B, N, d) float32: the keys of the prunable tokens, averaged over heads."""
     return signals.need("keys")[:, :, signals.num_protected :].float().mean(1)
+
+
+def keys_by_head(signals: Signals) -> Tensor:
+    """(B, N, H · d) float32: the keys of the prunable tokens, each head's of length 1, side by side.
+
+    The cosine of two of them is the mean over heads of the cosines of their keys.
+    """
+    keys = signals.need("keys")[:, :, signals.num_protected :].float()
+    return F.normalize(keys, dim=-1).transpose(1, 2).flatten(2)
 
 
 def prunable_sizes(signals: Signals) -> Tensor:

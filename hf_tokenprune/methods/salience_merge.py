@@ -9,13 +9,15 @@ Axes: B batch, N prunable tokens.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
 from .layerwise import at_depth
-from .merging import MergeStage, MergingConfig, everything, match_alternate, mean_keys, merge_cheapest
+from .merging import MergeStage, MergingConfig, everything, keys_by_head, match_alternate, mean_keys, merge_cheapest
 from .visionwise import significance
 
+Similarity = Literal["per_head", "mean_key"]
 FIRST_BLOCKS = ((0.30, 6), (0.55, 5), (0.76, 4), (1.0, 2))
 """1-based block of 12 where merging starts, for fractions below the limit: the more is merged, the earlier."""
 
@@ -26,12 +28,16 @@ class SalienceMergeConfig(MergingConfig):
     """Salience-weighted merging in the later blocks. By default 70 % of the patches are merged in blocks 4 to 11 of 12.
 
     Args:
+        similarity: of two tokens: "per_head", the cosine of their keys, averaged over heads; or "mean_key", the cosine
+            of their keys averaged over heads, as in ToMe.
         layers: 0-based blocks, ascending. None: from block 6, 5, 4 or 2 of 12 (for a fraction ``r`` below 0.3, 0.55,
             0.76 or 1; counts: 4) to the last but one.
         exact_last_block: as everywhere, but on by default. For a head that reads patches set it to False.
     """
 
     r: int | float | tuple[int, ...] = 0.7
+    where: Literal["mid_block", "queries"] = "queries"
+    similarity: Similarity = "per_head"
     exact_last_block: bool = field(default=True, kw_only=True)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
@@ -40,12 +46,14 @@ class SalienceMergeConfig(MergingConfig):
         return tuple(range(at_depth((first,), depth)[0], max(depth - 1, 1)))
 
     def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
-        proportional = self.proportional_attention
-        return tuple(SalienceMergeStage(layer, "mid_block", r, proportional) for layer, r in self.counts(shape))
+        fields = (self.proportional_attention, self.similarity)
+        return tuple(SalienceMergeStage(layer, self.where, r, *fields) for layer, r in self.counts(shape))
 
 
 @dataclass(frozen=True)
 class SalienceMergeStage(MergeStage):
+    similarity: Similarity = "per_head"
+
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"cls_attention", "keys", "values"})
@@ -54,6 +62,7 @@ class SalienceMergeStage(MergeStage):
         salience = significance(signals)
         if n_keep == salience.shape[1]:
             return everything(signals)
-        matching = match_alternate(mean_keys(signals), signals.num_protected)
+        keys = keys_by_head(signals) if self.similarity == "per_head" else mean_keys(signals)
+        matching = match_alternate(keys, signals.num_protected)
         cost = salience[:, matching.looking] * (1 - matching.similarity)
         return merge_cheapest(matching, cost, salience, n_keep)

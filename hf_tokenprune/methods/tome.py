@@ -23,7 +23,7 @@ class ToMeConfig(MergingConfig):
 
     def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
         proportional = self.proportional_attention
-        return tuple(ToMeStage(layer, "mid_block", r, proportional) for layer, r in self.counts(shape))
+        return tuple(ToMeStage(layer, self.where, r, proportional) for layer, r in self.counts(shape))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class ZeroTPruneConfig(LayerwiseConfig):
         head_variance_range: heads whose scores, divided by their mean, have a variance outside this range are left out
             (if none is inside, all count). None: no head filter. The paper's range cannot be meant on raw scores, whose
             variance never reaches 0.01 for 99 tokens or more.
-        where: "after_block" as in the paper, or "mid_block".
+        where: "after_block" as in the paper, or "mid_block". Not "queries": page rank needs the queries of all tokens.
         partition: which tokens may leave in S and what they are compared with, by I' importance.
             "sequential_unimportant": the less important half leaves, compared with the other; "sequential_important":
             the reverse; "alternate": every second; "random": random halves; "none": every token, compared with all
@@ -70,6 +70,7 @@ class ZeroTPruneConfig(LayerwiseConfig):
         renormalize: rows of the attention graph sum to 1 again after S.
     """
 
+    where: Literal["after_block", "mid_block"] = "after_block"
     num_similar: int | float | tuple[int | float, ...] = 10 / 196
     num_iterations: int | tuple[int, ...] | None = None
     cls_boost: bool = True
