@@ -18,7 +18,9 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPVisionModel,
     DeiTForImageClassificationWithTeacher,
+    PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
     VisionTextDualEncoderConfig,
@@ -176,9 +178,9 @@ def test_a_family_without_adapter(make: Any) -> None:
     assert snapshot(model) == before
 
 
-def dual_encoder() -> VisionTextDualEncoderModel:
+def dual_encoder(family: str = "vit", cls: type[PreTrainedModel] = ViTModel) -> VisionTextDualEncoderModel:
     """A model without an adapter around one that has one."""
-    vision = tiny_model("vit", ViTModel).config
+    vision = tiny_model(family, cls).config
     torch.manual_seed(1)
     joint = VisionTextDualEncoderConfig.from_vision_text_configs(vision, BERT, projection_dim=8)
     return VisionTextDualEncoderModel(joint).eval()
@@ -200,8 +202,9 @@ def test_a_family_without_adapter_around_one_that_has_one() -> None:
     assert snapshot(model) == before
 
 
-def test_pruning_through_a_part_as_the_hint_says() -> None:
-    model = dual_encoder()
+@pytest.mark.parametrize("tower", [("vit", ViTModel), ("clip_vision_model", CLIPVisionModel)], ids=lambda pair: pair[0])
+def test_pruning_through_a_part_as_the_hint_says(tower: tuple[str, type[PreTrainedModel]]) -> None:
+    model = dual_encoder(*tower)
     before, dense = snapshot(model), image_features(model)
     assert prune(model.vision_model, CONFIG) is model.vision_model
     assert current_config(model.vision_model) == CONFIG

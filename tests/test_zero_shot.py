@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import (
+    BertConfig,
     Siglip2Config,
     Siglip2ImageProcessorPil,
     Siglip2Model,
@@ -22,6 +23,8 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
     SiglipProcessor,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
 )
 
 from hf_tokenprune import UniformConfig, prune, pruned
@@ -269,6 +272,21 @@ def test_texts_are_embedded_once_and_images_pruned():
     assert tokens[:2] == [65, 65]
     assert tokens[2] == tokens[3] < 65
     assert prune(model, CONFIG) is model, "it was left dense"
+
+
+def test_two_towers_that_were_put_together_are_pruned_through_one():
+    """A VisionTextDualEncoder has no adapter, its image tower has."""
+    clip, processor = tiny_clip()
+    text = BertConfig(vocab_size=len(processor.tokenizer), **SIZES)
+    torch.manual_seed(0)
+    joint = VisionTextDualEncoderConfig.from_vision_text_configs(clip.config.vision_config, text, projection_dim=16)
+    model = VisionTextDualEncoderModel(joint).eval()
+    variants = {"a": lambda: pruned(model.vision_model, CONFIG)}
+    report = evaluate_zero_shot(model, labelled(6), processor, NAMES, variants, progress=False)
+    assert report.rows[1].kl > 0
+    pairs = [(image, ["a cat", "an owl"]) for image in pictures(3)]
+    recalls = evaluate_retrieval(model, pairs, processor, variants, progress=False)
+    assert [row.name for row in recalls.rows] == ["dense", "a"]
 
 
 @every_family

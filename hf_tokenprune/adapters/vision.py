@@ -82,8 +82,8 @@ class VisionAdapter:
         if exact_last_block and type(model) not in self.protected_heads:
             names = ", ".join(sorted(head.__name__ for head in self.protected_heads)) or "none of this family"
             raise UnsupportedModelError(
-                f"exact_last_block: {type(model).__name__} reads patches after the last block; it works for {names}, "
-                "elsewhere use exact_last_block=False"
+                f"exact_last_block: {type(model).__name__} reads patches after the last block; use "
+                f"exact_last_block=False (True works for {names})"
             )
         carries = needs_carry(stages, exact_last_block, restore)
         parameters = inspect.signature(self.block_class.stock_class.forward).parameters.values()
