@@ -866,6 +866,25 @@ def test_protected_newlines_all_stay(pair) -> None:
 
 
 @pytest.mark.gpu
+@each_once
+def test_gpu_flash_attention(pair) -> None:
+    """Which takes padding in a way of its own: a ragged batch goes through as short as with SDPA, and finite."""
+    pytest.importorskip("flash_attn")
+    family, case = pair
+    counts_of = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        model = tiny_vlm(family).to("cuda", torch.bfloat16)
+        model.set_attn_implementation({"text_config": attention})
+        batch = collate(prompts(model))
+        prune(model, case.config(model))
+        moved = {name: tensor.to("cuda") for name, tensor in half(batch, torch.bfloat16).items()}
+        output = run(model, moved, use_cache=True)
+        assert output.logits[moved["attention_mask"].bool()].isfinite().all()
+        counts_of[attention] = lengths(output[CACHE_NAME])
+    assert counts_of["sdpa"] == counts_of["flash_attention_2"]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_method
 def test_gpu(pair, dtype) -> None:

@@ -138,6 +138,13 @@ def test_llava_batch(tiny_llava: Path, tmp_path: Path) -> None:
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text(), "a batch gives the same"
 
 
+def test_llava_batch_tells_a_mistaken_run_before_it_starts(tmp_path: Path) -> None:
+    """Not when the runs before it are through, which may take hours, and with their answers lost."""
+    runs = ("--run", "dense", "--run", "divprun")
+    with pytest.raises(AssertionError, match=r"no prune_config\.json in 'divprun'"):
+        run("llava_batch.py", "questions.jsonl", "--model", "not-there-either", *runs, cwd=tmp_path)
+
+
 @pytest.mark.parametrize(
     "name", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "train_digits_vit.py")
 )
