@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import PruneConfig, Where, as_config
 from .errors import ConfigError, PruneStateError, UnsupportedModelError
-from .registry import get_adapter, list_adapters
+from .registry import get_adapter, list_adapters, list_methods
 from .signals import DecoderShape, Shape, Stage
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -125,7 +125,10 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
     """
     if shape.kind not in config.prunes:
         works_on, this = " and ".join(KINDS[kind] for kind in sorted(config.prunes)), KINDS[shape.kind]
-        raise UnsupportedModelError(f"method {config.method!r} works on {works_on}; this model is one of the {this}")
+        usable = ", ".join(list_methods(shape.kind))
+        raise UnsupportedModelError(
+            f"method {config.method!r} works on {works_on}; this model is one of the {this}. Methods for it: {usable}"
+        )
     stages = config.stages_for(shape)
     layers = [stage.layer for stage in stages if stage.where in get_args(Where)]
     if layers != sorted(set(layers)) or not all(0 <= layer < shape.depth for layer in layers):
@@ -139,7 +142,7 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
     if not effective:
         raise ConfigError(
             f"{config} prunes nothing on this model: every layer keeps all {shape.num_prunable} tokens. "
-            "Lower keep_ratios, or leave the model dense"
+            "Keep less, or leave the model dense"
         )
     last = effective[-1]
     if last.layer == shape.depth - 1 and last.where == "after_block":

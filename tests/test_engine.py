@@ -277,7 +277,7 @@ def test_a_schedule_that_prunes_nothing(config: PruneConfig) -> None:
     before = snapshot(model)
     message = error_of(ConfigError, prune, model, config.scaled(0))
     assert "prunes nothing on this model: every layer keeps all 64 tokens" in message
-    assert "Lower keep_ratios, or leave the model dense" in message
+    assert "Keep less, or leave the model dense" in message
     assert snapshot(model) == before
 
 
