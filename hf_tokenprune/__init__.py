@@ -24,6 +24,7 @@ from .methods.transprune import TransPruneConfig
 from .methods.uniform import UniformConfig
 from .methods.visionzip import VisionZipConfig
 from .methods.zero_tprune import ZeroTPruneConfig
+from .presets import Preset, get_preset, list_presets
 from .pretrained import disable_auto, enable_auto, from_pretrained, save_pretrained
 from .recording import record
 from .registry import list_adapters, list_methods, register_adapter, register_method
@@ -39,6 +40,7 @@ __all__ = [
     "ExactConfig",
     "FastVConfig",
     "PiToMeConfig",
+    "Preset",
     "PruneConfig",
     "PruneStateError",
     "PyramidDropConfig",
@@ -55,8 +57,10 @@ __all__ = [
     "disable_auto",
     "enable_auto",
     "from_pretrained",
+    "get_preset",
     "list_adapters",
     "list_methods",
+    "list_presets",
     "prune",
     "pruned",
     "record",

@@ -1,4 +1,4 @@
-"""``hf-tokenprune``: list, info, apply, eval, compare, bench and demo from a shell."""
+"""``hf-tokenprune``: list, info, apply, eval, compare, search, bench and demo from a shell."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ from .cli_options import (
     load_dense,
     new_folder,
     paired_report,
+    parse_fields,
     random_model,
     readable_errors,
     save_processor,
     show,
 )
+from .config import PruneConfig
 from .errors import ConfigError
 
 app = typer.Typer(
@@ -204,6 +206,55 @@ def compare(
         files = comparison.save(out, shlex.join(["hf-tokenprune", *sys.argv[1:]]))
         written = "\n".join(map(str, files))
         show(as_json, comparison.to_dict(), f"{comparison.to_markdown()}\n\n{written}")
+
+
+@app.command()
+@readable_errors
+def search(
+    model: ModelArg,
+    images: ImagesArg,
+    out: Annotated[Path, typer.Option(help="Folder for prune_config.json, search.json and the journal.")],
+    method: Annotated[str, typer.Option("--method", "-m", help="Whose schedule to search; see `list`.")],
+    set_: SetOpt = None,
+    gmacs: Annotated[float | None, typer.Option("--gmacs", "-g", help="Budget in GMACs an image.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Budget: so many times faster, measured here.")] = None,
+    milliseconds: Annotated[
+        float | None, typer.Option("--ms", help="Budget: a forward of --latency-batch images.")
+    ] = None,
+    latency_batch: Annotated[int, typer.Option(min=1, help="Images a forward, for --speedup and --ms.")] = 1,
+    strategy: Annotated[str, typer.Option(help="dynamic, coordinate, monte_carlo or optuna.")] = "dynamic",
+    goal: Annotated[str, typer.Option(help="kl, agreement, or accuracy (needs labels).")] = "kl",
+    trials: Annotated[int | None, typer.Option(min=0, help="Schedules to measure; dynamic: after its table.")] = None,
+    seed: int = 0,
+    split: SplitOpt = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many images, evenly spread.")] = 300,
+    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    class_names: ClassNamesOpt = None,
+    device: DeviceOpt = "cpu",
+    as_json: JsonOpt = False,
+) -> None:
+    """The schedule that changes a model's answers least within a budget, found on images without labels.
+
+    Started again with the same arguments after an interruption, it goes on where it was.
+    """
+    from .searching import search_images
+
+    check_vision(model, "search")
+    if goal not in ("kl", "agreement", "accuracy"):
+        raise ConfigError(f"goal={goal!r}: expected kl, agreement or accuracy")
+    config = PruneConfig.for_method(method, **parse_fields(set_ or []))
+    budget = {
+        "macs": gmacs and gmacs * 1e9,
+        "seconds": milliseconds and milliseconds / 1000,
+        "speedup": speedup,
+    }
+    loaded = load_dense(model, device).eval()
+    result, text = search_images(
+        model, loaded, images, config, out, budget,
+        split=split, limit=limit, batch_size=batch_size, class_names=class_names, progress=not as_json,
+        strategy=strategy, goal=goal, trials=trials, seed=seed, latency_batch_size=latency_batch,
+    )  # fmt: skip
+    show(as_json, result.to_dict(), text)
 
 
 @app.command()

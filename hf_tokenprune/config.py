@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -67,6 +68,56 @@ class PruneConfig:
     def scaled(self: C, strength: float) -> C:
         """The same schedule with every removal multiplied by ``strength`` (0 removes nothing, 1 is this config)."""
         raise NotImplementedError(f"{self.method} has no schedule that could be scaled")
+
+    def by_rule(self: C, strength: float, shape: Any) -> C:
+        """Like :meth:`scaled`, but where no layers are given they are those that are best for this strength."""
+        return self.scaled(strength)
+
+    def with_counts(self: C, shape: Any, counts: Mapping[int, int]) -> C:
+        """The same method with ``counts[layer]`` prunable tokens left at each of these layers, and all at others."""
+        raise NotImplementedError(f"{self.method} has no schedule that could be searched")
+
+    def fewest(self, num_tokens: int) -> int:
+        """Of so many prunable tokens that enter a layer, how many one stage leaves at least."""
+        return 1
+
+    def for_budget(
+        self: C,
+        model: Any,
+        *,
+        macs: float | None = None,
+        speedup: float | None = None,
+        keep: float | None = None,
+        text_tokens: int | None = None,
+    ) -> C:
+        """This method within a budget, at once and from sizes alone, by the rule known to be best for it.
+
+        Merging is put into the later blocks, the later the less is merged; dropping is spread as by default. A config
+        that names its ``layers`` keeps them. What a search on images finds is better: ``hf_tokenprune.search``.
+
+        Args:
+            model: with an adapter; not changed.
+            macs: multiply-adds of one image (of a vision-language model: of the prefill), at most.
+            speedup: dense MACs over pruned ones, at least. What time follows is measured by ``hf-tokenprune bench``.
+            keep: fraction of the prunable tokens that the last stage leaves, at most.
+            text_tokens: vision-language models: tokens of the prompt besides those of its image; None: 64.
+
+        Raises:
+            ConfigError: not exactly one budget, one out of range or out of reach, or a method without a schedule.
+        """
+        from .budget import config_within
+
+        return config_within(model, self, macs=macs, speedup=speedup, keep=keep, text_tokens=text_tokens)
+
+    @staticmethod
+    def preset(name: str) -> PruneConfig:
+        """A searched config of the package: ``PruneConfig.preset("salience_merge/deit-tiny@0.85g")``.
+
+        ``hf_tokenprune.list_presets()`` has all names, with where each comes from.
+        """
+        from .presets import get_preset
+
+        return get_preset(name).config
 
     def check(self, condition: bool, field: str, allowed: str) -> None:
         """Raise :class:`ConfigError` about ``field`` unless ``condition`` holds."""

@@ -47,7 +47,7 @@ def cost(
     Raises:
         ConfigError: the config does not fit the model, or an argument is out of range or has no effect on it.
     """
-    shape, count = _counter(model, image_size, text_tokens, new_tokens)
+    shape, count = counter(model, image_size, text_tokens, new_tokens)
     config = current_config(model) if config is None else as_config(config)
     dense = pruned = count(())
     if config is not None:
@@ -78,48 +78,64 @@ def config_for_macs(
             none.
     """
     config = as_config(config)
-    shape, count = _counter(model, None, text_tokens, None)
+    shape, count = counter(model, None, text_tokens, None)
     if shape.kind not in config.prunes:
         plan(config, shape)  # raises, and says what the method works on
     dense = count(()).macs
     if not 0 < macs < dense:
         raise ConfigError(f"macs={macs:.4g}: expected more than 0 and less than the dense model's {dense:.4g}")
-    try:
-        config.scaled(1.0)
-    except NotImplementedError as error:
-        raise ConfigError(f"macs={macs:.4g}: {error}; set the fields of this config instead of a budget") from error
 
-    def macs_of(candidate: PruneConfig) -> int:
-        return int(count(candidate.stages_for(shape), **options(candidate)).macs)
+    def macs_of(candidate: PruneConfig) -> float:
+        return float(count(candidate.stages_for(shape), **options(candidate)).macs)
+
+    return weakest(config, config.scaled, macs_of, macs, "macs")
+
+
+def weakest(
+    config: PruneConfig,
+    at_strength: Callable[[float], PruneConfig],
+    measure: Callable[[PruneConfig], float],
+    limit: float,
+    name: str,
+) -> PruneConfig:
+    """The config of least strength whose ``measure`` is at most ``limit``; ``name`` is what an error calls it.
+
+    Raises:
+        ConfigError: no strength reaches it, or the method has no schedule to scale.
+    """
+    try:
+        at_strength(1.0)
+    except NotImplementedError as error:
+        raise ConfigError(f"{name}={limit:.4g}: {error}; set the fields of this config instead of a budget") from error
 
     def least(candidate: Callable[[float], PruneConfig], high: float) -> float:
-        """The least strength up to ``high``, which is within the budget, that is within it too."""
+        """The least strength up to ``high``, which is within the limit, that is within it too."""
         low = 0.0
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (low, middle) if macs_of(candidate(middle)) <= macs else (middle, high)
+            low, high = (low, middle) if measure(candidate(middle)) <= limit else (middle, high)
         return high
 
     high = 1.0
-    while macs_of(config.scaled(high)) > macs:
+    while measure(at_strength(high)) > limit:
         if high > 100:
             raise ConfigError(
-                f"macs={macs:.4g} is out of reach of this {config.method} schedule, which ends at "
-                f"{macs_of(config.scaled(high)):.4g}; prune in more or earlier layers"
+                f"{name}={limit:.4g} is out of reach of this {config.method} schedule, which ends at "
+                f"{measure(at_strength(high)):.4g}; prune in more or earlier layers"
             )
         high *= 2
-    best = config.scaled(least(config.scaled, high))
+    best = at_strength(least(at_strength, high))
     if not hasattr(best, "keep_ratios"):
         return best
 
     def with_ratios_of(strength: float) -> PruneConfig:
-        return replace(best, keep_ratios=config.scaled(strength).keep_ratios)  # type: ignore[attr-defined, call-arg]
+        return replace(best, keep_ratios=at_strength(strength).keep_ratios)  # type: ignore[attr-defined, call-arg]
 
     # Counts that are the same in every layer (num_similar) come in large steps; the ratios fill what is left.
     return with_ratios_of(least(with_ratios_of, high))
 
 
-def _counter(
+def counter(
     model: Any, image_size: tuple[int, int] | None, text_tokens: int | None, new_tokens: int | None
 ) -> tuple[Shape, Count]:
     """The model's shape, and the function from stages (and ``options``) to a ``ModelCost`` or ``GenerationCost``."""

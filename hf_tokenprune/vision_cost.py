@@ -97,7 +97,6 @@ def model_cost(
         exact_last_block: in it, queries, output projection and MLP are of the protected tokens only.
     """
     prunable = shape.num_patches if num_patches is None else num_patches
-    inner = shape.num_heads * shape.head_dim
     patch_size = shape.patch_size[0] * shape.patch_size[1]
     patch_embedding = prunable * shape.num_channels * patch_size * shape.width
     by_layer = {stage.layer: stage for stage in stages}
@@ -108,10 +107,16 @@ def model_cost(
         left = 0 if exact else stage.num_kept(prunable) if stage else prunable
         tokens_in, tokens_out = prunable + shape.num_protected, left + shape.num_protected
         where = "queries" if exact else stage.where if stage else "after_block"
-        queries = tokens_out if where == "queries" else tokens_in
-        mlp_tokens = tokens_in if where == "after_block" else tokens_out
-        attention = 2 * (queries + tokens_in) * shape.width * inner + 2 * queries * tokens_in * inner
-        blocks.append(BlockCost(tokens_in, tokens_out, attention + 2 * mlp_tokens * shape.width * shape.mlp_width))
+        blocks.append(BlockCost(tokens_in, tokens_out, block_macs(shape, where, tokens_in, tokens_out)))
         prunable = left
     head = shape.head_macs + shape.head_token_macs * blocks[-1].tokens_out
     return ModelCost(patch_embedding, tuple(blocks), head)
+
+
+def block_macs(shape: ModelShape, where: str, tokens_in: int, tokens_out: int) -> int:
+    """MACs of a block in which tokens leave at the place ``where`` of a stage; protected ones are counted in."""
+    inner = shape.num_heads * shape.head_dim
+    queries = tokens_out if where == "queries" else tokens_in
+    mlp_tokens = tokens_in if where == "after_block" else tokens_out
+    attention = 2 * (queries + tokens_in) * shape.width * inner + 2 * queries * tokens_in * inner
+    return attention + 2 * mlp_tokens * shape.width * shape.mlp_width

@@ -20,14 +20,16 @@ MAX_LINES = 350
 
 CORE = {
     *("errors", "config", "registry", "tokens", "signals", "methods", "adapters", "engine", "recording", "pretrained"),
-    *("vision_cost", "generation_cost", "cost"),
+    *("vision_cost", "generation_cost", "cost", "budget", "presets"),
 }
 """Parts that everybody imports; the others (evaluation, command line, pictures, ...) may need more installed."""
 
 MAY_IMPORT = {
     "errors": set(),
     "registry": {"errors"},
-    "config": {"errors", "registry"},
+    "config": {"errors", "registry", "budget", "presets"},  # the last two in methods, for convenience
+    "budget": {"config", "cost", "engine", "errors"},
+    "presets": {"config", "errors"},
     "tokens": {"errors"},
     "signals": set(),
     "methods": {"config", "registry", "tokens", "signals", "errors", "methods"},

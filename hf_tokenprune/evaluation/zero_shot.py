@@ -126,6 +126,14 @@ def zero_shot_classifier(
     return F.normalize(embeddings.mean(dim=1), dim=-1)
 
 
+def similarity_to_classes(
+    model: nn.Module, processor: Callable[..., Any], class_names: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A two-tower model as a function from inputs of B images to (B, C) logits; see `zero_shot_classifier`."""
+    classifier = _Classifier(model, zero_shot_classifier(model, processor, class_names, templates))
+    return lambda inputs: classifier(**inputs)
+
+
 def evaluate_zero_shot(
     model: nn.Module,
     images: ImageDataset,

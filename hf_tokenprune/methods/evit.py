@@ -39,6 +39,12 @@ class EViTConfig(LayerwiseConfig):
     def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
         return tuple(EViTStage(layer, self.where, ratio, self.fuse) for layer, ratio in self.plan(shape))
 
+    def ratio_for(self, entering: int, n_keep: int) -> float:
+        return min(max(n_keep - self.fuse, 1), entering) / entering
+
+    def fewest(self, num_tokens: int) -> int:
+        return 1 + self.fuse
+
 
 @dataclass(frozen=True)
 class EViTStage(Stage):

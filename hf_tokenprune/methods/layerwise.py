@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ..config import Where
 from ..signals import DecoderShape, Shape
@@ -95,6 +96,17 @@ class LayerwiseConfig(VisionConfig):
         if isinstance(ratios, float):
             return dataclasses.replace(self, keep_ratios=scaled_ratio(ratios, strength))
         return dataclasses.replace(self, keep_ratios=tuple(scaled_ratio(ratio, strength) for ratio in ratios))
+
+    def with_counts(self: C, shape: Any, counts: Mapping[int, int]) -> C:
+        ratios, entering = [], shape.num_prunable
+        for n_keep in counts.values():
+            ratios.append(self.ratio_for(entering, n_keep))
+            entering = n_keep
+        return dataclasses.replace(self, layers=tuple(counts), keep_ratios=tuple(ratios))
+
+    def ratio_for(self, entering: int, n_keep: int) -> float:
+        """The ratio at which a stage leaves ``n_keep`` of ``entering`` tokens."""
+        return n_keep / entering
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Axes: B batch, P protected tokens, N prunable tokens, H heads, d head width, m t
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple, TypeVar
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..signals import ModelShape, Reduction, Signals, Stage
 from ..tokens import top_tokens
+from .layerwise import at_depth
 from .visionwise import VisionConfig
 
 C = TypeVar("C", bound="MergingConfig")
@@ -78,6 +80,31 @@ class MergingConfig(VisionConfig):
         if isinstance(self.r, tuple):
             return dataclasses.replace(self, r=tuple(int(r * strength + 0.5) for r in self.r))
         return dataclasses.replace(self, r=int(self.r * strength + 0.5))
+
+    def fewest(self, num_tokens: int) -> int:
+        return num_tokens - num_tokens // 2
+
+    def with_counts(self: C, shape: ModelShape, counts: Mapping[int, int]) -> C:
+        left = (shape.num_prunable, *counts.values())
+        merged = tuple(before - after for before, after in pairwise(left))
+        return dataclasses.replace(self, layers=tuple(counts), r=merged)
+
+    def by_rule(self: C, strength: float, shape: ModelShape) -> C:
+        """Merging costs least late, so it starts in a later block the less is merged (:func:`late_layers`)."""
+        scaled = self.scaled(strength)
+        if self.layers is not None or not isinstance(scaled.r, float):
+            return scaled
+        return dataclasses.replace(scaled, layers=late_layers(scaled.r, shape.depth))
+
+
+FIRST_BLOCKS = ((0.30, 6), (0.55, 5), (0.76, 4), (1.0, 2))
+"""1-based block of 12 where merging starts, for fractions below the limit: the more is merged, the earlier."""
+
+
+def late_layers(fraction: float, depth: int) -> tuple[int, ...]:
+    """0-based layers, up to the last but one, in which ``fraction`` of the patches is best merged."""
+    first = next(block for limit, block in FIRST_BLOCKS if fraction < limit)
+    return tuple(range(at_depth((first,), depth)[0], max(depth - 1, 1)))
 
 
 def spread(total: float, count: int) -> tuple[int, ...]:

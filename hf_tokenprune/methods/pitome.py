@@ -61,6 +61,9 @@ class PiToMeConfig(LayerwiseConfig):
         scaled = [max(0.5, scaled_ratio(r, strength)) for r in (ratios if isinstance(ratios, tuple) else (ratios,))]
         return dataclasses.replace(self, keep_ratios=tuple(scaled) if isinstance(ratios, tuple) else scaled[0])
 
+    def fewest(self, num_tokens: int) -> int:
+        return num_tokens - num_tokens // 2
+
     def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
         return tuple(
             PiToMeStage(layer, self.where, ratio, self.margin * (1 - layer / shape.depth), self.proportional_attention)

@@ -13,13 +13,19 @@ from typing import Literal
 
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
-from .layerwise import at_depth
-from .merging import MergeStage, MergingConfig, everything, keys_by_head, match_alternate, mean_keys, merge_cheapest
+from .merging import (
+    MergeStage,
+    MergingConfig,
+    everything,
+    keys_by_head,
+    late_layers,
+    match_alternate,
+    mean_keys,
+    merge_cheapest,
+)
 from .visionwise import significance
 
 Similarity = Literal["per_head", "mean_key"]
-FIRST_BLOCKS = ((0.30, 6), (0.55, 5), (0.76, 4), (1.0, 2))
-"""1-based block of 12 where merging starts, for fractions below the limit: the more is merged, the earlier."""
 
 
 @register_method("salience_merge")
@@ -41,9 +47,10 @@ class SalienceMergeConfig(MergingConfig):
     exact_last_block: bool = field(default=True, kw_only=True)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
-        fraction = self.r if isinstance(self.r, float) else 0.7
-        first = next(block for limit, block in FIRST_BLOCKS if fraction < limit)
-        return tuple(range(at_depth((first,), depth)[0], max(depth - 1, 1)))
+        return late_layers(self.r if isinstance(self.r, float) else 0.7, depth)
+
+    def by_rule(self, strength: float, shape: ModelShape) -> "SalienceMergeConfig":
+        return self.scaled(strength)  # whose default layers are the late ones already
 
     def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
         fields = (self.proportional_attention, self.similarity)

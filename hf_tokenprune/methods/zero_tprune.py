@@ -14,6 +14,7 @@ Axes: B batch, H heads, T all tokens (protected ones first), P protected, N = T 
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -127,6 +128,30 @@ class ZeroTPruneConfig(LayerwiseConfig):
         )
         unused = {} if similar and (not isinstance(similar, tuple) or any(similar)) else self._similarity_defaults()
         return dataclasses.replace(super().scaled(strength), num_similar=similar, **unused)
+
+    def with_counts(self, shape: Any, counts: Mapping[int, int]) -> "ZeroTPruneConfig":
+        """S drops the same part of what leaves as in this config's own schedule, all layers together."""
+        similar, all_removed, entering = 0, 0, shape.num_prunable
+        for stage in self.stages_for(shape):
+            assert isinstance(stage, ZeroTPruneStage)
+            similar += entering - stage.num_dissimilar(entering)
+            all_removed += entering - stage.num_kept(entering)
+            entering = stage.num_kept(entering)
+        share = similar / max(all_removed, 1)
+        ratios, by_similarity, entering = [], [], shape.num_prunable
+        for n_keep in counts.values():
+            by_similarity.append(min(int(share * (entering - n_keep) + 0.5), entering // 2))
+            ratios.append(n_keep / (entering - by_similarity[-1]))
+            entering = n_keep
+        unused = {} if any(by_similarity) else self._similarity_defaults()
+        return dataclasses.replace(
+            self,
+            layers=tuple(counts),
+            keep_ratios=tuple(ratios),
+            num_similar=tuple(by_similarity),
+            num_iterations=self.num_iterations if isinstance(self.num_iterations, int) else None,
+            **unused,
+        )
 
     @classmethod
     def _similarity_defaults(cls) -> dict[str, Any]:

@@ -1,0 +1,181 @@
+"""The best schedule of a method for a budget, found on some inputs, without labels and without training.
+
+``search`` needs a model, a method and inputs; a budget of multiply-adds or of time on this machine says how much may be
+left. ``hf-tokenprune search`` does the same on a folder of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import PruneConfig
+from ..cost import weakest
+from ..engine import ConfigLike, as_config, counts, current_config, find_adapter, options, plan
+from ..errors import ConfigError, PruneStateError, UnsupportedModelError
+from ..evaluation.loop import eval_mode
+from .latency import latency_costs
+from .objective import Goal, Objective
+from .problem import Problem, Trial
+from .space import Costs, Schedule, Space, macs_costs
+from .strategies import FRACTIONS, STRATEGIES, additivity
+
+__all__ = ["Costs", "Objective", "Problem", "SearchResult", "Space", "Trial", "search"]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        config: the best one.
+        distortion: its mean distortion on the inputs of the search.
+        rule: what the method's rule has within the same budget: its config and distortion; None: it does not reach it.
+        cost, budget: of one image, in MACs; or of a batch, in seconds.
+        trials: schedules that were measured, in their order.
+        measured: how many of them were run, and not read from a journal.
+        additivity: for "dynamic", how well the sum over layers predicts what was measured.
+        settings: what the result depends on.
+    """
+
+    config: PruneConfig
+    distortion: float
+    rule: tuple[PruneConfig, float] | None
+    cost: float
+    budget: float
+    trials: tuple[Trial, ...]
+    measured: int
+    additivity: dict[str, float] | None
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        rule = None if self.rule is None else {"config": self.rule[0].to_dict(), "distortion": self.rule[1]}
+        found = {"config": self.config.to_dict(), "distortion": self.distortion, "rule": rule}
+        numbers = {"cost": self.cost, "budget": self.budget, "measured": self.measured, "additivity": self.additivity}
+        return {**found, **numbers, "settings": self.settings, "trials": [asdict(trial) for trial in self.trials]}
+
+
+def search(
+    model: Any,
+    config: ConfigLike,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    macs: float | None = None,
+    seconds: float | None = None,
+    speedup: float | None = None,
+    strategy: str = "dynamic",
+    goal: Goal = "kl",
+    labels: Tensor | None = None,
+    run: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    seed: int = 0,
+    trials: int | None = None,
+    latency_batch_size: int = 1,
+    journal: Path | None = None,
+    on_start: Callable[[int, float], None] = lambda evaluations, seconds: None,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> SearchResult:
+    """The schedule of a method that changes the model's answers least within a budget.
+
+    Args:
+        model: a dense vision encoder with an adapter; left as it was.
+        config: method and every field but the schedule.
+        batches: inputs of the model, on its device; they need no labels.
+        macs: budget of one image in multiply-adds.
+        seconds: budget of a forward of ``latency_batch_size`` images on this machine; see ``latency``.
+        speedup: the same as the dense model's time over the budget. Exactly one of the three.
+        strategy: "dynamic" (programming over each layer's own distortion, then coordinate descent for ``trials``),
+            "coordinate" (descent), "monte_carlo", or "optuna" (an extra).
+        goal: "kl", "agreement" or "accuracy", which needs ``labels``.
+        run: what maps a batch to (B, C) logits; None: the ``logits`` of the model.
+        seed: of strategies that draw; the same seed gives the same config.
+        trials: schedules to measure (after the table, for "dynamic"); None: 0 for "dynamic", else 100.
+        journal: file of measurements: a search that is interrupted goes on where it was.
+        on_start: told how many evaluations are coming, and about how many seconds they take.
+        on_trial: told every measurement.
+
+    Raises:
+        ConfigError: not exactly one budget, one out of reach, an unknown strategy, a method without a schedule.
+        UnsupportedModelError: not a vision encoder, or one that the method does not fit.
+        PruneStateError: the model is pruned.
+    """
+    config, adapter = as_config(config), find_adapter(model)
+    shape = adapter.shape(model)
+    if shape.kind != "vision":
+        raise UnsupportedModelError(
+            "search works on vision encoders; for a vision-language model, config.for_budget(model, macs=...) scales a "
+            "schedule"
+        )
+    if current_config(model) is not None:
+        raise PruneStateError("search compares with the dense model; call unprune(model) first")
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    given = [name for name, value in (("macs", macs), ("seconds", seconds), ("speedup", speedup)) if value is not None]
+    if len(given) != 1:
+        raise ConfigError(f"give one of macs, seconds and speedup, got {', '.join(given) or 'none'}")
+    if not batches:
+        raise ConfigError("batches is empty: give inputs to search on")
+    adapter.check(model, plan(config, shape), **options(config))
+    try:
+        config.with_counts(shape, {0: shape.num_prunable})
+    except NotImplementedError as error:
+        raise ConfigError(f"{error}; give a method whose counts are free, such as 'salience_merge'") from error
+    with eval_mode(model):
+        costs = macs_costs(config, shape) if macs else latency_costs(model, config, latency_batch_size)
+        everything = Space(config, shape, costs, float("inf"))
+        dense = everything.cost((shape.num_prunable,) * shape.depth)
+        budget = macs or seconds or dense / (speedup or 1.0)
+        if not 0 < budget < dense:
+            raise ConfigError(f"{given[0]} means a budget of {budget:.4g}: expected less than the dense {dense:.4g}")
+        space = Space(config, shape, costs, budget)
+        objective = Objective(model, batches, goal, labels, run)
+        problem = Problem(space, objective, journal, on_trial)
+        count = trials if trials is not None else 0 if strategy == "dynamic" else 100
+        on_start(*_estimate(space, objective, strategy, count))
+        rule = _rule(problem)
+        best = STRATEGIES[strategy](problem, seed, count)
+    return SearchResult(
+        config=space.config_of(best.schedule),
+        distortion=best.distortion,
+        rule=rule,
+        cost=space.cost(best.schedule),
+        budget=budget,
+        trials=tuple(problem.trials),
+        measured=problem.measured,
+        additivity=None if problem.table is None else additivity(problem, problem.table),
+        settings={"strategy": strategy, "goal": goal, "seed": seed, "trials": count, "inputs": objective.n},
+    )
+
+
+def _rule(problem: Problem) -> tuple[PruneConfig, float] | None:
+    """The method's rule, scaled to the budget of the search."""
+    space = problem.space
+
+    def schedule(config: PruneConfig) -> Schedule:
+        left = {stage.layer: n_keep for stage, _, n_keep in counts(config.stages_for(space.shape), space.shape)}
+        found = [space.shape.num_prunable]
+        for layer in range(space.shape.depth):
+            found.append(left.get(layer, found[-1]) if layer in space.layers else found[-1])
+        return tuple(found[1:])
+
+    def cost(config: PruneConfig) -> float:
+        return space.cost(schedule(config))
+
+    try:
+        config = weakest(
+            space.config, lambda strength: space.config.by_rule(strength, space.shape), cost, space.budget, "budget"
+        )
+    except ConfigError:
+        return None
+    return config, problem.measure(schedule(config), discard=False).distortion
+
+
+def _estimate(space: Space, objective: Objective, strategy: str, trials: int) -> tuple[int, float]:
+    """Evaluations to come, the rule's and the solution's included, and seconds; of early blocks less is run."""
+    depth = space.shape.depth
+    alone = [1 - layer / depth for layer in space.layers for _ in FRACTIONS] if strategy == "dynamic" else []
+    return len(alone) + trials + 2, objective.seconds * (sum(alone) + trials + 2)

@@ -1,0 +1,78 @@
+"""A budget in seconds: how long a forward takes on this machine, as a sum over blocks.
+
+All blocks of a model have the same sizes, so one of them is timed, with several numbers of tokens; between these, time
+is linear. A block in which tokens leave takes the part of that time which its multiply-adds are, and on top the
+method's decision, which is what one pruned forward takes longer than the sum.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import PruneConfig
+from ..engine import counts, find_adapter, plan, pruned
+from ..errors import ConfigError
+from ..timing import seconds, settings
+from .space import Costs, macs_costs
+
+PARTS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)
+"""Of all patches, the numbers with which a block is timed."""
+WARMUP = 2
+
+
+def latency_costs(
+    model: Any, config: PruneConfig, batch_size: int, rounds: int = 9, threads: int | None = None
+) -> Costs:
+    """Seconds of one forward of ``batch_size`` images through a dense model, which is left as it was.
+
+    Args:
+        config: whose method decides, and whose schedule shows how long that takes.
+        rounds: of every measurement; medians count.
+        threads: CPU threads for the measurement; None: as they are.
+
+    Raises:
+        ConfigError: a count below 1, or a config that does not fit the model.
+    """
+    for name, value in (("batch_size", batch_size), ("rounds", rounds), ("threads", threads or 1)):
+        if value < 1:
+            raise ConfigError(f"{name}={value}: expected at least 1")
+    adapter = find_adapter(model)
+    shape, parameter = adapter.shape(model), next(model.parameters())
+    macs, num_patches = macs_costs(config, shape), shape.num_patches
+    block = adapter.blocks(model)[shape.depth // 2]
+    lengths = sorted({max(1, round(part * num_patches)) for part in PARTS})
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(batch_size, *size).to(parameter.device, parameter.dtype)
+
+    inputs = adapter.image_inputs(model, random(shape.num_channels, *shape.image_size))
+    run = getattr(model, "get_image_features", model)
+    with settings(model, threads):
+        states = [random(length + shape.num_protected, shape.width) for length in lengths]
+        of_block = [_median(lambda x=x: block(x), rounds) for x in states]  # type: ignore[misc]
+        whole = _median(lambda: run(**inputs), rounds)
+        with pruned(model, config):
+            measured = _median(lambda: run(**inputs), rounds)
+
+    def without_decision(layer: int, entering: int, left: int) -> float:
+        full = float(np.interp(entering, lengths, of_block))
+        return full * macs.step(layer, entering, left) / macs.step(0, entering, entering)
+
+    fixed = whole - shape.depth * of_block[-1]
+    stages = {stage.layer: n_keep for stage, _, n_keep in counts(plan(config, shape), shape)}
+    left = [num_patches]
+    for layer in range(shape.depth):
+        left.append(stages.get(layer, left[-1]))
+    expected = fixed + sum(without_decision(layer, a, b) for layer, (a, b) in enumerate(pairwise(left)))
+    decision = max(0.0, measured - expected) / len(stages)
+    return Costs(fixed, lambda layer, a, b: without_decision(layer, a, b) + (decision if b < a else 0.0))
+
+
+def _median(run: Callable[[], Any], rounds: int) -> float:
+    return statistics.median([seconds(run) for _ in range(WARMUP + rounds)][WARMUP:])

@@ -1,0 +1,132 @@
+"""What a strategy searches: schedules in a space, each with a measured distortion, every measurement noted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..config import PruneConfig
+from .objective import Objective
+from .space import Schedule, Space
+
+DISCARD_AFTER = 0.2
+"""Part of the inputs after which a candidate may be given up."""
+DISCARD_FACTOR = 1.5
+"""How many times worse than the best it must be there."""
+
+
+@dataclass
+class Trial:
+    """One measured schedule.
+
+    Attributes:
+        schedule: prunable tokens left behind each layer.
+        distortion: mean over the inputs; over the first part of them if it was given up.
+        discarded: whether it was given up.
+        feasible: whether it is within the budget.
+    """
+
+    schedule: Schedule
+    distortion: float
+    discarded: bool
+    feasible: bool
+
+
+@dataclass
+class Problem:
+    """Measures schedules, at most once each.
+
+    With a ``journal``, a file of JSON lines, measurements survive: a search that was interrupted and is started again
+    with the same arguments reads what it would measure, and so ends where it would have.
+    """
+
+    space: Space
+    objective: Objective
+    journal: Path | None = None
+    on_trial: Callable[[Trial], None] = lambda trial: None
+    trials: list[Trial] = field(default_factory=list)
+    measured: int = 0
+    """Trials that were run and not read."""
+    table: np.ndarray | None = None
+    """Distortions of single layers, where a strategy measures them."""
+    _known: dict[str, list[float]] = field(default_factory=dict)
+    _inputs: str = ""
+
+    def __post_init__(self) -> None:
+        # What the dense model says of the inputs stands for both.
+        self._inputs = hashlib.sha256(self.objective.dense.numpy().tobytes()).hexdigest()[:16]
+        if self.journal is not None and self.journal.exists():
+            for line in self.journal.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._known[entry["key"]] = entry["values"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # the line that was being written when the search was stopped
+
+    @property
+    def best(self) -> Trial | None:
+        """The schedule within the budget with the least distortion so far."""
+        feasible = [trial for trial in self.trials if trial.feasible and not trial.discarded]
+        return min(feasible, key=lambda trial: trial.distortion, default=None)
+
+    def measure(self, schedule: Schedule, *, discard: bool = True) -> Trial:
+        """The distortion of a schedule.
+
+        Args:
+            discard: give it up early if it is clearly worse than the best one on the same inputs.
+        """
+        config = self.space.config_of(schedule)
+        best = self.best if discard else None
+        reference = self._values(self.space.config_of(best.schedule), None) if best else None
+        values = self._values(config, reference)
+        trial = Trial(
+            schedule,
+            sum(values) / len(values),
+            discarded=len(values) < len(self.objective.sizes),
+            feasible=self.space.cost(schedule) <= self.space.budget,
+        )
+        self.trials.append(trial)
+        self.on_trial(trial)
+        return trial
+
+    def _values(self, config: PruneConfig, reference: list[float] | None) -> list[float]:
+        """Weighted mean distortion of each batch, as far as it was run."""
+        key = self._key(config)
+        known = self._known.get(key, [])
+        sizes, mean_size = self.objective.sizes, self.objective.n / len(self.objective.sizes)
+
+        def hopeless(values: list[float]) -> bool:
+            count = len(values)
+            if reference is None or count == len(sizes) or sum(sizes[:count]) < DISCARD_AFTER * self.objective.n:
+                return False
+            return sum(values) > DISCARD_FACTOR * sum(reference[:count])
+
+        for count in range(1, len(known) + 1):  # what a run without the journal would have stopped at
+            if hopeless(known[:count]):
+                return known[:count]
+        if len(known) == len(sizes):
+            return known
+        values: list[float] = []
+        running = self.objective.values(config)
+        try:
+            for size, batch in zip(sizes, running, strict=False):
+                values.append(float(batch.mean()) * size / mean_size)
+                if hopeless(values):
+                    break
+        finally:
+            running.close()  # type: ignore[attr-defined]
+        self.measured += 1
+        self._known[key] = values
+        if self.journal is not None:
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "values": values}) + "\n")
+        return values
+
+    def _key(self, config: PruneConfig) -> str:
+        """What a measurement depends on."""
+        return json.dumps([self._inputs, self.objective.goal, self.objective.sizes, config.to_dict()], sort_keys=True)

@@ -1,0 +1,208 @@
+"""Ways through a space of schedules: each measures schedules of a :class:`Problem` and returns the best one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..evaluation.optional import require
+from .problem import Problem, Trial
+from .space import Schedule
+
+FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+"""Parts of the tokens removed at one layer alone whose distortion is measured."""
+BINS = 3000
+"""Steps in which the exact solution counts cost: it uses the budget to within a part of a thousand."""
+
+
+def dynamic_programming(problem: Problem, seed: int = 0, trials: int = 0) -> Trial:
+    """Measure each layer by itself, suppose that distortions add, and solve for the budget exactly.
+
+    The idea is that of layer-adaptive pruning by dynamic programming (for weights: Xu et al., "Efficient Joint
+    Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks", ICCV 2023, arXiv 2308.10438), here for
+    tokens. The distortion of a step from n to m of N tokens in layer l is supposed to be
+
+        D_l(1 - m / n) · N / n
+
+    where D_l(f) is measured with the part f of all N tokens removed in layer l alone: a token that is left where n of N
+    are stands for N / n of them. How well that fits is reported by ``additivity``. ``trials`` further schedules around
+    the solution are measured by :func:`coordinate_descent`.
+    """
+    table = distortion_table(problem)
+    problem.measure(solve(problem, table), discard=False)
+    best = problem.best
+    if trials and best is not None:
+        coordinate_descent(problem, seed, trials, best.schedule)
+    return _best(problem)
+
+
+def distortion_table(problem: Problem) -> np.ndarray:
+    """(depth, len(FRACTIONS) + 1) distortions of removing a part of all tokens in one layer; column 0 is 0."""
+    space = problem.space
+    num_tokens = space.shape.num_prunable
+    table = np.zeros((space.shape.depth, len(FRACTIONS) + 1))
+    for layer in space.layers:
+        for column, fraction in enumerate(FRACTIONS, 1):
+            left = max(round(num_tokens * (1 - fraction)), space.fewest(layer, num_tokens))
+            schedule = (*[num_tokens] * layer, *[left] * (space.shape.depth - layer))
+            table[layer, column] = problem.measure(schedule, discard=False).distortion
+    problem.table = np.maximum.accumulate(table, axis=1)  # removing more is never better; what looks so is noise
+    return problem.table
+
+
+def solve(problem: Problem, table: np.ndarray) -> Schedule:
+    """The schedule of least predicted distortion within the budget, exact up to the rounding of costs.
+
+    Raises:
+        ConfigError: the budget is out of reach.
+    """
+    space = problem.space
+    num_tokens, depth, step = space.shape.num_prunable, space.shape.depth, space.costs.step
+    stride = max(1, num_tokens // 200)
+    counts = [*range(num_tokens, 0, -stride)]
+    unit = (space.budget - space.costs.fixed) / BINS
+    best = np.full((len(counts), BINS + 1), np.inf)
+    best[0, 0] = 0.0
+    choices = []
+    for layer in range(depth):
+        new, choice = np.full_like(best, np.inf), np.full(best.shape, -1, np.int16)
+        for i, entering in enumerate(counts):
+            if not np.isfinite(best[i]).any():
+                continue
+            fewest = space.fewest(layer, entering)
+            for j in range(i, len(counts)):
+                if counts[j] < fewest:
+                    break
+                bins = int(np.ceil(step(layer, entering, counts[j]) / unit))
+                if bins > BINS:
+                    continue
+                value = best[i, : BINS + 1 - bins] + step_distortion(table[layer], entering, counts[j], num_tokens)
+                target = new[j, bins:]
+                better = value < target
+                target[better] = value[better]
+                choice[j, bins:][better] = i
+        best = new
+        choices.append(choice)
+    if not np.isfinite(best).any():
+        raise ConfigError(f"budget {space.budget:.4g} is out of reach of {space.config.method} on this model")
+    j, used = (int(index) for index in np.unravel_index(np.argmin(best), best.shape))
+    found = [counts[j]]
+    for layer in reversed(range(depth)):
+        i = int(choices[layer][j, used])
+        used -= int(np.ceil(step(layer, counts[i], counts[j]) / unit))
+        found.append(counts[i])
+        j = i
+    return tuple(reversed(found[:-1]))
+
+
+def step_distortion(row: np.ndarray, entering: int, left: int, num_tokens: int) -> float:
+    """D(1 - left / entering) · num_tokens / entering, between the measured fractions linear, beyond them growing on."""
+    fraction = 1 - left / entering
+    if fraction <= FRACTIONS[-1]:
+        value = float(np.interp(fraction, (0.0, *FRACTIONS), row))
+    else:  # from the last two: as a power of the part that stays
+        growth = np.log(max(row[-1], 1e-12) / max(row[-2], 1e-12)) / np.log((1 - FRACTIONS[-2]) / (1 - FRACTIONS[-1]))
+        value = float(max(row[-1], 1e-12) * ((1 - FRACTIONS[-1]) / max(1 - fraction, 1e-3)) ** max(growth, 1.0))
+    return value * num_tokens / entering
+
+
+def additivity(problem: Problem, table: np.ndarray) -> dict[str, float]:
+    """How well the supposition predicts the schedules that were measured whole: rank correlation and mean ratio."""
+    num_tokens = problem.space.shape.num_prunable
+    measured, expected = [], []
+    for trial in problem.trials:
+        steps = [(a, b) for a, b in pairwise((num_tokens, *trial.schedule))]
+        if sum(a > b for a, b in steps) > 1 and not trial.discarded:
+            measured.append(trial.distortion)
+            expected.append(sum(step_distortion(table[layer], a, b, num_tokens) for layer, (a, b) in enumerate(steps)))
+    if len(measured) < 3:
+        return {"schedules": len(measured)}
+    ranks = np.array([np.argsort(np.argsort(values)) for values in (measured, expected)], float)
+    ratio = float(np.exp(np.mean(np.log(np.array(measured) / np.array(expected)))))
+    return {"schedules": len(measured), "spearman": float(np.corrcoef(ranks)[0, 1]), "measured_over_predicted": ratio}
+
+
+def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60, start: Schedule | None = None) -> Trial:
+    """Move removed tokens from one layer to another and keep what is better, in ever smaller moves.
+
+    Args:
+        start: None: as many in every layer.
+    """
+    space, rng = problem.space, np.random.default_rng(seed)
+    num_tokens, depth = space.shape.num_prunable, space.shape.depth
+    current = start or space.within([1.0] * depth)
+    if current is None:
+        raise ConfigError(f"budget {space.budget:.4g} is out of reach of {space.config.method} on this model")
+    value, size = problem.measure(current, discard=False).distortion, num_tokens / 8
+    for _ in range(trials):
+        removed = [float(a - b) for a, b in pairwise((num_tokens, *current))]
+        source, target = rng.choice(len(space.layers), 2, replace=False)
+        moved = min(removed[source], rng.uniform(1, max(size, 2)))
+        removed[source] -= moved
+        removed[target] += moved
+        candidate = space.within(removed)
+        size *= 0.97
+        if candidate is None or candidate == current:
+            continue
+        trial = problem.measure(candidate)
+        if not trial.discarded and trial.distortion < value:
+            current, value = candidate, trial.distortion
+    return _best(problem)
+
+
+def monte_carlo(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
+    """Measure random schedules within the budget, as Zero-TPrune picks its own."""
+    space, rng = problem.space, np.random.default_rng(seed)
+    found = 0
+    for _ in range(100 * trials):
+        if found == trials:
+            break
+        starts = np.arange(space.shape.depth) >= rng.integers(max(space.shape.depth // 2, 1))
+        weights = rng.random(space.shape.depth) ** 2 * starts
+        tilt = np.linspace(1.0, rng.uniform(0.3, 3.0), space.shape.depth)
+        candidate = space.within(list(weights * tilt))
+        if candidate is not None:
+            problem.measure(candidate)
+            found += 1
+    return _best(problem)
+
+
+def _best(problem: Problem) -> Trial:
+    if problem.best is None:
+        raise ConfigError(f"no schedule within the budget {problem.space.budget:.4g} was found; raise it")
+    return problem.best
+
+
+def with_optuna(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
+    """Let Optuna's tree-structured Parzen estimator propose in which proportions the layers remove tokens.
+
+    Raises:
+        ImportError: Optuna is not installed.
+    """
+    optuna = require("optuna", "optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = problem.space
+
+    def objective(proposal: Any) -> float:
+        weights = [proposal.suggest_float(f"layer {layer}", 0.0, 1.0) for layer in space.layers]
+        candidate = space.within([*weights, 0.0])
+        if candidate is None:
+            raise optuna.TrialPruned
+        return problem.measure(candidate).distortion
+
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    study.enqueue_trial({f"layer {layer}": 1.0 for layer in space.layers})
+    study.optimize(objective, n_trials=trials)
+    return _best(problem)
+
+
+STRATEGIES: dict[str, Callable[..., Trial]] = {
+    "dynamic": dynamic_programming,
+    "coordinate": coordinate_descent,
+    "monte_carlo": monte_carlo,
+    "optuna": with_optuna,
+}

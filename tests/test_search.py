@@ -1,0 +1,358 @@
+"""Searching schedules: what is measured is the model, what is solved is the best, and what stops goes on."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import CLIPModel, ViTForImageClassification
+
+from hf_tokenprune import (
+    ATSConfig,
+    ConfigError,
+    ExactConfig,
+    PruneConfig,
+    PruneStateError,
+    RandomConfig,
+    SalienceMergeConfig,
+    ToMeConfig,
+    UnsupportedModelError,
+    ZeroTPruneConfig,
+    prune,
+    pruned,
+    record,
+)
+from hf_tokenprune.cost import cost
+from hf_tokenprune.engine import find_adapter
+from hf_tokenprune.registry import get_method
+from hf_tokenprune.search import Objective, Problem, SearchResult, Space, latency, search
+from hf_tokenprune.search.latency import latency_costs
+from hf_tokenprune.search.space import Costs, macs_costs
+from hf_tokenprune.search.strategies import STRATEGIES, distortion_table, solve, step_distortion
+
+from .decoder_families import tiny_vlm
+from .families import first_tensor, images, inputs_for, methods_for, refused, snapshot, supported_classes, tiny_model
+
+CLASSIFIERS = [pair for pair in supported_classes() if "ForImageClassification" in pair[1].__name__]
+SEARCHABLE = [name for name in methods_for("vision") if get_method(name).with_counts is not PruneConfig.with_counts]
+BATCHES = [{"pixel_values": pixels} for pixels in images(5).split(2)]
+
+
+def model() -> ViTForImageClassification:
+    return tiny_model("vit", ViTForImageClassification)
+
+
+def kl(dense: Tensor, other: Tensor) -> Tensor:
+    log_p, log_q = dense.double().log_softmax(1), other.double().log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS, ids=lambda pair: pair[1].__name__)
+@pytest.mark.parametrize("stride", [1, 3])
+def test_starting_behind_unchanged_blocks_measures_the_whole_model(family: Any, stride: int) -> None:
+    whole = tiny_model(*family)
+    batches = [inputs_for(whole, pixels) for pixels in images(5).split(2)]
+    before, calls = snapshot(whole), []
+    first = next(m for m in find_adapter(whole).blocks(whole)[0].modules() if isinstance(m, torch.nn.LayerNorm))
+    tokens = 5 * (find_adapter(whole).shape(whole).num_patches + find_adapter(whole).shape(whole).num_protected)
+    objective = Objective(whole, batches, cache_bytes=-(-8 * tokens * 32 * 4 // stride))
+    first.register_forward_hook(lambda *_: calls.append(1))
+    for config in (
+        RandomConfig(layers=(4, 6), keep_ratios=0.5),
+        ToMeConfig(r=5, layers=(5,)),
+        RandomConfig(layers=(0,), keep_ratios=0.5),
+    ):
+        if refused(whole, config):
+            continue
+        calls.clear()
+        found = torch.cat(list(objective.values(config)))
+        starts_at = (config.layers or (0,))[0]
+        assert len(calls) == (0 if starts_at >= stride else len(batches)), "blocks in front are not run again"
+        with torch.no_grad():
+            dense = torch.cat([whole(**batch).logits for batch in batches])
+            with pruned(whole, config):
+                other = torch.cat([whole(**batch).logits for batch in batches])
+        torch.testing.assert_close(found, kl(dense, other), atol=1e-6, rtol=1e-4)
+    first._forward_hooks.clear()
+    assert snapshot(whole) == before
+
+
+def test_a_measurement_that_is_given_up_leaves_the_model_dense() -> None:
+    whole = model()
+    before, objective = snapshot(whole), Objective(whole, BATCHES)
+    running = objective.values(RandomConfig())
+    next(running)
+    running.close()  # type: ignore[attr-defined]
+    assert snapshot(whole) == before
+
+
+def test_goals() -> None:
+    whole = model()
+    with torch.no_grad():
+        dense = whole(images(5)).logits
+        with pruned(whole, RandomConfig(keep_ratios=0.2)):
+            other = whole(images(5)).logits
+    labels = torch.tensor([0, 1, 2, 3, 4])
+    for goal, expected in (
+        ("agreement", dense.argmax(1) != other.argmax(1)),
+        ("accuracy", other.argmax(1) != labels),
+    ):
+        objective = Objective(whole, BATCHES, goal, labels)  # type: ignore[arg-type]
+        found = torch.cat(list(objective.values(RandomConfig(keep_ratios=0.2))))
+        assert torch.equal(found, expected.double())
+    with pytest.raises(ConfigError, match="needs labels"):
+        Objective(whole, BATCHES, "accuracy")
+
+
+# -- the space -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", SEARCHABLE)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_schedule_is_its_config(method: str, seed: int) -> None:
+    """Tokens leave as the schedule says, and cost what the space says."""
+    whole = model()
+    config = get_method(method)()
+    shape = find_adapter(whole).shape(whole)
+    space = Space(config, shape, macs_costs(config, shape), float("inf"))
+    schedule = space.clamped(sorted(np.random.default_rng(seed).uniform(8, 64, shape.depth), reverse=True))
+    found = space.config_of(schedule)
+    assert cost(whole, found).pruned.macs == space.cost(schedule)
+    assert PruneConfig.from_dict(found.to_dict()) == found
+    prune(whole, found)
+    with record(whole) as rec, torch.no_grad():
+        whole(images(1))
+    assert list(rec.tokens.values())[1:] == [count + 1 for count in schedule[:-1]]
+
+
+def test_zero_tprune_keeps_its_share_of_similar_tokens() -> None:
+    whole = model()
+    shape = find_adapter(whole).shape(whole)
+    counts = {1: 50, 4: 30, 6: 20}
+    assert ZeroTPruneConfig(num_similar=0).with_counts(shape, counts).num_similar == (0, 0, 0)
+    only = ZeroTPruneConfig(keep_ratios=1.0, layers=(1,), num_similar=5).with_counts(shape, counts)
+    assert only.num_similar == (14, 20, 10) and only.keep_ratios == (1.0, 1.0, 1.0)
+
+
+# -- the exact solution ----------------------------------------------------------------------------------------------
+
+
+def small_problem(budget: float, fewest_part: float = 0.0) -> Problem:
+    """9 patches, 4 blocks, made-up costs: few enough schedules to try all of them."""
+    shape = replace(find_adapter(model()).shape(model()), depth=4, image_size=(12, 12))
+    config = ToMeConfig() if fewest_part else ATSConfig()
+    space = Space(config, shape, Costs(3.0, lambda layer, a, b: a + 0.5 * b + 0.02 * a * b), budget)
+    problem = Problem.__new__(Problem)
+    problem.space = space
+    return problem
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("merging", [False, True])
+def test_the_solution_is_the_best_of_all_schedules(seed: int, merging: bool) -> None:
+    rng = np.random.default_rng(seed)
+    table = np.cumsum(rng.random((4, 8)) ** 3, axis=1)
+    table[:, 0] = 0
+    problem = small_problem(rng.uniform(38, 55), merging)
+    space = problem.space
+
+    def distortion(schedule: tuple[int, ...]) -> float:
+        return sum(
+            step_distortion(table[layer], a, b, 9) for layer, (a, b) in enumerate(itertools.pairwise((9, *schedule)))
+        )
+
+    possible = [
+        schedule
+        for schedule in itertools.product(range(1, 10), repeat=4)
+        if all(
+            b <= a and b >= space.fewest(layer, a) for layer, (a, b) in enumerate(itertools.pairwise((9, *schedule)))
+        )
+    ]
+    best = min(distortion(schedule) for schedule in possible if space.cost(schedule) <= space.budget)
+    # Costs are rounded up to parts of the budget: nothing that this leaves room for is better.
+    almost = min(distortion(schedule) for schedule in possible if space.cost(schedule) <= space.budget * 0.998)
+    found = solve(problem, table)
+    assert found in possible and space.cost(found) <= space.budget
+    assert best - 1e-9 <= distortion(found) <= almost + 1e-9
+
+
+def test_an_impossible_budget_is_said() -> None:
+    with pytest.raises(ConfigError, match="out of reach of tome"):
+        solve(small_problem(8.0, 0.5), np.zeros((4, 8)))
+
+
+def test_the_distortion_of_a_step() -> None:
+    row = np.array([0, 1, 2, 3, 4, 5, 6, 12.0])  # at 1/32, 1/16, 1/8, 3/16, 1/4, 3/8, 1/2
+    assert step_distortion(row, 64, 64, 64) == 0
+    assert step_distortion(row, 64, 48, 64) == 5.0
+    assert step_distortion(row, 32, 24, 64) == 10.0, "each token that is left stands for two"
+    assert step_distortion(row, 64, 44, 64) == 5.5
+    assert step_distortion(row, 64, 16, 64) > step_distortion(row, 64, 32, 64) == 12.0
+
+
+def test_the_table_is_of_single_layers() -> None:
+    whole = model()
+    config = ToMeConfig()
+    shape = find_adapter(whole).shape(whole)
+    problem = Problem(Space(config, shape, macs_costs(config, shape), 1e9), Objective(whole, BATCHES))
+    table = distortion_table(problem)
+    assert table.shape == (8, 8) and (table[-1] == 0).all(), "nothing is behind the last block"
+    with torch.no_grad():
+        dense = whole(images(5)).logits
+        with pruned(whole, ToMeConfig(r=32, layers=(3,))):
+            other = whole(images(5)).logits
+    assert table[3, -1] >= float(kl(dense, other).mean()) - 1e-9, "rising along a row"
+    assert table[3, -1] == pytest.approx(max(trial.distortion for trial in problem.trials[21:28]))
+
+
+# -- searches --------------------------------------------------------------------------------------------------------
+
+
+def run(strategy: str = "dynamic", **options: Any) -> SearchResult:
+    whole = options.pop("model", None) or model()
+    dense = cost(whole).dense.macs
+    options = {"macs": 0.7 * dense, "trials": 6, **options}
+    return search(whole, options.pop("config", SalienceMergeConfig()), BATCHES, strategy=strategy, **options)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_search_stays_within_its_budget_and_is_no_worse_than_the_rule_where_it_starts_there(strategy: str) -> None:
+    if strategy == "optuna":
+        pytest.importorskip("optuna")
+    whole = model()
+    before = snapshot(whole)
+    result = run(strategy, model=whole)
+    assert snapshot(whole) == before
+    assert cost(whole, result.config).pruned.macs == result.cost <= result.budget
+    assert result.rule is not None and result.distortion <= result.rule[1]
+    again = torch.cat(list(Objective(whole, BATCHES).values(result.config)))
+    assert result.distortion == pytest.approx(float(again.mean()), abs=1e-9), "what is reported is what is there"
+    assert run(strategy).config == result.config, "the same seed"
+    json.dumps(result.to_dict())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_search_ends_as_an_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
+    if strategy == "optuna":
+        pytest.importorskip("optuna")
+    whole_search, seen = run(strategy), []
+
+    def stop(trial: Any) -> None:
+        seen.append(trial)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    journal = tmp_path / "journal.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(strategy, journal=journal, on_trial=stop)
+    with journal.open("a") as file:
+        file.write('{"key": "half a li')  # stopped while writing
+        file.write("\n")
+    resumed = run(strategy, journal=journal)
+    assert resumed.config == whole_search.config and resumed.trials == whole_search.trials
+    assert 0 < resumed.measured < whole_search.measured
+    assert run(strategy, journal=journal).measured == 0
+
+
+def test_hopeless_candidates_are_given_up() -> None:
+    whole = model()
+    config = RandomConfig()
+    shape = find_adapter(whole).shape(whole)
+    problem = Problem(Space(config, shape, macs_costs(config, shape), float("inf")), Objective(whole, BATCHES))
+    good = problem.measure((64,) * 6 + (60, 60))
+    bad = problem.measure((2,) * 8)
+    assert not good.discarded and bad.discarded and problem.best == good
+    assert problem.measure((2,) * 8, discard=False).discarded is False
+
+
+def test_clip_is_searched_by_what_it_says_of_classes() -> None:
+    clip = tiny_model("clip", CLIPModel)
+    classes = torch.nn.functional.normalize(torch.randn(4, 512, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+    def logits(batch: Any) -> Tensor:
+        features = clip.get_image_features(**batch).pooler_output
+        return 20 * torch.nn.functional.normalize(features, dim=-1) @ classes.T
+
+    config = ToMeConfig()
+    if refused(clip, config):
+        pytest.skip("blocks take no keyword arguments in this version of Transformers")
+    result = search(clip, config, BATCHES, macs=0.7 * cost(clip).dense.macs, run=logits)
+    with torch.no_grad():
+        dense = logits({"pixel_values": images(5)})
+        with pruned(clip, result.config):
+            other = logits({"pixel_values": images(5)})
+    assert result.distortion == pytest.approx(float(kl(dense, other).mean()), rel=1e-4)
+
+
+def test_what_search_refuses() -> None:
+    whole, macs = model(), 0.7 * cost(model()).dense.macs
+    with pytest.raises(ConfigError, match="one of macs, seconds and speedup, got none"):
+        search(whole, ToMeConfig(), BATCHES)
+    with pytest.raises(ConfigError, match="got macs, speedup"):
+        search(whole, ToMeConfig(), BATCHES, macs=macs, speedup=2.0)
+    with pytest.raises(ConfigError, match="expected less than the dense"):
+        search(whole, ToMeConfig(), BATCHES, macs=1e12)
+    with pytest.raises(ConfigError, match="expected one of dynamic, coordinate"):
+        search(whole, ToMeConfig(), BATCHES, macs=macs, strategy="guess")
+    with pytest.raises(ConfigError, match="exact has no schedule"):
+        search(whole, ExactConfig(), BATCHES, macs=macs)
+    with pytest.raises(ConfigError, match="batches is empty"):
+        search(whole, ToMeConfig(), [], macs=macs)
+    with pytest.raises(ConfigError, match="out of reach"):
+        search(whole, ToMeConfig(), BATCHES, macs=0.05 * macs)
+    with pytest.raises(PruneStateError, match="unprune"):
+        search(prune(model(), ToMeConfig()), ToMeConfig(), BATCHES, macs=macs)
+    llava = tiny_vlm("llava")
+    with pytest.raises(UnsupportedModelError, match="for_budget"):
+        search(llava, ToMeConfig(), BATCHES, macs=macs)
+
+
+# -- a budget in seconds ---------------------------------------------------------------------------------------------
+
+
+def work(forward: Any) -> float:
+    """Multiply-adds instead of seconds: a clock that does not depend on the machine."""
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    kernel = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    # A counter does not look into inference mode.
+    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=kernel) as counter:
+        forward()
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("config", [RandomConfig(), RandomConfig(where="queries"), ATSConfig()], ids=str)
+def test_a_sum_over_blocks_is_the_whole(config: PruneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "seconds", work)
+    whole = model()
+    shape = find_adapter(whole).shape(whole)
+    costs = latency_costs(whole, config, batch_size=3, rounds=1)
+    space = Space(config, shape, costs, float("inf"))
+    schedule = (64, 50, 50, 40, 20, 20, 11, 11)
+    with pruned(whole, space.config_of(schedule)):
+        found = work(lambda: whole(images(3)))
+    # Between two timed lengths a block is taken as linear; attention is not quite.
+    assert space.cost(schedule) == pytest.approx(found, rel=0.02)
+    assert first_tensor(whole(images(1))).shape == (1, 5)
+
+
+def test_a_search_for_time_meets_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "seconds", work)
+    whole = model()
+    result = search(whole, RandomConfig(), BATCHES, speedup=1.5, latency_batch_size=2)
+    dense = work(lambda: whole(images(2)))
+    with pruned(whole, result.config):
+        assert work(lambda: whole(images(2))) <= 1.03 * dense / 1.5
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        latency_costs(whole, RandomConfig(), 0)
