@@ -212,22 +212,27 @@ def compare(
 @readable_errors
 def search(
     model: ModelArg,
-    images: ImagesArg,
     out: Annotated[Path, typer.Option(help="Folder for prune_config.json, search.json and the journal.")],
     method: Annotated[str, typer.Option("--method", "-m", help="Whose schedule to search; see `list`.")],
+    images: Annotated[str | None, typer.Argument(help="As for `eval`; labels are not needed.")] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="No images: make them from the classifier.")] = False,
     set_: SetOpt = None,
     gmacs: Annotated[float | None, typer.Option("--gmacs", "-g", help="Budget in GMACs an image.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Budget: so many times faster, measured here.")] = None,
     milliseconds: Annotated[
         float | None, typer.Option("--ms", help="Budget: a forward of --latency-batch images.")
     ] = None,
-    latency_batch: Annotated[int, typer.Option(min=1, help="Images a forward, for --speedup and --ms.")] = 1,
+    latency_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images a forward, for --speedup and --ms. Default: 1.")
+    ] = None,
     strategy: Annotated[str, typer.Option(help="dynamic, coordinate, monte_carlo or optuna.")] = "dynamic",
     goal: Annotated[str, typer.Option(help="kl, agreement, or accuracy (needs labels).")] = "kl",
-    trials: Annotated[int | None, typer.Option(min=0, help="Schedules to measure; dynamic: after its table.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=0, help="Schedules to measure: 100; dynamic, after its table: 30.")
+    ] = None,
     seed: int = 0,
     split: SplitOpt = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many images, evenly spread.")] = 300,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many images, evenly spread; or so many made.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
     class_names: ClassNamesOpt = None,
     device: DeviceOpt = "cpu",
@@ -242,6 +247,8 @@ def search(
     check_vision(model, "search")
     if goal not in ("kl", "agreement", "accuracy"):
         raise ConfigError(f"goal={goal!r}: expected kl, agreement or accuracy")
+    if (images is None) != synthetic:
+        raise ConfigError("give IMAGES to search on, or --synthetic for images made from the model, one of the two")
     config = PruneConfig.for_method(method, **parse_fields(set_ or []))
     budget = {
         "macs": gmacs and gmacs * 1e9,

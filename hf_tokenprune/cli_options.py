@@ -28,7 +28,12 @@ MacsOpt = Annotated[
     typer.Option("--gmacs", "-g", help="Scale the schedule to at most so many GMACs an image (prefill)."),
 ]
 ConfigOpt = Annotated[
-    list[str] | None, typer.Option("--prune-config", "-c", help="prune_config.json: file, folder or Hub repository.")
+    list[str] | None,
+    typer.Option(
+        "--prune-config",
+        "-c",
+        help="prune_config.json (file, folder, Hub), or a preset: method/model@budget.",
+    ),
 ]
 TextTokensOpt = Annotated[
     int | None,
@@ -89,6 +94,9 @@ def configs_for(
         raise ConfigError(f"--set {fields[0]} has no effect without --method")
     chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
     for source in prune_configs or []:
+        if "@" in source:  # in no name on the Hub, in every preset's
+            chosen[source] = PruneConfig.preset(source)
+            continue
         file = Path(source)
         short = file.parent.name if file.name == CONFIG_NAME else file.stem
         chosen[source if not short or short in chosen else short] = PruneConfig.from_pretrained(source)

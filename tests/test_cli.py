@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, AutoProcessor, LlavaConfig
 from typer.testing import CliRunner, Result
 
-from hf_tokenprune import RandomConfig, from_pretrained, list_adapters, list_methods, record
+from hf_tokenprune import PruneConfig, RandomConfig, from_pretrained, list_adapters, list_methods, record
 from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
 
@@ -276,3 +276,49 @@ def test_eval_of_clip_is_zero_shot(tmp_path: Path) -> None:
     refused = run("eval", DIGITS, tmp_path / "images", "-m", "uniform", "--class-names", names)
     assert refused.exit_code == 1
     assert "--class-names has no effect" in refused.output
+
+
+def test_search_finds_a_config_on_images_and_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+    command = ("search", DIGITS, folder, "--out", tmp_path / "found", "-m", "salience_merge", "-g", 0.13)
+    options = ("--limit", 10, "--batch-size", 5, "--strategy", "coordinate", "--trials", 3)
+    data = json.loads(ok(*command, *options, "--json"))
+    assert data["cost"] <= data["budget"] == 0.13e9 and data["settings"]["inputs"] == 10 and data["measured"] > 0
+    written = json.loads((tmp_path / "found" / "search.json").read_text())
+    assert written == data
+    assert PruneConfig.from_pretrained(tmp_path / "found").to_dict() == data["config"]
+    again = json.loads(ok(*command, *options, "--json"))
+    assert again["config"] == data["config"] and again["measured"] == 0
+    text = ok(*command, *options)
+    assert "the rule of salience_merge at this budget: kl" in text and "GMACs (budget 0.130)" in text
+    evaluated = json.loads(ok("eval", DIGITS, folder, "-c", tmp_path / "found", "--json"))
+    assert [row["name"] for row in evaluated["rows"]] == ["dense", "found"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "give one of macs, seconds and speedup, got none"),
+        (("-g", 0.1, "--ms", 5), "got macs, seconds"),
+        (("-g", 0.1, "--goal", "speed"), "goal='speed': expected kl, agreement or accuracy"),
+        (("-g", 0.1, "--strategy", "guess"), "strategy='guess': expected one of dynamic"),
+        (("-g", 0.1, "-s", "exact_last=true"), "no field 'exact_last'"),
+        (("-g", 0.1, "--latency-batch", 8), "latency_batch_size=8 has no effect"),
+        (("-g", 0.1, "--synthetic"), "one of the two"),
+    ],
+)
+def test_mistakes_of_a_search(folder: Path, tmp_path: Path, options: tuple, words: str) -> None:
+    result = run("search", DIGITS, folder, "--out", tmp_path / "out", "-m", "tome", "--limit", 4, *options)
+    assert result.exit_code == 1 and words in result.output
+
+
+def test_search_without_images(tmp_path: Path) -> None:
+    options = ("--out", tmp_path, "-m", "tome", "-g", 0.13, "--limit", 6, "--strategy", "monte_carlo", "--trials", 2)
+    data = json.loads(ok("search", DIGITS, "--synthetic", *options, "--json"))
+    assert data["settings"]["inputs"] == 6 and data["cost"] <= 0.13e9
+    result = run("search", DIGITS, *options)
+    assert result.exit_code == 1 and "give IMAGES to search on" in result.output
+
+
+def test_a_preset_by_name() -> None:
+    data = json.loads(ok("info", DIGITS, "-c", "salience_merge/deit-base@12g", "--json"))
+    assert "salience_merge/deit-base@12g" in data

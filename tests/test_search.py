@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import CLIPModel, ViTForImageClassification
+from transformers import CLIPModel, ViTForImageClassification, ViTModel
 
 from hf_tokenprune import (
     ATSConfig,
@@ -29,12 +29,14 @@ from hf_tokenprune import (
     record,
 )
 from hf_tokenprune.cost import cost
+from hf_tokenprune.demo.digits import MODEL_DIR
 from hf_tokenprune.engine import find_adapter
 from hf_tokenprune.registry import get_method
 from hf_tokenprune.search import Objective, Problem, SearchResult, Space, latency, search
 from hf_tokenprune.search.latency import latency_costs
 from hf_tokenprune.search.space import Costs, macs_costs
 from hf_tokenprune.search.strategies import STRATEGIES, distortion_table, solve, step_distortion
+from hf_tokenprune.search.synthetic import pink_noise, synthesize
 
 from .decoder_families import tiny_vlm
 from .families import first_tensor, images, inputs_for, methods_for, refused, snapshot, supported_classes, tiny_model
@@ -314,6 +316,38 @@ def test_what_search_refuses() -> None:
     llava = tiny_vlm("llava")
     with pytest.raises(UnsupportedModelError, match="for_budget"):
         search(llava, ToMeConfig(), BATCHES, macs=macs)
+
+
+# -- inputs without images -------------------------------------------------------------------------------------------
+
+
+def test_made_images_are_what_the_model_is_sure_of() -> None:
+    digits = ViTForImageClassification.from_pretrained(MODEL_DIR).train()
+    before, weights = snapshot(digits), [p.clone() for p in digits.parameters()]
+    size = find_adapter(digits).shape(digits)
+    noise = pink_noise(6, size.num_channels, size.image_size, torch.Generator().manual_seed(3))
+    made = synthesize(digits, 6, seed=3, batch_size=4)
+    assert [len(batch["pixel_values"]) for batch in made] == [4, 2]
+    assert snapshot(digits) == before and digits.training
+    assert all(torch.equal(a, b) for a, b in zip(digits.parameters(), weights, strict=True))
+    assert all(p.requires_grad and p.grad is None for p in digits.parameters())
+    pixels = torch.cat([batch["pixel_values"] for batch in made])
+    with torch.no_grad():
+        sure, unsure = (digits.eval()(x).logits.softmax(1).amax(1).mean() for x in (pixels, noise))
+    assert sure > unsure
+    again = torch.cat([batch["pixel_values"] for batch in synthesize(digits, 6, seed=3, batch_size=4)])
+    assert torch.equal(again, pixels)
+    with pytest.raises(UnsupportedModelError, match="has no classes"):
+        synthesize(tiny_model("vit", ViTModel), 2, steps=1)
+
+
+def test_noise_has_the_spectrum_of_images() -> None:
+    """Amplitudes fall with 1 / frequency: twice the frequency, half the amplitude."""
+    pixels = pink_noise(64, 3, (64, 64), torch.Generator().manual_seed(0))
+    assert pixels.mean().abs() < 1e-5 and pixels.std((2, 3)).sub(1).abs().max() < 1e-4
+    amplitude = torch.fft.fft2(pixels).abs().mean((0, 1))[0]
+    assert float(amplitude[4] / amplitude[8]) == pytest.approx(2, rel=0.1)
+    assert float(amplitude[8] / amplitude[16]) == pytest.approx(2, rel=0.1)
 
 
 # -- a budget in seconds ---------------------------------------------------------------------------------------------

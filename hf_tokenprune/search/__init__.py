@@ -74,7 +74,7 @@ def search(
     run: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     seed: int = 0,
     trials: int | None = None,
-    latency_batch_size: int = 1,
+    latency_batch_size: int | None = None,
     journal: Path | None = None,
     on_start: Callable[[int, float], None] = lambda evaluations, seconds: None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
@@ -86,14 +86,14 @@ def search(
         config: method and every field but the schedule.
         batches: inputs of the model, on its device; they need no labels.
         macs: budget of one image in multiply-adds.
-        seconds: budget of a forward of ``latency_batch_size`` images on this machine; see ``latency``.
+        seconds: budget of a forward of ``latency_batch_size`` images (None: 1) on this machine; see ``latency``.
         speedup: the same as the dense model's time over the budget. Exactly one of the three.
         strategy: "dynamic" (programming over each layer's own distortion, then coordinate descent for ``trials``),
             "coordinate" (descent), "monte_carlo", or "optuna" (an extra).
         goal: "kl", "agreement" or "accuracy", which needs ``labels``.
         run: what maps a batch to (B, C) logits; None: the ``logits`` of the model.
         seed: of strategies that draw; the same seed gives the same config.
-        trials: schedules to measure (after the table, for "dynamic"); None: 0 for "dynamic", else 100.
+        trials: schedules to measure (after the table, for "dynamic"); None: 30 for "dynamic", else 100.
         journal: file of measurements: a search that is interrupted goes on where it was.
         on_start: told how many evaluations are coming, and about how many seconds they take.
         on_trial: told every measurement.
@@ -117,6 +117,8 @@ def search(
     given = [name for name, value in (("macs", macs), ("seconds", seconds), ("speedup", speedup)) if value is not None]
     if len(given) != 1:
         raise ConfigError(f"give one of macs, seconds and speedup, got {', '.join(given) or 'none'}")
+    if macs is not None and latency_batch_size is not None:
+        raise ConfigError(f"latency_batch_size={latency_batch_size} has no effect on a budget of macs; leave it out")
     if not batches:
         raise ConfigError("batches is empty: give inputs to search on")
     adapter.check(model, plan(config, shape), **options(config))
@@ -125,7 +127,7 @@ def search(
     except NotImplementedError as error:
         raise ConfigError(f"{error}; give a method whose counts are free, such as 'salience_merge'") from error
     with eval_mode(model):
-        costs = macs_costs(config, shape) if macs else latency_costs(model, config, latency_batch_size)
+        costs = macs_costs(config, shape) if macs else latency_costs(model, config, latency_batch_size or 1)
         everything = Space(config, shape, costs, float("inf"))
         dense = everything.cost((shape.num_prunable,) * shape.depth)
         budget = macs or seconds or dense / (speedup or 1.0)
@@ -134,7 +136,7 @@ def search(
         space = Space(config, shape, costs, budget)
         objective = Objective(model, batches, goal, labels, run)
         problem = Problem(space, objective, journal, on_trial)
-        count = trials if trials is not None else 0 if strategy == "dynamic" else 100
+        count = trials if trials is not None else 30 if strategy == "dynamic" else 100
         on_start(*_estimate(space, objective, strategy, count))
         rule = _rule(problem)
         best = STRATEGIES[strategy](problem, seed, count)
