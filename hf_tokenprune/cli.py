@@ -175,7 +175,8 @@ def compare(
 ) -> None:
     """Methods side by side at equal work (-g): accuracy, KL and measured speed, as table (CSV, Markdown) and picture.
 
-    Without --method and --prune-config: every method that fits the model.
+    Without --method and --prune-config: every method that fits the model. Configs that are given without budgets
+    compare as they are: `search` writes such.
     """
     from .benchmark import benchmark
     from .compare import Comparison, every_method
@@ -185,7 +186,7 @@ def compare(
     check_vision(model, "compare")
     new_folder(out)
     require("matplotlib", "plot")
-    if not gmacs:
+    if not gmacs and (method or not prune_config):
         raise ConfigError("methods compare at equal work: give budgets with --gmacs, such as -g 1.0 -g 0.85")
     accelerator = require("accelerate").Accelerator()
     dataset = load_images(images, limit=limit, split=split)
@@ -193,7 +194,7 @@ def compare(
     if method or prune_config:
         variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
     else:
-        variants = every_method(loaded, gmacs)
+        variants = every_method(loaded, gmacs or [])
     accuracy = paired_report(model, loaded, dataset, variants, class_names, batch_size, accelerator, not as_json)
     loaded.to(accelerator.device).eval()
     timing: dict[str, Any] = {}

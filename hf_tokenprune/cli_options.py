@@ -94,7 +94,7 @@ def configs_for(
         raise ConfigError(f"--set {fields[0]} has no effect without --method")
     chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
     for source in prune_configs or []:
-        if "@" in source:  # in no name on the Hub, in every preset's
+        if "@" in source and not Path(source).exists():  # in no name on the Hub, in every preset's
             chosen[source] = PruneConfig.preset(source)
             continue
         file = Path(source)
