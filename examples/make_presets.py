@@ -1,8 +1,8 @@
 """How the presets of the package are made: by rule from sizes alone, and from the results of `hf-tokenprune search`.
 
-    python examples/make_presets.py hf_tokenprune/presets/presets.json --searched deit-tiny=SEARCH_FOLDER ...
+    python examples/make_presets.py PRESETS_JSON --searched deit-tiny=FOLDER --searched ... --on "which images"
 
-A search folder is what `hf-tokenprune search MODEL IMAGES --out SEARCH_FOLDER` wrote.
+A folder is what `hf-tokenprune search MODEL IMAGES --out FOLDER` wrote.
 """
 
 import argparse
@@ -81,12 +81,13 @@ def by_rule() -> dict[str, dict]:
     return presets
 
 
-def searched(shape: str, folder: Path) -> tuple[str, dict]:
+def searched(shape: str, folder: Path, images: str) -> tuple[str, dict]:
     """The preset of a search, under the name of its budget."""
     report = json.loads((folder / "search.json").read_text(encoding="utf-8"))
     config = PruneConfig.from_dict(report["config"])
     provenance = {
         "source": "searched",
+        "on": images,
         **report["settings"],
         "gmacs": round(report["cost"] / 1e9, 4),
         "distortion": report["distortion"],
@@ -100,13 +101,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--searched", action="append", default=[], help="SHAPE=FOLDER of a search; may be repeated")
+    parser.add_argument("--on", default="", help="what the searches saw; goes into the provenance")
     arguments = parser.parse_args()
     presets = by_rule()
     for name, (config, source) in PUBLISHED.items():
         presets[name] = {"config": config.to_dict(), "provenance": {"source": "published", "from": source}}
     for item in arguments.searched:
         shape, _, folder = item.partition("=")
-        name, entry = searched(shape, Path(folder))
+        name, entry = searched(shape, Path(folder), arguments.on)
         presets[name] = entry
     arguments.out.write_text(json.dumps(presets, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"{len(presets)} presets in {arguments.out}")
