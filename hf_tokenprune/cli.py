@@ -252,8 +252,8 @@ def search(
         raise ConfigError("give IMAGES to search on, or --synthetic for images made from the model, one of the two")
     config = PruneConfig.for_method(method, **parse_fields(set_ or []))
     budget = {
-        "macs": gmacs and gmacs * 1e9,
-        "seconds": milliseconds and milliseconds / 1000,
+        "macs": None if gmacs is None else gmacs * 1e9,
+        "seconds": None if milliseconds is None else milliseconds / 1000,
         "speedup": speedup,
     }
     loaded = load_dense(model, device).eval()

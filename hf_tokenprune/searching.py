@@ -59,7 +59,6 @@ def search_images(
             path, model, load_images(images, limit=limit, split=split), batch_size, class_names
         )
     count = sum(len(next(iter(batch.values()))) for batch in batches)
-    out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(desc=f"search {config.method}", unit="evaluation", disable=not progress)
 
     def start(evaluations: int, seconds: float) -> None:

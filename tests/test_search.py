@@ -33,6 +33,7 @@ from hf_tokenprune.demo.digits import MODEL_DIR
 from hf_tokenprune.engine import find_adapter
 from hf_tokenprune.registry import get_method
 from hf_tokenprune.search import Objective, Problem, SearchResult, Space, latency, search
+from hf_tokenprune.search.journal import Journal
 from hf_tokenprune.search.latency import latency_costs
 from hf_tokenprune.search.space import Costs, macs_costs
 from hf_tokenprune.search.strategies import STRATEGIES, distortion_table, solve, step_distortion
@@ -301,7 +302,7 @@ def test_what_search_refuses() -> None:
         search(whole, ToMeConfig(), BATCHES)
     with pytest.raises(ConfigError, match="got macs, speedup"):
         search(whole, ToMeConfig(), BATCHES, macs=macs, speedup=2.0)
-    with pytest.raises(ConfigError, match="expected less than the dense"):
+    with pytest.raises(ConfigError, match="more than 0 and less than the dense"):
         search(whole, ToMeConfig(), BATCHES, macs=1e12)
     with pytest.raises(ConfigError, match="expected one of dynamic, coordinate"):
         search(whole, ToMeConfig(), BATCHES, macs=macs, strategy="guess")
@@ -371,7 +372,7 @@ def test_a_sum_over_blocks_is_the_whole(config: PruneConfig, monkeypatch: pytest
     monkeypatch.setattr(latency, "seconds", work)
     whole = model()
     shape = find_adapter(whole).shape(whole)
-    costs = latency_costs(whole, config, batch_size=3, rounds=1)
+    costs = latency_costs(whole, config, batch_size=3, journal=Journal(), rounds=1)
     space = Space(config, shape, costs, float("inf"))
     schedule = (64, 50, 50, 40, 20, 20, 11, 11)
     with pruned(whole, space.config_of(schedule)):
@@ -381,12 +382,21 @@ def test_a_sum_over_blocks_is_the_whole(config: PruneConfig, monkeypatch: pytest
     assert first_tensor(whole(images(1))).shape == (1, 5)
 
 
-def test_a_search_for_time_meets_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_for_time_meets_its_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(latency, "seconds", work)
     whole = model()
     result = search(whole, RandomConfig(), BATCHES, speedup=1.5, latency_batch_size=2)
     dense = work(lambda: whole(images(2)))
     with pruned(whole, result.config):
         assert work(lambda: whole(images(2))) <= 1.03 * dense / 1.5
+
+    def slower(forward: Any) -> float:
+        return 2 * work(forward)
+
+    journal = tmp_path / "journal.jsonl"
+    first = search(whole, RandomConfig(), BATCHES, speedup=1.5, trials=0, journal=journal)
+    monkeypatch.setattr(latency, "seconds", slower)
+    again = search(whole, RandomConfig(), BATCHES, speedup=1.5, trials=0, journal=journal)
+    assert again.budget == first.budget and again.config == first.config, "times are read back too"
     with pytest.raises(ConfigError, match="batch_size=0"):
-        latency_costs(whole, RandomConfig(), 0)
+        latency_costs(whole, RandomConfig(), 0, Journal())

@@ -18,6 +18,7 @@ from ..cost import weakest
 from ..engine import ConfigLike, as_config, counts, current_config, find_adapter, options, plan
 from ..errors import ConfigError, PruneStateError, UnsupportedModelError
 from ..evaluation.loop import eval_mode
+from .journal import Journal
 from .latency import latency_costs
 from .objective import Goal, Objective
 from .problem import Problem, Trial
@@ -127,15 +128,23 @@ def search(
     except NotImplementedError as error:
         raise ConfigError(f"{error}; give a method whose counts are free, such as 'salience_merge'") from error
     with eval_mode(model):
-        costs = macs_costs(config, shape) if macs else latency_costs(model, config, latency_batch_size or 1)
+        notes = Journal(journal)
+        if macs is not None:
+            costs = macs_costs(config, shape)
+        else:
+            costs = latency_costs(model, config, 1 if latency_batch_size is None else latency_batch_size, notes)
         everything = Space(config, shape, costs, float("inf"))
         dense = everything.cost((shape.num_prunable,) * shape.depth)
-        budget = macs or seconds or dense / (speedup or 1.0)
+        budget = next(value for value in (macs, seconds, speedup) if value is not None)
+        if speedup is not None:
+            budget = dense / speedup if speedup > 0 else 0.0
         if not 0 < budget < dense:
-            raise ConfigError(f"{given[0]} means a budget of {budget:.4g}: expected less than the dense {dense:.4g}")
+            raise ConfigError(
+                f"{given[0]} means a budget of {budget:.4g}: expected more than 0 and less than the dense {dense:.4g}"
+            )
         space = Space(config, shape, costs, budget)
         objective = Objective(model, batches, goal, labels, run)
-        problem = Problem(space, objective, journal, on_trial)
+        problem = Problem(space, objective, notes, on_trial)
         count = trials if trials is not None else 30 if strategy == "dynamic" else 100
         on_start(*_estimate(space, objective, strategy, count))
         rule = _rule(problem)

@@ -7,8 +7,10 @@ method's decision, which is what one pruned forward takes longer than the sum.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +21,7 @@ from ..config import PruneConfig
 from ..engine import counts, find_adapter, plan, pruned
 from ..errors import ConfigError
 from ..timing import seconds, settings
+from .journal import Journal
 from .space import Costs, macs_costs
 
 PARTS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)
@@ -26,39 +29,28 @@ PARTS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)
 WARMUP = 2
 
 
-def latency_costs(
-    model: Any, config: PruneConfig, batch_size: int, rounds: int = 9, threads: int | None = None
-) -> Costs:
+def latency_costs(model: Any, config: PruneConfig, batch_size: int, journal: Journal, rounds: int = 9) -> Costs:
     """Seconds of one forward of ``batch_size`` images through a dense model, which is left as it was.
 
     Args:
         config: whose method decides, and whose schedule shows how long that takes.
+        journal: has the times, or gets them: a search that is started again has the budget it had.
         rounds: of every measurement; medians count.
-        threads: CPU threads for the measurement; None: as they are.
 
     Raises:
         ConfigError: a count below 1, or a config that does not fit the model.
     """
-    for name, value in (("batch_size", batch_size), ("rounds", rounds), ("threads", threads or 1)):
+    for name, value in (("batch_size", batch_size), ("rounds", rounds)):
         if value < 1:
             raise ConfigError(f"{name}={value}: expected at least 1")
     adapter = find_adapter(model)
     shape, parameter = adapter.shape(model), next(model.parameters())
     macs, num_patches = macs_costs(config, shape), shape.num_patches
-    block = adapter.blocks(model)[shape.depth // 2]
     lengths = sorted({max(1, round(part * num_patches)) for part in PARTS})
-
-    def random(*size: int) -> torch.Tensor:
-        return torch.randn(batch_size, *size).to(parameter.device, parameter.dtype)
-
-    inputs = adapter.image_inputs(model, random(shape.num_channels, *shape.image_size))
-    run = getattr(model, "get_image_features", model)
-    with settings(model, threads):
-        states = [random(length + shape.num_protected, shape.width) for length in lengths]
-        of_block = [_median(lambda x=x: block(x), rounds) for x in states]  # type: ignore[misc]
-        whole = _median(lambda: run(**inputs), rounds)
-        with pruned(model, config):
-            measured = _median(lambda: run(**inputs), rounds)
+    key = json.dumps(["seconds", batch_size, rounds, str(parameter.device), str(parameter.dtype), config.to_dict()])
+    if not journal.read(key):
+        journal.write(key, _times(model, config, batch_size, lengths, rounds))
+    whole, measured, *of_block = journal.read(key)
 
     def without_decision(layer: int, entering: int, left: int) -> float:
         full = float(np.interp(entering, lengths, of_block))
@@ -72,6 +64,25 @@ def latency_costs(
     expected = fixed + sum(without_decision(layer, a, b) for layer, (a, b) in enumerate(pairwise(left)))
     decision = max(0.0, measured - expected) / len(stages)
     return Costs(fixed, lambda layer, a, b: without_decision(layer, a, b) + (decision if b < a else 0.0))
+
+
+def _times(model: Any, config: PruneConfig, batch_size: int, lengths: list[int], rounds: int) -> list[float]:
+    """Seconds of the dense model, of the pruned one, and of a block with each number of prunable tokens."""
+    adapter, parameter = find_adapter(model), next(model.parameters())
+    shape = adapter.shape(model)
+    block, run = adapter.blocks(model)[shape.depth // 2], getattr(model, "get_image_features", model)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(batch_size, *size).to(parameter.device, parameter.dtype)
+
+    inputs = adapter.image_inputs(model, random(shape.num_channels, *shape.image_size))
+    with settings(model, None):
+        states = [random(length + shape.num_protected, shape.width) for length in lengths]
+        of_block = [_median(partial(block, each), rounds) for each in states]
+        whole = _median(partial(run, **inputs), rounds)
+        with pruned(model, config):
+            measured = _median(partial(run, **inputs), rounds)
+    return [whole, measured, *of_block]
 
 
 def _median(run: Callable[[], Any], rounds: int) -> float:

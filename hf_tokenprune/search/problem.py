@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from ..config import PruneConfig
+from .journal import Journal
 from .objective import Objective
 from .space import Schedule, Space
 
@@ -39,34 +39,22 @@ class Trial:
 
 @dataclass
 class Problem:
-    """Measures schedules, at most once each.
-
-    With a ``journal``, a file of JSON lines, measurements survive: a search that was interrupted and is started again
-    with the same arguments reads what it would measure, and so ends where it would have.
-    """
+    """Measures schedules, each at most once; what the journal has is read."""
 
     space: Space
     objective: Objective
-    journal: Path | None = None
+    journal: Journal = field(default_factory=Journal)
     on_trial: Callable[[Trial], None] = lambda trial: None
     trials: list[Trial] = field(default_factory=list)
     measured: int = 0
     """Trials that were run and not read."""
     table: np.ndarray | None = None
     """Distortions of single layers, where a strategy measures them."""
-    _known: dict[str, list[float]] = field(default_factory=dict)
     _inputs: str = ""
 
     def __post_init__(self) -> None:
         # What the dense model says of the inputs stands for both.
         self._inputs = hashlib.sha256(self.objective.dense.numpy().tobytes()).hexdigest()[:16]
-        if self.journal is not None and self.journal.exists():
-            for line in self.journal.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._known[entry["key"]] = entry["values"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # the line that was being written when the search was stopped
 
     @property
     def best(self) -> Trial | None:
@@ -97,7 +85,7 @@ class Problem:
     def _values(self, config: PruneConfig, reference: list[float] | None) -> list[float]:
         """Weighted mean distortion of each batch, as far as it was run."""
         key = self._key(config)
-        known = self._known.get(key, [])
+        known = self.journal.read(key)
         sizes, mean_size = self.objective.sizes, self.objective.n / len(self.objective.sizes)
 
         def hopeless(values: list[float]) -> bool:
@@ -121,10 +109,7 @@ class Problem:
         finally:
             running.close()  # type: ignore[attr-defined]
         self.measured += 1
-        self._known[key] = values
-        if self.journal is not None:
-            with self.journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "values": values}) + "\n")
+        self.journal.write(key, values)
         return values
 
     def _key(self, config: PruneConfig) -> str:
