@@ -98,7 +98,7 @@ def configs_for(
             chosen[source] = PruneConfig.preset(source)
             continue
         file = Path(source)
-        short = file.parent.name if file.name == CONFIG_NAME else file.stem
+        short = file.parent.name if file.name == CONFIG_NAME else file.stem if file.is_file() else file.name
         chosen[source if not short or short in chosen else short] = PruneConfig.from_pretrained(source)
     if not chosen:
         own = choose_config(path, None, getattr(model.config, "prune_config", None), {})
