@@ -63,7 +63,8 @@ def search_images(
 
     def start(evaluations: int, seconds: float) -> None:
         bar.reset(total=evaluations)
-        bar.write(f"{evaluations} evaluations on {count} images, about {seconds / 60:.1f} minutes")
+        time = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+        bar.write(f"{evaluations} evaluations on {count} images, about {time}")
 
     with bar:
         result = search(
