@@ -13,6 +13,7 @@ import typer
 from .cli_options import (
     ClassNamesOpt,
     ConfigOpt,
+    DataArg,
     DeviceOpt,
     ImagesArg,
     JsonOpt,
@@ -21,13 +22,17 @@ from .cli_options import (
     MethodOpt,
     ModelArg,
     NewTokensOpt,
+    PromptOpt,
     SetOpt,
     SplitOpt,
     TextTokensOpt,
     ThreadsOpt,
+    answers_report,
+    check_effect,
     check_vision,
     configs_for,
     empty_model,
+    kind_of,
     load_dense,
     new_folder,
     paired_report,
@@ -125,34 +130,48 @@ def apply(
 @readable_errors
 def evaluate(
     model: ModelArg,
-    images: ImagesArg,
+    data: DataArg,
     method: MethodOpt = None,
     set_: SetOpt = None,
     gmacs: MacsOpt = None,
     prune_config: ConfigOpt = None,
     split: SplitOpt = None,
     limit: LimitOpt = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 32; with a decoder 8.")] = None,
     class_names: ClassNamesOpt = None,
+    prompt: PromptOpt = None,
+    new_tokens: NewTokensOpt = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Accuracy of the dense and the pruned model on the same images, with 95 % intervals; zero-shot for CLIP.
 
-    Runs on the device accelerate chooses; for several: `accelerate launch --multi_gpu -m hf_tokenprune.cli eval ...`.
+    Of a vision-language model: exact match of its answers. Runs on the device accelerate chooses; for several:
+    `accelerate launch --multi_gpu -m hf_tokenprune.cli eval ...`.
     """
-    from .evaluation import load_images
+    from .evaluation import load_images, load_questions
     from .evaluation.optional import require
 
-    check_vision(model, "eval")
+    decoder = kind_of(empty_model(model)) != "vision"
+    check_effect(
+        decoder, {"--class-names": class_names} if decoder else {"--prompt": prompt, "--new-tokens": new_tokens}
+    )
     accelerator = require("accelerate").Accelerator()
-    dataset = load_images(images, limit=limit, split=split)
+    dataset = (load_questions if decoder else load_images)(data, limit=limit, split=split)
     loaded = load_dense(model, "cpu")
-    variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
-    report = paired_report(model, loaded, dataset, variants, class_names, batch_size, accelerator, not as_json)
+    chosen = partial(configs_for, loaded, model, method, set_, gmacs, prune_config)
+    report: Any
+    if decoder:
+        settings = (prompt, new_tokens, batch_size or 8, accelerator, not as_json)
+        report, variants = answers_report(model, loaded, dataset, chosen, *settings)
+    else:
+        variants = chosen()
+        report = paired_report(
+            model, loaded, dataset, variants, class_names, batch_size or 32, accelerator, not as_json
+        )
     if accelerator.is_main_process:
-        data = {**report.to_dict(), "configs": {name: config.to_dict() for name, config in variants.items()}}
-        show(as_json, data, report.to_markdown() if markdown else report.summary())
+        configs = {name: config.to_dict() for name, config in variants.items()}
+        show(as_json, {**report.to_dict(), "configs": configs}, report.to_markdown() if markdown else report.summary())
 
 
 @app.command()

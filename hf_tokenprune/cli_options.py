@@ -45,6 +45,19 @@ NewTokensOpt = Annotated[
 ImagesArg = Annotated[
     str, typer.Argument(help="Folder with labels.csv, folder of class folders, or a datasets repository.")
 ]
+DataArg = Annotated[
+    str,
+    typer.Argument(
+        help="Images: folder with labels.csv, folder of class folders, or a datasets repository. For vision-language "
+        "models: folder with questions.jsonl, or a datasets repository with image, question, answer."
+    ),
+]
+PromptOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="Vision-language models: text with {} where the question goes. Default: the processor's chat template."
+    ),
+]
 SplitOpt = Annotated[str | None, typer.Option(help="Split of a dataset, or subfolder.")]
 LimitOpt = Annotated[int | None, typer.Option(help="At most so many images, evenly spread.", min=1)]
 ClassNamesOpt = Annotated[
@@ -199,6 +212,47 @@ def paired_report(
     return evaluate_paired(model, images, load_processor(path), arms, **settings)
 
 
+def answers_report(
+    path: str,
+    model: Any,
+    questions: Any,
+    chosen: Callable[[int], dict[str, PruneConfig]],
+    prompt: str | None,
+    new_tokens: int | None,
+    batch_size: int,
+    accelerator: Any,
+    progress: bool,
+) -> tuple[Any, dict[str, PruneConfig]]:
+    """A vision-language model as it is, and pruned by the configs that ``chosen`` gives for a number of text tokens, on
+    the same questions; and these configs."""
+    from functools import partial
+
+    from transformers import AutoProcessor
+
+    from .cost import cost
+    from .engine import pruned
+    from .evaluation import evaluate_answers, mean_text_tokens
+
+    processor = AutoProcessor.from_pretrained(path)
+    text_tokens = mean_text_tokens(model, questions, processor, prompt)
+    variants = chosen(text_tokens)
+    macs = {name: float(cost(model, config, text_tokens=text_tokens).pruned.macs) for name, config in variants.items()}
+    dense = float(cost(model, text_tokens=text_tokens).dense.macs)
+    report = evaluate_answers(
+        model,
+        questions,
+        processor,
+        {name: partial(pruned, model, config) for name, config in variants.items()},
+        macs={"dense": dense, **macs},
+        batch_size=batch_size,
+        max_new_tokens=32 if new_tokens is None else new_tokens,
+        prompt=prompt,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    return report, variants
+
+
 def check_vision(path: str, command: str) -> None:
     """Raise TokenPruneError for a vision-language model, which ``command`` is not about."""
     if kind_of(empty_model(path)) != "vision":
@@ -206,6 +260,14 @@ def check_vision(path: str, command: str) -> None:
             f"{path!r} is a vision-language model, and {command} measures image classification; `info` tells what "
             "pruning it saves, `bench` how fast it gets"
         )
+
+
+def check_effect(is_decoder: bool, options: dict[str, Any]) -> None:
+    """Raise ConfigError for options that do nothing for this kind of model."""
+    for option, value in options.items():
+        if value is not None:
+            kind = "a vision-language model" if is_decoder else "a model that answers no questions"
+            raise ConfigError(f"{option} has no effect on {kind}; leave it out")
 
 
 def kind_of(model: Any) -> str:

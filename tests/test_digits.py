@@ -57,7 +57,7 @@ def test_spread_moves_the_digit():
 def test_unknown_split_and_missing_sklearn_say_what_to_do(monkeypatch):
     with pytest.raises(DataError, match="'train' or 'test'"):
         load_digits_split("validation")
-    digits._originals.cache_clear()
+    digits.originals.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=re.escape("pip install hf-tokenprune[demo]")):
         load_digits_split("test")

@@ -57,13 +57,13 @@ def load_digits_split(split: Literal["train", "test"], seed: int = 0, spread: fl
     """
     if split not in ("train", "test"):
         raise DataError(f"split is {split!r}; it must be 'train' or 'test'.")
-    digits, labels, train, test = _originals()
+    digits, labels, train, test = originals()
     rows = train if split == "train" else test
     return DigitCanvases(digits[rows], labels[rows].tolist(), rows.tolist(), seed, spread)
 
 
 @cache
-def _originals() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def originals() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Digits (1797, 8, 8), labels (1797,), and the rows of the train and of the test split."""
     try:
         from sklearn.datasets import load_digits
@@ -83,33 +83,31 @@ def render(digit8x8: np.ndarray, rng: np.random.Generator, spread: float = 1.0) 
     """
     size = rng.uniform(24, 36)
     centre = CANVAS / 2 + spread * rng.uniform(-1, 1, size=2) * (CANVAS - size) / 2
-    ink = _place(digit8x8, size, centre, angle=np.deg2rad(rng.uniform(-10, 10)))
-    canvas = _clutter(rng) * (1 - ink) + rng.uniform(170, 255) * ink
+    ink = place(digit8x8, size, centre, angle=np.deg2rad(rng.uniform(-10, 10)), side=CANVAS)
+    canvas = clutter(rng, CANVAS) * (1 - ink) + rng.uniform(170, 255) * ink
     return Image.fromarray(canvas.astype(np.uint8)).convert("RGB")
 
 
-def _place(digit8x8: np.ndarray, size: float, centre: np.ndarray, angle: float) -> np.ndarray:
-    """Ink (56, 56) in 0..1 of the digit, bicubic, ``size`` pixels tall around ``centre`` (x, y)."""
+def place(digit8x8: np.ndarray, size: float, centre: np.ndarray, angle: float, side: int) -> np.ndarray:
+    """Ink (side, side) in 0..1 of the digit, bicubic, ``size`` pixels tall around ``centre`` (x, y)."""
     padded = np.pad(digit8x8.astype(np.float32) / 16, 2)  # ink that ends at the 8×8 frame fades out
     # PIL asks for the map from canvas to source: turn back and shrink around the two centres.
     cos, sin = np.cos(angle) * 8 / size, np.sin(angle) * 8 / size
     middle = len(padded) / 2
     (x, y) = centre
     affine = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
-    placed = Image.fromarray(padded).transform(
-        (CANVAS, CANVAS), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC
-    )
+    placed = Image.fromarray(padded).transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
     return np.asarray(placed).clip(0, 1)
 
 
-def _clutter(rng: np.random.Generator) -> np.ndarray:
-    """Background (56, 56) in 0..255: soft blotches, ten short strokes, grain; too dim and short for a digit."""
-    blotches = Image.fromarray(rng.uniform(0, 60, (7, 7)).astype(np.float32))
-    canvas = blotches.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+def clutter(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Background (side, side) in 0..255: soft blotches, short strokes, grain; too dim and short for a digit."""
+    blotches = Image.fromarray(rng.uniform(0, 60, (side // 8, side // 8)).astype(np.float32))
+    canvas = blotches.resize((side, side), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
-    for _ in range(10):
-        x, y = rng.uniform(0, CANVAS, size=2)
+    for _ in range(10 * side**2 // CANVAS**2):
+        x, y = rng.uniform(0, side, size=2)
         length, angle = rng.uniform(3, 9), rng.uniform(0, np.pi)
         end = (x + length * np.cos(angle), y + length * np.sin(angle))
         draw.line([(x, y), end], fill=rng.uniform(50, 110), width=int(rng.integers(1, 3)))
-    return (np.asarray(canvas) + rng.normal(0, 6, (CANVAS, CANVAS))).clip(0, 255)
+    return (np.asarray(canvas) + rng.normal(0, 6, (side, side))).clip(0, 255)

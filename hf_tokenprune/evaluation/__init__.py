@@ -1,4 +1,4 @@
-"""Evaluate classifiers and two-tower models, dense and pruned: takes any model and knows no method.
+"""Evaluate classifiers, two-tower and vision-language models, dense and pruned: takes any model and knows no method.
 
 Importing this needs torch and Pillow alone; `evaluate`, `datasets` and `accelerate` (``pip install
 "hf-tokenprune[eval]"``) are imported by what uses them.
@@ -6,11 +6,21 @@ Importing this needs torch and Pillow alone; `evaluate`, `datasets` and `acceler
 
 from typing import TYPE_CHECKING, Any
 
+from hf_tokenprune.evaluation.answers import (
+    Answers,
+    AnswersReport,
+    AnswersRow,
+    ExactMatch,
+    collect_answers,
+    evaluate_answers,
+    mean_text_tokens,
+)
 from hf_tokenprune.evaluation.data import load_images
 from hf_tokenprune.evaluation.images import ImageDataset
 from hf_tokenprune.evaluation.loop import Logits, collect_logits
 from hf_tokenprune.evaluation.preprocess import PreprocessedImages
 from hf_tokenprune.evaluation.processor import load_processor
+from hf_tokenprune.evaluation.questions import QuestionDataset, is_right, load_questions
 from hf_tokenprune.evaluation.report import PairedReport, PairedRow, evaluate_paired
 from hf_tokenprune.evaluation.retrieval import Recall, RetrievalReport, RetrievalRow, evaluate_retrieval
 from hf_tokenprune.evaluation.scores import (
@@ -28,25 +38,35 @@ if TYPE_CHECKING:
     from hf_tokenprune.evaluation.metric import TokenPruningMetric
 
 __all__ = [
+    "Answers",
+    "AnswersReport",
+    "AnswersRow",
+    "ExactMatch",
     "ImageDataset",
     "Logits",
     "PairedReport",
     "PairedRow",
     "PreprocessedImages",
+    "QuestionDataset",
     "Recall",
     "RetrievalReport",
     "RetrievalRow",
     "TokenPruningMetric",
     "agreement",
+    "collect_answers",
     "collect_logits",
     "compute_metrics",
+    "evaluate_answers",
     "evaluate_paired",
     "evaluate_retrieval",
     "evaluate_zero_shot",
+    "is_right",
     "kl_divergence",
     "load_images",
     "load_processor",
+    "load_questions",
     "mean_interval",
+    "mean_text_tokens",
     "paired_interval",
     "summarize",
     "topk_correct",

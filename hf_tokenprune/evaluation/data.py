@@ -67,23 +67,28 @@ def _from_path(
         if split is None and (folder / "labels.csv").is_file():
             return from_csv(folder, label_column)
         if any(next(folder.glob(pattern), None) for pattern in _DATASET_FILES):
-            return _from_dataset(_load_dataset(str(folder), split), None, image_column, label_column)
+            return _from_dataset(load_dataset(str(folder), split), None, image_column, label_column)
         if split is not None:
             raise DataError(f"{folder} has no subfolder {split!r} for split={split!r}; leave split out, or name one")
         return from_folder(folder, label_column)
     if folder.exists():
         raise DataError(f"{folder} is a file; give the folder it is in")
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return _from_dataset(_load_dataset(source, split), None, image_column, label_column)
+        return _from_dataset(load_dataset(source, split), None, image_column, label_column)
     raise DataError(f"the folder {folder} does not exist; check the path (working directory: {Path.cwd()})")
 
 
-def _load_dataset(path: str, split: str | None) -> Any:
+def load_dataset(path: str, split: str | None) -> Any:
+    """One split of a `datasets` dataset, from a folder or the Hub.
+
+    Raises:
+        DataError: no such dataset or split. ImportError: the package `datasets` is not installed.
+    """
     datasets = require("datasets")
     try:
         if any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # save_to_disk wrote it
-            return _one_split(datasets.load_from_disk(path), split)
-        return _one_split(datasets.load_dataset(path, split=split), None)
+            return one_split(datasets.load_from_disk(path), split)
+        return one_split(datasets.load_dataset(path, split=split), None)
     except DataError:
         raise
     except Exception as error:  # no network, no such dataset, no such split, unknown files: each has its own type
@@ -95,7 +100,12 @@ def _load_dataset(path: str, split: str | None) -> Any:
         ) from error
 
 
-def _one_split(dataset: Any, split: str | None) -> Any:
+def one_split(dataset: Any, split: str | None) -> Any:
+    """The split of a ``DatasetDict`` that is named, or its only one; a ``Dataset`` is one already.
+
+    Raises:
+        DataError: no such split, or several and none named.
+    """
     if not isinstance(dataset, Mapping):
         if split is not None:
             raise DataError(f"split={split!r} was given, but the dataset is a single split already; leave split out")
@@ -110,7 +120,7 @@ def _one_split(dataset: Any, split: str | None) -> Any:
 
 
 def _from_dataset(source: Any, split: str | None, image_column: str, label_column: str | None) -> ImageDataset:
-    dataset = _one_split(source, split)
+    dataset = one_split(source, split)
     if not hasattr(dataset, "__len__"):
         raise DataError("a streaming dataset has no length; load it with streaming=False")
     for column, argument in ((image_column, "image_column"), (label_column, "label_column")):

@@ -95,13 +95,13 @@ def collect_logits(
     with eval_mode(model), torch.inference_mode(), accelerator.autocast():
         bar = tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process))
         for step, batch in enumerate(bar):
-            inputs = _in_dtype_of(model, batch["inputs"])
+            inputs = in_dtype_of(model, batch["inputs"])
             if step == 0:
                 images.check_labels(_forward(model, inputs).shape[1])
-            _synchronize(accelerator.device)
+            synchronize(accelerator.device)
             start = time.perf_counter()
             logits = _forward(model, inputs)
-            _synchronize(accelerator.device)
+            synchronize(accelerator.device)
             seconds += time.perf_counter() - start
             # Drops what was repeated to give every process a full last batch.
             logits, label = accelerator.gather_for_metrics((logits.float(), batch["labels"]))
@@ -152,11 +152,13 @@ def _device(model: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in model.parameters()), None)
 
 
-def _in_dtype_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def in_dtype_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs with floats in the dtype of the model's weights."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a device, so that a clock sees what it did."""
     if device.type != "cpu":  # kernels run behind the clock's back
         torch.accelerator.synchronize(device)

@@ -1,0 +1,182 @@
+"""Train the packaged mini-CLIP from scratch: a stock CLIPModel on captioned mosaics of handwritten digits.
+
+    python examples/train_mini_clip.py --output-dir demo_output/mini_clip
+
+Interrupted? Add --resume to go on from the last checkpoint, to the same weights.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mosaic_sources import PICTURES, clip_processor, save_half
+from recipe import Training, sine_positions
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+from hf_tokenprune.demo.mosaics import EMPTY, GRID, PATCH, SIDE, Mosaic, Mosaics, Pictures
+from hf_tokenprune.demo.questions import POSITIONS, caption, words
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("demo_output/mini_clip"))
+    parser.add_argument("--pictures", choices=PICTURES, default="digits")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--warmup", type=float, default=0.05, help="part of the steps")
+    parser.add_argument("--every", type=int, default=200, help="steps between tests and checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside the output folder")
+    return parser.parse_args()
+
+
+def build_model(processor: CLIPProcessor) -> CLIPModel:
+    """Vision tower of width 128 and 6 layers, text tower of width 96 and 3 layers."""
+    tokenizer = processor.tokenizer
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(
+        vision_config={
+            **{"image_size": SIDE, "patch_size": PATCH, "hidden_size": 128, "intermediate_size": 384},
+            **{"num_hidden_layers": 6, "num_attention_heads": 4, "hidden_act": "quick_gelu"},
+        },
+        text_config={
+            **{"vocab_size": len(tokenizer), "max_position_embeddings": 16, "hidden_size": 96},
+            **{"intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3},
+            **{"pad_token_id": tokenizer.pad_token_id, **special},
+        },
+        projection_dim=64,
+    )
+    # Eager: on CPU the backward pass of SDPA costs more than the whole rest of so narrow a model.
+    model = CLIPModel._from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if "layers." in name and parameter.ndim == 2:
+            # The usual scale is for wide models; at this width it leaves a plateau of many epochs.
+            nn.init.normal_(parameter, std=0.06)
+    with torch.no_grad():
+        positions = sine_positions(SIDE // PATCH, 128)
+        model.vision_model.embeddings.position_embedding.weight[1:] = positions
+    return model
+
+
+class PatchLabels(nn.Module):
+    """Token labelling (Jiang et al. 2021, LV-ViT): what every patch should know, read by heads that are thrown away.
+
+    CLS alone is too thin a signal to learn to see from 1437 digits.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.picture = nn.Linear(width, num_classes + 1)
+        self.cell = nn.Linear(width, GRID**2 + 1)
+        self.centre = nn.Linear(width, 2)
+
+    def forward(self, states: Tensor, mosaics: list[Mosaic]) -> Tensor:
+        """Mean of three cross-entropies; ``states`` are (B, 256, width)."""
+        states = self.norm(states)
+        loss = torch.zeros((), device=states.device)
+        for head, targets in zip((self.picture, self.cell, self.centre), patch_targets(mosaics), strict=True):
+            logits = head(states).flatten(0, 1).float()
+            weight = torch.ones(logits.shape[1], device=states.device)
+            weight[-1] = 0.1  # most patches are background: with full weight the pictures go under
+            nothing = logits.shape[1] - 1
+            target = torch.where(targets == EMPTY, nothing, targets).flatten().to(states.device)
+            loss = loss + F.cross_entropy(logits, target, weight)
+        return loss
+
+
+def patch_targets(mosaics: list[Mosaic]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each patch (B, 256): class of the picture on it, its cell, and 0 if a picture has its centre there."""
+    side = SIDE // PATCH
+    pixels = (np.arange(side) + 0.5) * PATCH
+    picture, cells, centre = (np.full((len(mosaics), side, side), EMPTY) for _ in range(3))
+    for i, mosaic in enumerate(mosaics):
+        labels = np.array([*mosaic.cells, EMPTY])  # the last is what EMPTY, -1, points at
+        picture[i] = labels[mosaic.covered]
+        columns, rows = (np.floor((pixels - start) / mosaic.cell_side) for start in mosaic.corner)
+        inside = [(lines >= 0) & (lines < GRID) for lines in (rows, columns)]
+        grid = rows[:, None] * GRID + columns[None]
+        cells[i] = np.where(inside[0][:, None] & inside[1][None], grid, EMPTY)
+        for x, y in mosaic.centres.values():
+            centre[i, int(y / PATCH), int(x / PATCH)] = 0
+    return tuple(torch.from_numpy(part).flatten(1) for part in (picture, cells, centre))  # type: ignore[return-value]
+
+
+def contrastive(logits: Tensor, fits: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy, where a caption may fit several images and all count (Yang et al. 2022, UniCL).
+
+    Args:
+        logits: (B images, B captions).
+        fits: (B, B) bool, True on the diagonal.
+    """
+    losses = []
+    for scores, targets in ((logits, fits.float()), (logits.T, fits.T.float())):
+        targets = targets / targets.sum(1, keepdim=True)
+        losses.append(-(targets * scores.log_softmax(1)).sum(1).mean())
+    return (losses[0] + losses[1]) / 2
+
+
+@torch.inference_mode()
+def zero_shot(model: CLIPModel, processor: CLIPProcessor, pictures: Pictures, n: int = 400) -> dict[str, float]:
+    """Accuracy by prompt on mosaics of one picture: which class, and where."""
+    model.eval()
+    mosaics = list(Mosaics(pictures, n, single=True))
+    pixels = processor.image_processor([mosaic.image for mosaic in mosaics], return_tensors="pt").pixel_values
+    images = torch.cat([model.get_image_features(pixel_values=part).pooler_output for part in pixels.split(100)])
+    found = {}
+    for name, texts, labels in (
+        ("class", [f"the {name}" for name in pictures.names], [max(m.cells) for m in mosaics]),
+        ("position", [f"something at the {p}" for p in POSITIONS], [int(np.argmax(m.cells)) for m in mosaics]),
+    ):
+        tokens = processor(text=texts, padding=True, return_tensors="pt")
+        classes = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+        found[name] = float(((images @ classes.T).argmax(1) == torch.tensor(labels)).float().mean())
+    return found
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    train, test = PICTURES[args.pictures]("train"), PICTURES[args.pictures]("test")
+    processor = clip_processor(words(train))
+    model = build_model(processor)
+    heads = PatchLabels(model.config.vision_config.hidden_size, len(train.names))
+    path = args.output_dir.with_name(args.output_dir.name + "_training")
+    training = Training(
+        nn.ModuleList([model, heads]), path, args.steps, args.lr, args.weight_decay, args.warmup, args.resume
+    )
+
+    def losses(step: int) -> dict[str, Tensor]:
+        model.train()
+        seed = 1 + step + 1_000_000 * args.seed  # of test mosaics it is 0
+        half = args.batch_size // 2
+        mosaics = [*Mosaics(train, half, seed), *Mosaics(train, args.batch_size - half, seed + 500_000, single=True)]
+        rng = np.random.default_rng(seed)
+        captions = [caption(mosaic.cells, train, rng) for mosaic in mosaics]
+        fits = torch.tensor([[text.fits(mosaic.cells) for text in captions] for mosaic in mosaics])
+        inputs = processor(
+            text=[c.text for c in captions], images=[m.image for m in mosaics], padding=True, return_tensors="pt"
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            vision = model.vision_model(pixel_values=inputs.pixel_values, output_hidden_states=True)
+            image = model.visual_projection(vision.pooler_output)
+            text = model.get_text_features(inputs.input_ids, inputs.attention_mask).pooler_output
+            patches = heads(vision.hidden_states[-2][:, 1:], mosaics)
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        return {"contrastive": contrastive(model.logit_scale.exp() * image @ text.T, fits), "patches": patches}
+
+    for _ in training.run(losses, lambda: zero_shot(model, processor, test), args.every):
+        pass
+    save_half(model, args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    shutil.copy(path.with_suffix(".jsonl"), args.output_dir / "training.jsonl")
+
+
+if __name__ == "__main__":
+    main()

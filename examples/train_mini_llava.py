@@ -1,0 +1,187 @@
+"""Train the packaged mini-LLaVA: a stock LlavaForConditionalGeneration that answers questions about mosaics.
+
+    python examples/train_mini_llava.py --clip demo_output/mini_clip --output-dir demo_output/mini_llava
+
+Its vision tower is the mini-CLIP's, frozen, as in LLaVA. Interrupted? Add --resume to go on from the last
+checkpoint, to the same weights.
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mosaic_sources import PICTURES, llava_processor, save_half
+from recipe import Training
+from torch import Tensor, nn
+from transformers import CLIPModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from hf_tokenprune.demo.mosaics import Mosaic, Mosaics, Pictures
+from hf_tokenprune.demo.questions import KINDS, Question, ask, standard_questions, words
+
+IGNORED = -100
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip", type=Path, default=Path("demo_output/mini_clip"))
+    parser.add_argument("--output-dir", type=Path, default=Path("demo_output/mini_llava"))
+    parser.add_argument("--pictures", choices=PICTURES, default="digits")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=16, help="mosaics a step")
+    parser.add_argument("--questions", type=int, default=4, help="of every kind about a mosaic")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--warmup", type=float, default=0.05, help="part of the steps")
+    parser.add_argument("--every", type=int, default=200, help="steps between tests and checkpoints")
+    parser.add_argument("--blind", action="store_true", help="black images: what can be known without seeing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside the output folder")
+    return parser.parse_args()
+
+
+def build_model(clip: CLIPModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """The tower of a CLIP, frozen; a projector and a Llama of width 128 and 8 layers, to be trained."""
+    tokenizer = processor.tokenizer
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = LlamaConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 8},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, **special},
+    )
+    config = LlavaConfig(
+        vision_config=clip.config.vision_config,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        **special,
+    )
+    # Eager: on CPU the backward pass of SDPA costs more than the whole rest of so narrow a model.
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "vision_tower" not in name:
+            nn.init.normal_(parameter, std=0.06)  # the usual scale is for wide models
+    model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    model.generation_config.update(**special)
+    return model
+
+
+class Packed(NamedTuple):
+    """One sequence an image: the image, then all questions about it with their answers; none sees another.
+
+    Attributes:
+        ids, positions, targets: (B, T); a target is the next token of an answer, or `IGNORED`.
+        mask: (B, 1, T, T), added to scores.
+        question: (B, T) number of the question, 0 in the image's part.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    mask: Tensor
+    question: Tensor
+
+
+def pack(processor: LlavaProcessor, questions: Sequence[Sequence[Question]]) -> Packed:
+    """Sequences of the questions (one list an image), as the processor would build each from the chat template."""
+    tokenizer = processor.tokenizer
+    prefix = tokenizer("user : " + "<image>" * 256).input_ids
+    rows = []
+    for asked in questions:
+        ids, positions, targets, number = list(prefix), list(range(len(prefix))), [IGNORED] * len(prefix), []
+        number += [0] * len(prefix)
+        for i, question in enumerate(asked):
+            prompt = tokenizer(f"{question.text} assistant :", add_special_tokens=False).input_ids
+            answer = tokenizer(question.answer, add_special_tokens=False).input_ids
+            ids += prompt + answer
+            targets += [IGNORED] * (len(prompt) - 1) + answer + [tokenizer.eos_token_id]
+            positions += range(len(prefix), len(prefix) + len(prompt) + len(answer))
+            number += [i + 1] * (len(prompt) + len(answer))
+        rows.append((ids, positions, targets, number))
+
+    def tensor(part: int, padding: int) -> Tensor:
+        parts = [torch.tensor(row[part]) for row in rows]
+        return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
+
+    ids, positions, targets, number = tensor(0, 0), tensor(1, 0), tensor(2, IGNORED), tensor(3, -1)
+    T = ids.shape[1]
+    seen = (number[:, None] == 0) | (number[:, None] == number[:, :, None])
+    seen = seen & torch.ones(T, T, dtype=torch.bool).tril()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return Packed(ids, positions, targets, mask[:, None], number)
+
+
+def logits_of(model: LlavaForConditionalGeneration, packed: Packed, pixels: Tensor) -> Tensor:
+    """(B, T, vocabulary), float32."""
+    inner = model.model
+    embeddings = inner.get_input_embeddings()(packed.ids)
+    features = torch.stack(list(inner.get_image_features(pixel_values=pixels).pooler_output))
+    embeddings = embeddings.masked_scatter(
+        (packed.ids == model.config.image_token_id)[..., None], features.to(embeddings.dtype)
+    )
+    states = inner.language_model(
+        inputs_embeds=embeddings, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
+    ).last_hidden_state
+    return model.lm_head(states).float()
+
+
+def pixels_of(processor: LlavaProcessor, mosaics: Sequence[Mosaic], blind: bool) -> Tensor:
+    pixels = processor.image_processor([mosaic.image for mosaic in mosaics], return_tensors="pt").pixel_values
+    return torch.full_like(pixels, -1.0) if blind else pixels
+
+
+@torch.inference_mode()
+def exact_match(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: Pictures, blind: bool, n: int = 200
+) -> dict[str, float]:
+    """Part of the answers that are right word for word, by kind; greedy decoding gives the same."""
+    model.eval()
+    right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    for asked in torch.arange(n).split(20):
+        mosaics = [Mosaics(pictures, n)[int(i)] for i in asked]
+        questions = [standard_questions(int(i), m.cells, pictures) for i, m in zip(asked, mosaics, strict=True)]
+        packed = pack(processor, questions)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = logits_of(model, packed, pixels_of(processor, mosaics, blind))
+        hit = (logits.argmax(-1) == packed.targets) | (packed.targets == IGNORED)
+        for row, of_mosaic in enumerate(questions):
+            for i, question in enumerate(of_mosaic):
+                right[question.kind].append(bool(hit[row][packed.question[row] == i + 1].all()))
+    found = {kind: float(np.mean(hits)) for kind, hits in right.items()}
+    return {"all": float(np.mean(list(found.values()))), **found}
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    train, test = PICTURES[args.pictures]("train"), PICTURES[args.pictures]("test")
+    processor = llava_processor(words(train))
+    model = build_model(CLIPModel.from_pretrained(args.clip, dtype=torch.float32), processor)
+    path = args.output_dir.with_name(args.output_dir.name + "_training")
+    training = Training(model, path, args.steps, args.lr, args.weight_decay, args.warmup, args.resume)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        model.train()
+        seed = 1 + step + 1_000_000 * (1 + args.seed)  # of test mosaics it is 0, of the CLIP's it is below
+        rng = np.random.default_rng(seed)
+        mosaics = list(Mosaics(train, args.batch_size, seed))
+        questions = [[ask(k, m.cells, train, rng) for k in KINDS * args.questions] for m in mosaics]
+        packed = pack(processor, questions)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = logits_of(model, packed, pixels_of(processor, mosaics, args.blind))
+        # By question and not by token: else short answers, which are no easier, would count less.
+        loss = F.cross_entropy(logits.flatten(0, 1), packed.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return {"loss": loss / sum(map(len, questions))}
+
+    for _ in training.run(losses, lambda: exact_match(model, processor, test, args.blind), args.every):
+        pass
+    save_half(model, args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    shutil.copy(path.with_suffix(".jsonl"), args.output_dir / "training.jsonl")
+
+
+if __name__ == "__main__":
+    main()

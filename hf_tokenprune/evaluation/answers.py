@@ -1,0 +1,331 @@
+"""What a vision-language model answers, dense against pruned on the same questions: exact match, kind by kind."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hf_tokenprune.errors import TokenPruneError, UnsupportedModelError
+from hf_tokenprune.evaluation.loop import eval_mode, in_dtype_of, place, synchronize
+from hf_tokenprune.evaluation.optional import require
+from hf_tokenprune.evaluation.questions import AskedSample, QuestionDataset, is_right
+from hf_tokenprune.evaluation.report import DENSE, check_names, paired_difference
+from hf_tokenprune.evaluation.tables import aligned, filled, markdown, number, plain, with_interval
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to n questions, in their order.
+
+    Attributes:
+        texts: answers.
+        seconds: time spent in ``generate``; of the slowest process in a distributed run.
+    """
+
+    texts: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Exact match of one run on the questions of a kind, or on all.
+
+    Attributes:
+        n: number of questions.
+        accuracy: fraction of them answered right; see `is_right`.
+        difference: to the dense run on the same questions, in percentage points; negative is a loss. None for that run.
+        interval: 95 % interval of the difference, in percentage points; see `scores.paired_interval`. Questions about
+            one image count as independent.
+    """
+
+    n: int
+    accuracy: float
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class AnswersRow:
+    """One run. Comparisons of the dense run with itself are None.
+
+    Attributes:
+        name: of the run; the first row is ``"dense"``.
+        overall: all questions.
+        kinds: exact match by kind of question; empty if no question says its kind.
+        agreement: fraction of questions with the same answer as the dense run's, but for case and spaces.
+        questions_per_second: through ``generate``; one pass, so expect some percent of noise.
+        macs: multiply-adds of the prefill of a question, as given by the caller.
+        speed_up: questions_per_second over those of the dense run.
+        ideal_speed_up: MACs of the dense run over those of this one, if both were given.
+    """
+
+    name: str
+    overall: ExactMatch
+    kinds: dict[str, ExactMatch]
+    questions_per_second: float
+    agreement: float | None = None
+    macs: float | None = None
+    speed_up: float | None = None
+    ideal_speed_up: float | None = None
+
+
+@dataclass(frozen=True)
+class AnswersReport:
+    """Rows of a dense and of pruned runs on the same questions, the dense one first.
+
+    Attributes:
+        rows: the runs.
+    """
+
+    rows: tuple[AnswersRow, ...]
+
+    @classmethod
+    def from_answers(
+        cls,
+        questions: QuestionDataset,
+        dense: Answers,
+        runs: Mapping[str, Answers],
+        macs: Mapping[str, float] | None = None,
+    ) -> "AnswersReport":
+        """Compare ``runs`` with ``dense``; ``macs`` of the prefill by name, ``"dense"`` included.
+
+        Raises:
+            TokenPruneError: a run of another number of questions or called "dense", MACs of a run that there is not.
+        """
+        macs = macs or {}
+        check_names(runs, macs)
+        every = {DENSE: dense, **runs}
+        for name, run in every.items():
+            if len(run.texts) != len(questions):
+                raise TokenPruneError(
+                    f"run {name!r} has {len(run.texts)} answers to {len(questions)} questions; all must be answered"
+                )
+        right = {
+            name: torch.tensor([is_right(*pair) for pair in zip(run.texts, questions.answers, strict=True)])
+            for name, run in every.items()
+        }
+        members = {
+            kind: torch.tensor([other == kind for other in questions.kinds])
+            for kind in dict.fromkeys(questions.kinds)
+            if kind is not None
+        }
+
+        def score(name: str, chosen: Tensor | slice) -> ExactMatch:
+            hits = right[name][chosen]
+            accuracy = float(hits.double().mean())
+            if name == DENSE:
+                return ExactMatch(len(hits), accuracy)
+            return ExactMatch(len(hits), accuracy, *paired_difference(right[DENSE][chosen], hits))
+
+        rows = []
+        for name, run in every.items():
+            compared = name != DENSE
+            same = [is_right(text, (other,)) for text, other in zip(run.texts, dense.texts, strict=True)]
+            rows.append(
+                AnswersRow(
+                    name=name,
+                    overall=score(name, slice(None)),
+                    kinds={kind: score(name, chosen) for kind, chosen in members.items()},
+                    questions_per_second=len(questions) / run.seconds,
+                    agreement=sum(same) / len(same) if compared else None,
+                    macs=macs.get(name),
+                    speed_up=dense.seconds / run.seconds if compared else None,
+                    ideal_speed_up=macs[DENSE] / macs[name] if compared and {DENSE, name} <= set(macs) else None,
+                )
+            )
+        return cls(tuple(rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: ``questions`` and ``rows`` with the fields and units of `AnswersRow`."""
+        return {"questions": self.rows[0].overall.n, "rows": [plain(asdict(row)) for row in self.rows]}
+
+    def summary(self) -> str:
+        """The table as plain text, with what it rests on above and below."""
+        return f"{self._caption()}\n\n{aligned(*self._table())}\n\n{_NOTES}"
+
+    def to_markdown(self) -> str:
+        """The same as Markdown."""
+        return f"{self._caption()}\n\n{markdown(*self._table())}\n\n{_NOTES}"
+
+    def _caption(self) -> str:
+        return f"{self.rows[0].overall.n} questions, every run on the same ones. Exact match in %."
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        first = self.rows[0]
+        columns: dict[str, Callable[[AnswersRow], str]] = {
+            "run": lambda row: row.name,
+            "all": lambda row: number(row.overall.accuracy, ".1f", 100),
+            "vs dense": lambda row: with_interval(row.overall.difference, row.overall.interval, "+.1f"),
+        }
+        cells = {title: [cell(row) for row in self.rows] for title, cell in columns.items()}
+        for kind in first.kinds:
+            cells[kind] = [number(row.kinds[kind].accuracy, ".1f", 100) for row in self.rows]
+        columns = {
+            "agreement %": lambda row: number(row.agreement, ".1f", 100),
+            "GMACs": lambda row: number(row.macs, ".3f", 1e-9),
+            "questions/s": lambda row: number(row.questions_per_second, ".1f"),
+            "speed-up": lambda row: number(row.speed_up, ".2f"),
+            "ideal": lambda row: number(row.ideal_speed_up, ".2f"),
+        }
+        return filled(cells | {title: [cell(row) for row in self.rows] for title, cell in columns.items()})
+
+
+_NOTES = (
+    "[ ]: 95 % interval of the difference in percentage points, Bonett-Price for paired proportions. GMACs and ideal: "
+    "prefill. questions/s: generate() only, one pass."
+)
+
+
+def evaluate_answers(
+    model: nn.Module,
+    questions: QuestionDataset,
+    processor: Any,
+    variants: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    macs: Mapping[str, float] | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    prompt: str | None = None,
+    accelerator: Any = None,
+    progress: bool = True,
+) -> AnswersReport:
+    """Ask a vision-language model as it is, then within each variant, the same questions.
+
+    Args:
+        variants: name -> function that makes a context manager, in which ``model`` is changed: for example
+            ``{"DivPrune": lambda: pruned(model, config)}``.
+        macs: multiply-adds of the prefill of ``"dense"`` and of the variants; any may be left out.
+
+    The other arguments are those of `collect_answers`.
+
+    Raises:
+        TokenPruneError: see `AnswersReport.from_answers`; names are checked before anything runs. And what
+            `collect_answers` raises.
+    """
+    check_names(variants, macs or {})
+
+    def run(name: str) -> Answers:
+        return collect_answers(
+            model, questions, processor, batch_size, max_new_tokens, prompt, accelerator, progress, desc=name
+        )
+
+    dense, runs = run(DENSE), {}
+    for name, variant in variants.items():
+        with variant():
+            runs[name] = run(name)
+    return AnswersReport.from_answers(questions, dense, runs, macs)
+
+
+def collect_answers(
+    model: nn.Module,
+    questions: QuestionDataset,
+    processor: Any,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    prompt: str | None = None,
+    accelerator: Any = None,
+    progress: bool = True,
+    desc: str = "answer",
+) -> Answers:
+    """Greedy answers of a vision-language model to all questions, in left-padded batches, on every process.
+
+    The model runs in eval mode without gradients, in its own dtype, on the accelerator's device, where it stays; the
+    training flags of its modules are put back. The first batch runs once more, untimed, before the clock starts.
+
+    Args:
+        model: has ``generate``.
+        questions: what `load_questions` returns.
+        processor: of the model, for images and texts: ``AutoProcessor.from_pretrained``.
+        batch_size: questions per call of ``generate`` and process.
+        max_new_tokens: of an answer.
+        prompt: text with ``{}`` where the question goes and the model's image token; None: the processor's chat
+            template, as one user turn.
+        accelerator: an ``accelerate.Accelerator``; None makes one, which follows ``accelerate launch``.
+        progress: show a bar on the main process.
+        desc: what the bar calls this run.
+
+    Raises:
+        DataError: an image cannot be decoded; the message names it.
+        TokenPruneError: a processor without a chat template and no ``prompt``, or one without ``{}``.
+        UnsupportedModelError: the model does not generate.
+        ImportError: `accelerate` is not installed.
+    """
+    accelerate = require("accelerate")
+    if not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no generate(); load it with AutoModelForImageTextToText"
+        )
+    prompt_of = _prompts(processor, prompt)
+    accelerator = accelerator or accelerate.Accelerator()
+
+    def collate(samples: Sequence[AskedSample]) -> Any:
+        return processor(
+            images=[sample["image"] for sample in samples],
+            text=[prompt_of(sample["question"]) for sample in samples],
+            padding=True,
+            padding_side="left",  # every prompt ends where its answer begins
+            return_tensors="pt",
+        )
+
+    loader = accelerate.data_loader.prepare_data_loader(
+        DataLoader(questions, batch_size=batch_size, collate_fn=collate),
+        device=accelerator.device,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        put_on_device=True,
+    )
+    place(model, accelerator)
+    texts: list[str] = []
+    seconds = 0.0
+
+    def generate(inputs: dict[str, Tensor]) -> Tensor:
+        return model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False
+        )
+
+    with eval_mode(model), torch.inference_mode(), accelerator.autocast():
+        bar = tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process))
+        for step, batch in enumerate(bar):
+            inputs = in_dtype_of(model, dict(batch))
+            if step == 0:
+                generate(inputs)
+            synchronize(accelerator.device)
+            start = time.perf_counter()
+            tokens = generate(inputs)
+            synchronize(accelerator.device)
+            seconds += time.perf_counter() - start
+            answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            # Drops what was repeated to give every process a full last batch.
+            texts += accelerator.gather_for_metrics([text.strip() for text in answers], use_gather_object=True)
+        slowest = accelerator.gather(torch.tensor([seconds], device=accelerator.device)).max()
+    return Answers(tuple(texts), float(slowest))
+
+
+def mean_text_tokens(model: Any, questions: QuestionDataset, processor: Any, prompt: str | None = None) -> int:
+    """Mean number of tokens of the prompts besides those of the image, rounded; for ``cost(..., text_tokens=...)``."""
+    prompt_of, image = _prompts(processor, prompt), model.config.image_token_id
+    ids = processor.tokenizer([prompt_of(question) for question in questions.questions]).input_ids
+    return round(sum(sum(token != image for token in row) for row in ids) / len(ids))
+
+
+def _prompts(processor: Any, prompt: str | None) -> Callable[[str], str]:
+    if prompt is not None:
+        if "{}" not in prompt:
+            raise TokenPruneError(f"prompt {prompt!r} has no {{}}; put it where the question goes")
+        return lambda question: prompt.replace("{}", question)
+    if getattr(processor, "chat_template", None) is None:
+        raise TokenPruneError(
+            f"{type(processor).__name__} has no chat template; give prompt, such as 'USER: <image>\\n{{}} ASSISTANT:'"
+        )
+
+    def ask(question: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        turn = [{"role": "user", "content": content}]
+        return str(processor.apply_chat_template(turn, add_generation_prompt=True))
+
+    return ask
