@@ -43,6 +43,8 @@ class PruneConfig:
     method: ClassVar[str] = ""
     prunes: ClassVar[frozenset[str]] = frozenset({"vision"})
     """What the method works on: "vision" encoders, the "decoder" of vision-language models, or both."""
+    one_stage: ClassVar[bool] = False
+    """Whether tokens leave at a single place, so that a budget decides how many."""
 
     def __post_init__(self) -> None:
         if not self.method:
@@ -74,8 +76,23 @@ class PruneConfig:
         return self.scaled(strength)
 
     def with_counts(self: C, shape: Any, counts: Mapping[int, int]) -> C:
-        """The same method with ``counts[layer]`` prunable tokens left at each of these layers, and all at others."""
+        """The same method with ``counts[place]`` prunable tokens of one image left at each place, and all at others.
+
+        Args:
+            counts: at least one place of :meth:`search_places` with its count, in the order of the places.
+        """
         raise NotImplementedError(f"{self.method} has no schedule that could be searched")
+
+    def search_places(self, shape: Any) -> tuple[int, ...]:
+        """Where a search may let tokens leave, ascending: layers, and ``ENTRANCE`` and ``VISION_TOWER`` of a decoder.
+
+        Nothing is saved behind the last layer.
+        """
+        return tuple(range(shape.depth - 1))
+
+    def prunable(self, shape: Any) -> int:
+        """Tokens of one image that this config may let leave."""
+        return int(shape.num_prunable)
 
     def fewest(self, num_tokens: int) -> int:
         """Of so many prunable tokens that enter a layer, how many one stage leaves at least."""

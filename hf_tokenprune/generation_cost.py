@@ -155,7 +155,7 @@ def generation_cost(
         element_size: bytes of one number in the cache.
     """
     inner, key_inner = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    per_token = 2 * shape.width * (inner + key_inner) + 3 * shape.width * shape.mlp_width
+    per_token = token_macs(shape)
     # Crops lose their filling and get newline tokens behind the projector; elsewhere its features are the image tokens.
     features = shape.tower_images * shape.tower.num_patches if shape.newline_tokens else shape.image_tokens
     kept = {stage.layer: n_keep for stage, _, n_keep in counts(stages, shape)}
@@ -165,7 +165,7 @@ def generation_cost(
     for layer in range(shape.depth):
         left = kept.get(layer, entering)
         tokens = entering + text_tokens
-        layers.append(BlockCost(tokens, left + text_tokens, tokens * per_token + 2 * tokens**2 * inner))
+        layers.append(BlockCost(tokens, left + text_tokens, layer_macs(shape, tokens)))
         entering = left
 
     head, steps = shape.width * shape.vocab_size, new_tokens - 1
@@ -180,3 +180,14 @@ def generation_cost(
         decode_macs=steps * (shape.depth * per_token + head) + 2 * keys * inner,
         kv_bytes=2 * key_inner * (held + shape.depth * steps) * element_size,
     )
+
+
+def token_macs(shape: DecoderShape) -> int:
+    """Of one token in one decoder layer, without its products with other tokens."""
+    inner, key_inner = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    return 2 * shape.width * (inner + key_inner) + 3 * shape.width * shape.mlp_width
+
+
+def layer_macs(shape: DecoderShape, num_tokens: int) -> int:
+    """Of one decoder layer in the prefill of so many tokens."""
+    return num_tokens * token_macs(shape) + 2 * num_tokens**2 * shape.num_heads * shape.head_dim

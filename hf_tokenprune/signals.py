@@ -11,6 +11,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+VISION_TOWER, ENTRANCE = -2, -1
+"""Places in front of a decoder's first layer, in the order in which tokens pass them."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -234,6 +237,11 @@ class Stage:
     def name(self) -> str:
         """What records call this stage: "3", "entrance", "vision_tower"."""
         return str(self.layer) if self.layer >= 0 else self.where
+
+    @property
+    def place(self) -> int:
+        """The layer; ``VISION_TOWER`` or ``ENTRANCE`` for a place in front of a decoder's first one."""
+        return VISION_TOWER if self.where == "vision_tower" else self.layer
 
     @property
     def needs(self) -> frozenset[str]:

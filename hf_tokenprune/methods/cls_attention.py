@@ -8,13 +8,15 @@ Axes: B images, H heads, T tokens of the tower, N of them patches.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..registry import register_method
-from ..signals import DecoderShape, Reduction, Signals, Stage
+from ..signals import VISION_TOWER, DecoderShape, Reduction, Signals, Stage
 from ..tokens import top_tokens
 from .decoderwise import DecoderConfig, num_rounded
 from .layerwise import scaled_ratio
@@ -32,6 +34,8 @@ class ClsAttentionConfig(DecoderConfig):
 
     keep_ratio: float = 1 / 9
 
+    one_stage: ClassVar[bool] = True
+
     def validate(self) -> None:
         self.check_ratio("keep_ratio")
 
@@ -45,6 +49,14 @@ class ClsAttentionConfig(DecoderConfig):
 
     def scaled(self, strength: float) -> "ClsAttentionConfig":
         return dataclasses.replace(self, keep_ratio=scaled_ratio(self.keep_ratio, strength))
+
+    def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
+        return (VISION_TOWER,)
+
+    def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "ClsAttentionConfig":
+        patches = shape.tower.num_patches
+        kept = min(counts[VISION_TOWER] // shape.tower_images, patches)
+        return dataclasses.replace(self, keep_ratio=kept / patches)
 
 
 @dataclass(frozen=True)

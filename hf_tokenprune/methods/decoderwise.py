@@ -1,5 +1,6 @@
 """What configs share that prune the image tokens of a vision-language model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -31,6 +32,13 @@ class DecoderConfig(PruneConfig):
         allowed = "'prune': this model has no newline tokens to protect"
         self.check(self.newlines == "prune" or shape.newline_tokens > 0, "newlines", allowed)
         return {"positions": self.positions, "newlines": self.newlines}
+
+    def prunable(self, shape: DecoderShape) -> int:
+        return shape.num_prunable - (shape.newline_tokens if self.newlines == "protect" else 0)
+
+    def ratios_of_original(self, shape: DecoderShape, counts: Mapping[int, int]) -> tuple[float, ...]:
+        """The fractions of the original image tokens at which stages leave these counts."""
+        return tuple(count / self.prunable(shape) for count in counts.values())
 
     def check_ratio(self, name: str) -> None:
         """The field holds the fraction of the tokens that stays."""

@@ -9,8 +9,9 @@ Axes: B batch, N image tokens, D width, k kept.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..errors import TokenPruneError
 from ..registry import register_method
-from ..signals import DecoderShape, Reduction, Signals, Stage
+from ..signals import ENTRANCE, DecoderShape, Reduction, Signals, Stage
 from .decoderwise import DecoderConfig, num_rounded
 from .layerwise import scaled_ratio
 
@@ -36,6 +37,8 @@ class DivPruneConfig(DecoderConfig):
     keep_ratio: float = 0.098
     budget: Literal["image", "sample"] = "image"
 
+    one_stage: ClassVar[bool] = True
+
     def validate(self) -> None:
         self.check_ratio("keep_ratio")
 
@@ -44,6 +47,12 @@ class DivPruneConfig(DecoderConfig):
 
     def scaled(self, strength: float) -> "DivPruneConfig":
         return dataclasses.replace(self, keep_ratio=scaled_ratio(self.keep_ratio, strength))
+
+    def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
+        return (ENTRANCE,)
+
+    def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "DivPruneConfig":
+        return dataclasses.replace(self, keep_ratio=counts[ENTRANCE] / self.prunable(shape))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Axes: B batch, H heads, N image tokens.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -33,6 +34,8 @@ class FastVConfig(DecoderConfig):
     keep_ratio: float = 0.5
     positions: Positions = field(default="original", kw_only=True)
 
+    one_stage: ClassVar[bool] = True
+
     def validate(self) -> None:
         self.check(self.layer >= 0, "layer", "a layer number >= 0")
         self.check_ratio("keep_ratio")
@@ -43,6 +46,10 @@ class FastVConfig(DecoderConfig):
 
     def scaled(self, strength: float) -> "FastVConfig":
         return dataclasses.replace(self, keep_ratio=scaled_ratio(self.keep_ratio, strength))
+
+    def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "FastVConfig":
+        ((layer, count),) = counts.items()
+        return dataclasses.replace(self, layer=layer, keep_ratio=count / self.prunable(shape))
 
 
 @dataclass(frozen=True)

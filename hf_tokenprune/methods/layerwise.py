@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
 from ..config import Where
-from ..signals import DecoderShape, Shape
+from ..signals import ENTRANCE, DecoderShape, Shape
 from .visionwise import VisionConfig
 
+B = TypeVar("B", bound="BaselineConfig")
 C = TypeVar("C", bound="LayerwiseConfig")
 
 
@@ -132,3 +133,12 @@ class BaselineConfig(LayerwiseConfig):
         ratios = self.default_entrance_ratio if self.keep_ratios is None else self.keep_ratios
         ratio = math.prod(ratios) if isinstance(ratios, tuple) else ratios
         return [(-1, "entrance", ratio, "image")]
+
+    def search_places(self, shape: Shape) -> tuple[int, ...]:
+        at_entrance = isinstance(shape, DecoderShape) and self.layers is None
+        return (ENTRANCE,) if at_entrance else super().search_places(shape)
+
+    def with_counts(self: B, shape: Any, counts: Mapping[int, int]) -> B:
+        if ENTRANCE in counts:
+            return dataclasses.replace(self, keep_ratios=self.ratio_for(shape.num_prunable, counts[ENTRANCE]))
+        return super().with_counts(shape, counts)

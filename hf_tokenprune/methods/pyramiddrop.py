@@ -8,6 +8,7 @@ Axes: B batch, H heads, N image tokens.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -48,6 +49,9 @@ class PyramidDropConfig(DecoderConfig):
 
     def scaled(self, strength: float) -> "PyramidDropConfig":
         return dataclasses.replace(self, keep_ratios=tuple(scaled_ratio(r, strength) for r in self.keep_ratios))
+
+    def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "PyramidDropConfig":
+        return dataclasses.replace(self, layers=tuple(counts), keep_ratios=self.ratios_of_original(shape, counts))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,3 +64,41 @@ class StackConfig(PruneConfig):
 
     def scaled(self, strength: float) -> "StackConfig":
         return dataclasses.replace(self, stages=tuple(config.scaled(strength) for config in self.stages))
+
+    def by_rule(self, strength: float, shape: DecoderShape) -> "StackConfig":
+        return dataclasses.replace(self, stages=tuple(config.by_rule(strength, shape) for config in self.stages))
+
+    def prunable(self, shape: DecoderShape) -> int:
+        return min(config.prunable(shape) for config in self.stages)
+
+    def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
+        """Those of all parts; a part with a single stage leaves it where it is."""
+        return tuple(sorted(place for config in self.stages for place in places(config, shape)))
+
+    def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "StackConfig":
+        protected = shape.num_prunable - self.prunable(shape)
+
+        def part(config: PruneConfig) -> PruneConfig:
+            own = places(config, shape)
+            entering = [self.prunable(shape), *(left for place, left in counts.items() if place < own[0])][-1]
+            left = {place: counts[place] for place in own if place in counts} or {own[0]: entering}
+            return config.with_counts(dataclasses.replace(shape, image_tokens=entering + protected), left)
+
+        return dataclasses.replace(self, stages=tuple(map(part, self.stages)))
+
+    def fewest(self, num_tokens: int) -> int:
+        return max(config.fewest(num_tokens) for config in self.stages)
+
+
+def places(config: PruneConfig, shape: DecoderShape) -> tuple[int, ...]:
+    """Where a search may let tokens of one part leave.
+
+    Raises:
+        ConfigError: nowhere, or its one stage does not fit the model.
+    """
+    found = config.search_places(shape)
+    if config.one_stage and len(found) > 1:
+        found = tuple(stage.place for stage in config.stages_for(shape))
+    if not found:
+        raise ConfigError(f"{config} leaves no layer of 0..{shape.depth - 2} to search on this model")
+    return found

@@ -8,6 +8,7 @@ Axes: B batch, T all tokens, N image tokens, H heads, R rows of text, K layers, 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -92,6 +93,19 @@ class TransPruneConfig(DecoderConfig):
 
     def scaled(self, strength: float) -> "TransPruneConfig":
         return dataclasses.replace(self, keep_ratios=tuple(scaled_ratio(r, strength) for r in self.keep_ratios))
+
+    def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
+        """From the first layer on whose transition is accumulated: in front of it there is nothing to score by."""
+        first = self.accumulate_layers[0] if self.accumulate_layers else 0
+        return tuple(range(first, shape.depth - 1))
+
+    def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "TransPruneConfig":
+        return dataclasses.replace(
+            self,
+            accumulate_layers=tuple(layer for layer in self.accumulate_layers if layer <= max(counts)),
+            layers=tuple(counts),
+            keep_ratios=self.ratios_of_original(shape, counts),
+        )
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,17 @@ Axes: B images, H heads, T tokens of the tower, N of them patches, R patches tha
 a head.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import register_method
-from ..signals import DecoderShape, Reduction, Signals, Stage
+from ..signals import VISION_TOWER, DecoderShape, Reduction, Signals, Stage
 from ..tokens import gather_tokens, top_tokens
 from .decoderwise import DecoderConfig
 
@@ -36,6 +39,8 @@ class VisionZipConfig(DecoderConfig):
     contextual: int = 10
     keep_cls: bool | None = None
 
+    one_stage: ClassVar[bool] = True
+
     def validate(self) -> None:
         self.check(self.dominant >= 1, "dominant", "a count >= 1")
         self.check(self.contextual >= 1, "contextual", "a count >= 1 (to merge nothing, use cls_attention)")
@@ -48,6 +53,27 @@ class VisionZipConfig(DecoderConfig):
             -1, "vision_tower", self.dominant, self.contextual, keep_cls, budget="image", **self.shared(shape)
         )
         return (stage,)
+
+    def by_rule(self, strength: float, shape: DecoderShape) -> "VisionZipConfig":
+        """What is removed of every encoded image multiplied by ``strength``, dominant to contextual as they are."""
+        patches = shape.tower.num_patches
+        return self.with_total(round(patches - (patches - self.dominant - self.contextual) * strength))
+
+    def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
+        return (VISION_TOWER,)
+
+    def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "VisionZipConfig":
+        return self.with_total(min(counts[VISION_TOWER] // shape.tower_images, shape.tower.num_patches))
+
+    def fewest(self, num_tokens: int) -> int:
+        return 2
+
+    def with_total(self, total: int) -> "VisionZipConfig":
+        """So many tokens of every encoded image, at least 2, dominant to contextual as they are."""
+        total = max(total, 2)
+        share = self.contextual / (self.dominant + self.contextual)
+        contextual = min(max(round(total * share), 1), total - 1)
+        return dataclasses.replace(self, dominant=total - contextual, contextual=contextual)
 
 
 @dataclass(frozen=True)
