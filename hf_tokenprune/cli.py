@@ -15,18 +15,23 @@ from .cli_options import (
     ConfigOpt,
     DataArg,
     DeviceOpt,
+    GMacsOpt,
     ImagesArg,
     JsonOpt,
+    LatencyBatchOpt,
     LimitOpt,
     MacsOpt,
     MethodOpt,
+    MillisecondsOpt,
     ModelArg,
     NewTokensOpt,
     PromptOpt,
+    QuestionOpt,
     SetOpt,
     SplitOpt,
     TextTokensOpt,
     ThreadsOpt,
+    TrialsOpt,
     answers_report,
     check_effect,
     check_vision,
@@ -234,27 +239,24 @@ def search(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="Folder for prune_config.json, search.json and the journal.")],
     method: Annotated[str, typer.Option("--method", "-m", help="Whose schedule to search; see `list`.")],
-    images: Annotated[str | None, typer.Argument(help="As for `eval`; labels are not needed.")] = None,
+    images: Annotated[str | None, typer.Argument(help="Data as for `eval`; labels are not needed.")] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="No images: make them from the classifier.")] = False,
     set_: SetOpt = None,
-    gmacs: Annotated[float | None, typer.Option("--gmacs", "-g", help="Budget in GMACs an image.")] = None,
+    gmacs: GMacsOpt = None,
     speedup: Annotated[float | None, typer.Option(help="Budget: so many times faster, measured here.")] = None,
-    milliseconds: Annotated[
-        float | None, typer.Option("--ms", help="Budget: a forward of --latency-batch images.")
-    ] = None,
-    latency_batch: Annotated[
-        int | None, typer.Option(min=1, help="Images a forward, for --speedup and --ms. Default: 1.")
-    ] = None,
+    milliseconds: MillisecondsOpt = None,
+    latency_batch: LatencyBatchOpt = None,
     strategy: Annotated[str, typer.Option(help="dynamic, coordinate, monte_carlo or optuna.")] = "dynamic",
     goal: Annotated[str, typer.Option(help="kl, agreement, or accuracy (needs labels).")] = "kl",
-    trials: Annotated[
-        int | None, typer.Option(min=0, help="Schedules to measure: 100; dynamic, after its table: 30.")
-    ] = None,
+    trials: TrialsOpt = None,
     seed: int = 0,
     split: SplitOpt = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many images, evenly spread; or so many made.")] = 300,
-    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 50; with a decoder 4.")] = None,
     class_names: ClassNamesOpt = None,
+    question: QuestionOpt = None,
+    prompt: PromptOpt = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer, at most. Default: 16.")] = None,
     device: DeviceOpt = "cpu",
     as_json: JsonOpt = False,
 ) -> None:
@@ -264,21 +266,18 @@ def search(
     """
     from .searching import search_images
 
-    check_vision(model, "search")
-    if goal not in ("kl", "agreement", "accuracy"):
-        raise ConfigError(f"goal={goal!r}: expected kl, agreement or accuracy")
+    decoder = kind_of(empty_model(model)) != "vision"
+    no_effect = {"--question": question, "--prompt": prompt, "--new-tokens": new_tokens}
+    check_effect(decoder, {"--class-names": class_names, "--synthetic": synthetic or None} if decoder else no_effect)
     if (images is None) != synthetic:
         raise ConfigError("give IMAGES to search on, or --synthetic for images made from the model, one of the two")
     config = PruneConfig.for_method(method, **parse_fields(set_ or []))
-    budget = {
-        "macs": None if gmacs is None else gmacs * 1e9,
-        "seconds": None if milliseconds is None else milliseconds / 1000,
-        "speedup": speedup,
-    }
+    budget = {"macs": gmacs and gmacs * 1e9, "seconds": milliseconds and milliseconds / 1000, "speedup": speedup}
     loaded = load_dense(model, device).eval()
     result, text = search_images(
         model, loaded, images, config, out, budget,
-        split=split, limit=limit, batch_size=batch_size, class_names=class_names, progress=not as_json,
+        split=split, limit=limit, batch_size=batch_size or (4 if decoder else 50), class_names=class_names,
+        questions=question, prompt=prompt, new_tokens=new_tokens, progress=not as_json,
         strategy=strategy, goal=goal, trials=trials, seed=seed, latency_batch_size=latency_batch,
     )  # fmt: skip
     show(as_json, result.to_dict(), text)

@@ -58,6 +58,16 @@ PromptOpt = Annotated[
         help="Vision-language models: text with {} where the question goes. Default: the processor's chat template."
     ),
 ]
+QuestionOpt = Annotated[
+    list[str] | None,
+    typer.Option("--question", help="Vision-language models: asked of every image; may be repeated."),
+]
+GMacsOpt = Annotated[float | None, typer.Option("--gmacs", "-g", help="Budget in GMACs an image (prefill).")]
+MillisecondsOpt = Annotated[float | None, typer.Option("--ms", help="Budget: a forward of --latency-batch images.")]
+LatencyBatchOpt = Annotated[
+    int | None, typer.Option(min=1, help="Images a forward, for --speedup and --ms. Default: 1.")
+]
+TrialsOpt = Annotated[int | None, typer.Option(min=0, help="Schedules to measure: 100; dynamic, after its table: 30.")]
 SplitOpt = Annotated[str | None, typer.Option(help="Split of a dataset, or subfolder.")]
 LimitOpt = Annotated[int | None, typer.Option(help="At most so many images, evenly spread.", min=1)]
 ClassNamesOpt = Annotated[

@@ -1,4 +1,4 @@
-"""A search on a folder of images: what ``hf-tokenprune search`` does between reading its options and printing."""
+"""A search on images, or questions about them: what ``hf-tokenprune search`` does between its options and printing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .config import PruneConfig
+from .engine import find_adapter
 from .errors import ConfigError
-from .evaluation import ImageDataset, load_images, load_processor
+from .evaluation import ImageDataset, load_images, load_processor, load_questions
+from .evaluation.answers import _prompts
 from .evaluation.preprocess import PreprocessedImages, collate
 from .evaluation.zero_shot import similarity_to_classes
 from .search import SearchResult, search
@@ -35,6 +37,8 @@ def search_images(
     limit: int,
     batch_size: int,
     class_names: Path | None,
+    questions: list[str] | None,
+    prompt: str | None,
     progress: bool,
     goal: Any,
     **options: Any,
@@ -43,14 +47,27 @@ def search_images(
 
     Args:
         path: of the model's checkpoint, for its processor.
-        images: what ``load_images`` takes; None: ``limit`` images are made from the model.
+        images: what ``load_images`` takes; None: ``limit`` images are made from the model. Of a vision-language model
+            what ``load_questions`` takes, or with ``questions`` what ``load_images`` does.
         budget: ``macs``, ``seconds`` and ``speedup``, of which one is not None.
         class_names: for a model with a text tower: file with a class in each line; its answers are similarities.
+        questions, prompt: vision-language models: what every image is asked, None: ``images`` says; and the text around
+            a question, as for ``collect_answers``.
         options: other arguments of ``search``.
     """
+    if goal not in ("kl", "agreement", "accuracy"):
+        raise ConfigError(f"goal={goal!r}: expected kl, agreement or accuracy")
     run: Any = None
     labels: Tensor | None = None
-    if images is None:
+    if find_adapter(model).shape(model).kind == "decoder":
+        if goal == "accuracy":
+            raise ConfigError(
+                "--goal accuracy is about classes; use kl or agreement, or give tokens of answers in Python"
+            )
+        assert images is not None
+        batches = _asked(path, model, images, split, limit, batch_size, questions, prompt)
+        options["text_tokens"] = _mean_text_tokens(model, batches)
+    elif images is None:
         if goal == "accuracy" or class_names:
             raise ConfigError("without images there are no labels and no class names: use --goal kl or agreement")
         batches = _synthetic(model, limit, batch_size, options["seed"], progress)
@@ -58,13 +75,14 @@ def search_images(
         run, batches, labels = _real(
             path, model, load_images(images, limit=limit, split=split), batch_size, class_names
         )
-    count = sum(len(next(iter(batch.values()))) for batch in batches)
+    noun = "prompts" if "input_ids" in batches[0] else "images"
+    count = sum(len(batch.get("input_ids", next(iter(batch.values())))) for batch in batches)
     bar = tqdm(desc=f"search {config.method}", unit="evaluation", disable=not progress)
 
     def start(evaluations: int, seconds: float) -> None:
         bar.reset(total=evaluations)
         time = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-        bar.write(f"{evaluations} evaluations on {count} images, about {time}")
+        bar.write(f"{evaluations} evaluations on {count} {noun}, about {time}")
 
     with bar:
         result = search(
@@ -106,13 +124,58 @@ def _real(
     prepared = PreprocessedImages(dataset, processor or load_processor(path))
     examples = list(DataLoader(prepared, batch_size=batch_size, collate_fn=collate))
     labels = torch.cat([batch["labels"] for batch in examples])
-    parameter = next(model.parameters())
-
-    def placed(value: Tensor) -> Tensor:
-        return value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
-
-    batches = [{name: placed(value) for name, value in batch["inputs"].items()} for batch in examples]
+    batches = [_placed(model, batch["inputs"]) for batch in examples]
     return run, batches, None if bool((labels < 0).any()) else labels
+
+
+def _asked(
+    path: str,
+    model: Any,
+    source: str,
+    split: str | None,
+    limit: int,
+    batch_size: int,
+    questions: list[str] | None,
+    prompt: str | None,
+) -> Batches:
+    """Left-padded prompts: the questions of a data set, or each of ``questions`` about every image."""
+    from transformers import AutoProcessor
+
+    images: ImageDataset
+    if questions:
+        images = load_images(source, limit=limit, split=split)
+        asked = [(i, question) for i in range(len(images)) for question in questions]
+    else:
+        dataset = load_questions(source, limit=limit, split=split)
+        images, asked = dataset.images, list(enumerate(dataset.questions))
+    processor = AutoProcessor.from_pretrained(path)
+    prompt_of, batches = _prompts(processor, prompt), []
+    for start in range(0, len(asked), batch_size):
+        rows = asked[start : start + batch_size]
+        inputs = processor(
+            images=[images[i]["image"] for i, _ in rows],
+            text=[prompt_of(question) for _, question in rows],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        batches.append(_placed(model, inputs))
+    return batches
+
+
+def _mean_text_tokens(model: Any, batches: Batches) -> int:
+    """Of a prompt, besides those of its image; rounded."""
+    text = [batch["attention_mask"].bool() & (batch["input_ids"] != model.config.image_token_id) for batch in batches]
+    return round(sum(int(each.sum()) for each in text) / sum(map(len, text)))
+
+
+def _placed(model: Any, inputs: Any) -> dict[str, Tensor]:
+    """Inputs on the model's device and of its dtype."""
+    parameter = next(model.parameters())
+    return {
+        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
 
 
 def _synthetic(model: Any, count: int, batch_size: int, seed: int, progress: bool) -> Batches:
@@ -132,5 +195,6 @@ def summary(result: SearchResult, out: Path) -> str:
         lines.append(f"the rule of {result.config.method} at this budget: {goal} {result.rule[1]:.5g}")
     if result.additivity and "spearman" in result.additivity:
         lines.append("sum over layers against measured: rank correlation {spearman:.2f}".format(**result.additivity))
-    lines.append(f"{result.measured} evaluations, {result.settings['inputs']} images; {out}")
+    noun = "prompts" if "new_tokens" in result.settings else "images"
+    lines.append(f"{result.measured} evaluations, {result.settings['inputs']} {noun}; {out}")
     return "\n".join(lines)

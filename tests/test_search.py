@@ -315,7 +315,7 @@ def test_what_search_refuses() -> None:
     with pytest.raises(PruneStateError, match="unprune"):
         search(prune(model(), ToMeConfig()), ToMeConfig(), BATCHES, macs=macs)
     llava = tiny_vlm("llava")
-    with pytest.raises(UnsupportedModelError, match="for_budget"):
+    with pytest.raises(UnsupportedModelError, match="works on vision encoders"):
         search(llava, ToMeConfig(), BATCHES, macs=macs)
 
 

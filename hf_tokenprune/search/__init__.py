@@ -1,7 +1,7 @@
 """The best schedule of a method for a budget, found on some inputs, without labels and without training.
 
 ``search`` needs a model, a method and inputs; a budget of multiply-adds or of time on this machine says how much may be
-left. ``hf-tokenprune search`` does the same on a folder of images.
+left. ``hf-tokenprune search`` does the same on a folder of images, or of questions about images.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from torch import Tensor
 from ..config import PruneConfig
 from ..cost import weakest
 from ..engine import ConfigLike, as_config, counts, current_config, find_adapter, options, plan
-from ..errors import ConfigError, PruneStateError, UnsupportedModelError
+from ..errors import ConfigError, PruneStateError
 from ..evaluation.loop import eval_mode
+from ..generation_cost import TEXT_TOKENS
+from ..signals import Shape
+from .answers import AnswerObjective
 from .journal import Journal
 from .latency import latency_costs
 from .objective import Goal, Objective
 from .problem import Problem, Trial
-from .space import Costs, Schedule, Space, macs_costs
-from .strategies import FRACTIONS, STRATEGIES, additivity
+from .space import Costs, Schedule, Space, macs_costs, prefill_costs
+from .strategies import FRACTIONS, STRATEGIES, additivity, every_place
 
-__all__ = ["Costs", "Objective", "Problem", "SearchResult", "Space", "Trial", "search"]
+__all__ = ["AnswerObjective", "Costs", "Objective", "Problem", "SearchResult", "Space", "Trial", "search"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class SearchResult:
         config: the best one.
         distortion: its mean distortion on the inputs of the search.
         rule: what the method's rule has within the same budget: its config and distortion; None: it does not reach it.
-        cost, budget: of one image, in MACs; or of a batch, in seconds.
+        cost, budget: of one image (of the prefill of a prompt with one), in MACs; or of a batch, in seconds.
         trials: schedules that were measured, in their order.
         measured: how many of them were run, and not read from a journal.
         additivity: for "dynamic", how well the sum over layers predicts what was measured.
@@ -76,6 +79,8 @@ def search(
     seed: int = 0,
     trials: int | None = None,
     latency_batch_size: int | None = None,
+    text_tokens: int | None = None,
+    new_tokens: int | None = None,
     journal: Path | None = None,
     on_start: Callable[[int, float], None] = lambda evaluations, seconds: None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
@@ -83,34 +88,39 @@ def search(
     """The schedule of a method that changes the model's answers least within a budget.
 
     Args:
-        model: a dense vision encoder with an adapter; left as it was.
+        model: dense, with an adapter; left as it was.
         config: method and every field but the schedule.
-        batches: inputs of the model, on its device; they need no labels.
-        macs: budget of one image in multiply-adds.
+        batches: inputs of the model, on its device; they need no labels. Of a vision-language model inputs of
+            ``generate``, padded on the left.
+        macs: budget of one image in multiply-adds; of a vision-language model that of the prefill of a prompt with one.
         seconds: budget of a forward of ``latency_batch_size`` images (None: 1) on this machine; see ``latency``.
-        speedup: the same as the dense model's time over the budget. Exactly one of the three.
+        speedup: the same as the dense model's time over the budget. Exactly one of the three; vision-language models
+            take ``macs``.
         strategy: "dynamic" (programming over each layer's own distortion, then coordinate descent for ``trials``),
-            "coordinate" (descent), "monte_carlo", or "optuna" (an extra).
-        goal: "kl", "agreement" or "accuracy", which needs ``labels``.
+            "coordinate" (descent), "monte_carlo", or "optuna" (an extra). A method with one stage has one number, which
+            the budget decides: of it every place is measured instead.
+        goal: "kl", "agreement" or "accuracy", which needs ``labels``; see :class:`Objective`, :class:`AnswerObjective`.
+        labels: (n,) classes; or (n, L) tokens of the answers that a vision-language model is measured on, negative
+            behind the end of each (None: its own).
         run: what maps a batch to (B, C) logits; None: the ``logits`` of the model.
         seed: of strategies that draw; the same seed gives the same config.
         trials: schedules to measure (after the table, for "dynamic"); None: 30 for "dynamic", else 100.
+        text_tokens: vision-language models: tokens of the prompt that ``macs`` is about, besides those of its image;
+            None: 64.
+        new_tokens: vision-language models: tokens of a dense answer, at most; None: 16.
         journal: file of measurements: a search that is interrupted goes on where it was.
         on_start: told how many evaluations are coming, and about how many seconds they take.
         on_trial: told every measurement.
 
     Raises:
-        ConfigError: not exactly one budget, one out of reach, an unknown strategy, a method without a schedule.
-        UnsupportedModelError: not a vision encoder, or one that the method does not fit.
+        ConfigError: not exactly one budget, one out of reach, an unknown strategy, a method without a schedule, an
+            argument without an effect on this kind of model.
+        UnsupportedModelError: the method does not fit the model.
         PruneStateError: the model is pruned.
     """
     config, adapter = as_config(config), find_adapter(model)
     shape = adapter.shape(model)
-    if shape.kind != "vision":
-        raise UnsupportedModelError(
-            "search works on vision encoders; for a vision-language model, config.for_budget(model, macs=...) scales a "
-            "schedule"
-        )
+    is_decoder = shape.kind == "decoder"
     if current_config(model) is not None:
         raise PruneStateError("search compares with the dense model; call unprune(model) first")
     if strategy not in STRATEGIES:
@@ -120,21 +130,29 @@ def search(
         raise ConfigError(f"give one of macs, seconds and speedup, got {', '.join(given) or 'none'}")
     if macs is not None and latency_batch_size is not None:
         raise ConfigError(f"latency_batch_size={latency_batch_size} has no effect on a budget of macs; leave it out")
+    if is_decoder and macs is None:
+        raise ConfigError(
+            f"{given[0]}: the time of a vision-language model is not searched for; give macs (config.for_budget has "
+            "speedup too, in multiply-adds), and measure what was found with hf-tokenprune bench"
+        )
+    idle = {"run": run} if is_decoder else {"text_tokens": text_tokens, "new_tokens": new_tokens}
+    for name, value in idle.items():
+        if value is not None:
+            kind = "vision-language model" if is_decoder else "vision encoder"
+            raise ConfigError(f"{name} has no effect on a {kind}; leave it out")
     if not batches:
         raise ConfigError("batches is empty: give inputs to search on")
-    adapter.check(model, plan(config, shape), **options(config))
-    try:
-        config.with_counts(shape, {0: shape.num_prunable})
-    except NotImplementedError as error:
-        raise ConfigError(f"{error}; give a method whose counts are free, such as 'salience_merge'") from error
+    adapter.check(model, plan(_sample(config, shape), shape), **options(config))
     with eval_mode(model):
         notes = Journal(journal)
-        if macs is not None:
+        if is_decoder:
+            costs = prefill_costs(model, config, text_tokens)
+        elif macs is not None:
             costs = macs_costs(config, shape)
         else:
             costs = latency_costs(model, config, 1 if latency_batch_size is None else latency_batch_size, notes)
         everything = Space(config, shape, costs, float("inf"))
-        dense = everything.cost((shape.num_prunable,) * shape.depth)
+        dense = everything.cost((everything.num_tokens,) * len(everything.places))
         budget = next(value for value in (macs, seconds, speedup) if value is not None)
         if speedup is not None:
             budget = dense / speedup if speedup > 0 else 0.0
@@ -143,12 +161,21 @@ def search(
                 f"{given[0]} means a budget of {budget:.4g}: expected more than 0 and less than the dense {dense:.4g}"
             )
         space = Space(config, shape, costs, budget)
-        objective = Objective(model, batches, goal, labels, run)
+        objective: Objective | AnswerObjective
+        settings: dict[str, Any] = {"strategy": strategy, "goal": goal, "seed": seed}
+        if is_decoder:
+            objective = AnswerObjective(model, batches, goal, labels, new_tokens)
+            settings |= {"text_tokens": text_tokens or TEXT_TOKENS, "new_tokens": objective.new_tokens}
+        else:
+            objective = Objective(model, batches, goal, labels, run)
         problem = Problem(space, objective, notes, on_trial)
+        one_stage = config.one_stage or len(space.slots) == 1
         count = trials if trials is not None else 30 if strategy == "dynamic" else 100
-        on_start(*_estimate(space, objective, strategy, count))
+        if one_stage:
+            settings["strategy"], count = "every_place", len(space.slots)
+        on_start(*_estimate(problem, settings["strategy"], count))
         rule = _rule(problem)
-        best = STRATEGIES[strategy](problem, seed, count)
+        best = every_place(problem) if one_stage else STRATEGIES[strategy](problem, seed, count)
     return SearchResult(
         config=space.config_of(best.schedule),
         distortion=best.distortion,
@@ -158,8 +185,27 @@ def search(
         trials=tuple(problem.trials),
         measured=problem.measured,
         additivity=None if problem.table is None else additivity(problem, problem.table),
-        settings={"strategy": strategy, "goal": goal, "seed": seed, "trials": count, "inputs": objective.n},
+        settings={**settings, "trials": count, "inputs": objective.n},
     )
+
+
+def _sample(config: PruneConfig, shape: Shape) -> PruneConfig:
+    """A candidate that has a stage wherever one may be.
+
+    Raises:
+        ConfigError: the method has no schedule, or no place on a model of this shape.
+    """
+    if shape.kind not in config.prunes:
+        plan(config, shape)  # raises, and says what the method works on
+    space = Space(config, shape, Costs(0.0, lambda place, entering, left: 0.0), 0.0)
+    if not space.slots:
+        raise ConfigError(f"{config} has no place to prune at on a model of {shape.depth} layers")
+    fewest = space.clamped([0.0] * len(space.places))
+    slots = space.slots[:1] if config.one_stage else space.slots
+    try:
+        return config.with_counts(shape, {space.places[slot]: fewest[slot] for slot in slots})
+    except NotImplementedError as error:
+        raise ConfigError(f"{error}; give a method whose counts are free, such as 'salience_merge'") from error
 
 
 def _rule(problem: Problem) -> tuple[PruneConfig, float] | None:
@@ -167,10 +213,10 @@ def _rule(problem: Problem) -> tuple[PruneConfig, float] | None:
     space = problem.space
 
     def schedule(config: PruneConfig) -> Schedule:
-        left = {stage.layer: n_keep for stage, _, n_keep in counts(config.stages_for(space.shape), space.shape)}
-        found = [space.shape.num_prunable]
-        for layer in range(space.shape.depth):
-            found.append(left.get(layer, found[-1]) if layer in space.layers else found[-1])
+        left = {stage.place: n_keep for stage, _, n_keep in counts(config.stages_for(space.shape), space.shape)}
+        safe, found = space.shape.num_prunable - space.num_tokens, [space.num_tokens]
+        for slot, place in enumerate(space.places):
+            found.append(left[place] - safe if place in left and slot in space.slots else found[-1])
         return tuple(found[1:])
 
     def cost(config: PruneConfig) -> float:
@@ -185,8 +231,9 @@ def _rule(problem: Problem) -> tuple[PruneConfig, float] | None:
     return config, problem.measure(schedule(config), discard=False).distortion
 
 
-def _estimate(space: Space, objective: Objective, strategy: str, trials: int) -> tuple[int, float]:
+def _estimate(problem: Problem, strategy: str, trials: int) -> tuple[int, float]:
     """Evaluations to come, the rule's and the solution's included, and seconds; of early blocks less is run."""
-    depth = space.shape.depth
-    alone = [1 - layer / depth for layer in space.layers for _ in FRACTIONS] if strategy == "dynamic" else []
+    space, objective = problem.space, problem.objective
+    places = [space.places[slot] for slot in space.slots] if strategy == "dynamic" else []
+    alone = [objective.part_run(place) for place in places for _ in FRACTIONS]
     return len(alone) + trials + 2, objective.seconds * (sum(alone) + trials + 2)

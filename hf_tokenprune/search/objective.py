@@ -68,6 +68,10 @@ class Objective:
         """Number of inputs."""
         return sum(self.sizes)
 
+    def part_run(self, layer: int) -> float:
+        """The part of a forward that is run for a candidate whose first stage is in this layer."""
+        return 1 - layer / len(self.adapter.blocks(self.model))
+
     def values(self, config: PruneConfig) -> Iterator[Tensor]:
         """Batch by batch, the distortion of each input. The model is dense again when the iterator is closed."""
         first = plan(config, self.adapter.shape(self.model))[0].layer

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..config import PruneConfig
+from .answers import AnswerObjective
 from .journal import Journal
 from .objective import Objective
 from .space import Schedule, Space
@@ -25,7 +26,7 @@ class Trial:
     """One measured schedule.
 
     Attributes:
-        schedule: prunable tokens left behind each layer.
+        schedule: prunable tokens left behind each of the space's places.
         distortion: mean over the inputs; over the first part of them if it was given up.
         discarded: whether it was given up.
         feasible: whether it is within the budget.
@@ -42,7 +43,7 @@ class Problem:
     """Measures schedules, each at most once; what the journal has is read."""
 
     space: Space
-    objective: Objective
+    objective: Objective | AnswerObjective
     journal: Journal = field(default_factory=Journal)
     on_trial: Callable[[Trial], None] = lambda trial: None
     trials: list[Trial] = field(default_factory=list)
@@ -54,7 +55,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         # What the dense model says of the inputs stands for both.
-        self._inputs = hashlib.sha256(self.objective.dense.numpy().tobytes()).hexdigest()[:16]
+        said = hashlib.sha256(self.objective.dense.numpy().tobytes())
+        if self.objective.labels is not None:
+            said.update(self.objective.labels.cpu().numpy().tobytes())
+        self._inputs = said.hexdigest()[:16]
 
     @property
     def best(self) -> Trial | None:

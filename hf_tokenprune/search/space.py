@@ -1,16 +1,21 @@
 """Schedules of token counts: which there are, what they cost, and the config each one is.
 
-A schedule is a tuple with the prunable tokens left behind each layer; it never rises.
+A schedule is a tuple with the prunable tokens of one image left behind each place; it never rises. Places are the
+layers and, in front of a decoder's, its vision tower and its entrance, where the method works there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from ..config import PruneConfig
+from ..cost import counter
 from ..errors import ConfigError
-from ..signals import ModelShape
+from ..generation_cost import TEXT_TOKENS, layer_macs
+from ..signals import VISION_TOWER, DecoderShape, ModelShape, Shape
 from ..vision_cost import block_macs, model_cost
 
 Schedule = tuple[int, ...]
@@ -18,11 +23,11 @@ Schedule = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Costs:
-    """What one image costs, as a sum over layers: in multiply-adds, or in seconds.
+    """What one image costs, as a sum over places: in multiply-adds, or in seconds.
 
     Attributes:
         fixed: everything that no schedule changes.
-        step: (layer, prunable tokens that enter, that leave) -> cost of the layer.
+        step: (place, prunable tokens that enter, that leave) -> cost of the layer; of a place in front of them 0.
     """
 
     fixed: float
@@ -41,42 +46,67 @@ class Space:
     """
 
     config: PruneConfig
-    shape: ModelShape
+    shape: Shape
     costs: Costs
     budget: float
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Where tokens may leave: in an exact last block all are read, and behind the last one nothing is saved."""
-        return tuple(range(self.shape.depth - 1))
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """What the counts of a schedule stand behind: all layers, and what ``config`` has in front of them."""
+        return tuple(sorted({*self.config.search_places(self.shape), *range(self.shape.depth)}))
 
-    def fewest(self, layer: int, entering: int) -> int:
-        """The least that a stage in ``layer`` can leave."""
-        return min(entering, self.config.fewest(entering)) if layer in self.layers else entering
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """Where in a schedule tokens may leave, as indices of ``places``."""
+        return tuple(map(self.places.index, self.config.search_places(self.shape)))
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Prunable tokens of one image."""
+        return self.config.prunable(self.shape)
+
+    def fewest(self, slot: int, entering: int) -> int:
+        """The least that a stage at this place can leave."""
+        if slot not in self.slots:
+            return entering
+        if isinstance(self.shape, DecoderShape) and self.places[slot] == VISION_TOWER:
+            return self.shape.tower_images * self.config.fewest(self.shape.tower.num_patches)
+        return min(entering, self.config.fewest(entering))
+
+    def possible(self, slot: int, count: int) -> int:
+        """The most that a stage at this place, where something leaves, can leave of ``count`` tokens.
+
+        In a vision tower every crop of an image keeps equally many patches, and what joins the crops is made behind it.
+        """
+        if isinstance(self.shape, DecoderShape) and self.places[slot] == VISION_TOWER:
+            of_each = min(count // self.shape.tower_images, self.shape.tower.num_patches - 1)
+            return self.shape.tower_images * of_each
+        return count
 
     def cost(self, schedule: Schedule) -> float:
         """Of one image."""
-        entering = (self.shape.num_prunable, *schedule)
-        return self.costs.fixed + sum(map(self.costs.step, range(len(schedule)), entering, schedule))
+        entering = (self.num_tokens, *schedule)
+        return self.costs.fixed + sum(map(self.costs.step, self.places, entering, schedule))
 
     def clamped(self, wanted: list[float]) -> Schedule:
-        """The schedule nearest to ``wanted`` counts, layer by layer."""
-        entering, found = self.shape.num_prunable, []
-        for layer, count in enumerate(wanted):
-            entering = min(entering, max(int(count + 0.5), self.fewest(layer, entering)))
+        """The schedule nearest to ``wanted`` counts, place by place."""
+        entering, found = self.num_tokens, []
+        for slot, count in enumerate(wanted):
+            left = min(entering, max(int(count + 0.5), self.fewest(slot, entering)))
+            entering = self.possible(slot, left) if left < entering else entering
             found.append(entering)
         return tuple(found)
 
     def within(self, removed: list[float]) -> Schedule | None:
         """The schedule that removes tokens in these proportions, as few as the budget allows; None: out of reach."""
-        weights = [removed[layer] if layer in self.layers else 0.0 for layer in range(self.shape.depth)]
+        weights = [weight if slot in self.slots else 0.0 for slot, weight in enumerate(removed)]
 
         def at(strength: float) -> Schedule:
-            left = float(self.shape.num_prunable)
+            left = float(self.num_tokens)
             wanted = [left := left - strength * weight for weight in weights]
             return self.clamped(wanted)
 
-        low, high = 0.0, 2.0 * self.shape.num_prunable / max(sum(weights), 1e-9)
+        low, high = 0.0, 2.0 * self.num_tokens / max(sum(weights), 1e-9)
         if self.cost(at(high)) > self.budget:
             return None
         for _ in range(40):
@@ -90,8 +120,8 @@ class Space:
         Raises:
             ConfigError: it would prune nothing.
         """
-        entering = (self.shape.num_prunable, *schedule)
-        counts = {layer: left for layer, left in enumerate(schedule) if left < entering[layer]}
+        steps = zip(self.places, (self.num_tokens, *schedule), schedule, strict=False)
+        counts = {place: left for place, entering, left in steps if left < entering}
         if not counts:
             raise ConfigError("this schedule removes nothing; lower the budget")
         return self.config.with_counts(self.shape, counts)
@@ -110,3 +140,20 @@ def macs_costs(config: PruneConfig, shape: ModelShape) -> Costs:
         return block_macs(shape, place, entering + protected, left + protected)
 
     return Costs(dense.macs - sum(block.macs for block in dense.blocks), step)
+
+
+def prefill_costs(model: Any, config: PruneConfig, text_tokens: int | None) -> Costs:
+    """Multiply-adds of the prefill of a vision-language model, as ``hf_tokenprune.cost`` counts them.
+
+    Args:
+        text_tokens: of the prompt, besides those of its one image; None: 64.
+    """
+    shape, count = counter(model, None, text_tokens, None)
+    assert isinstance(shape, DecoderShape)
+    dense, decoder = count(()), shape
+    others = (text_tokens or TEXT_TOKENS) + shape.num_prunable - config.prunable(shape)
+
+    def step(place: int, entering: int, left: int) -> float:
+        return layer_macs(decoder, entering + others) if place >= 0 else 0.0
+
+    return Costs(dense.macs - sum(layer.macs for layer in dense.layers), step)

@@ -41,15 +41,15 @@ def dynamic_programming(problem: Problem, seed: int = 0, trials: int = 0) -> Tri
 
 
 def distortion_table(problem: Problem) -> np.ndarray:
-    """(depth, len(FRACTIONS) + 1) distortions of removing a part of all tokens in one layer; column 0 is 0."""
+    """(places, len(FRACTIONS) + 1) distortions of removing a part of all tokens at one place; column 0 is 0."""
     space = problem.space
-    num_tokens = space.shape.num_prunable
-    table = np.zeros((space.shape.depth, len(FRACTIONS) + 1))
-    for layer in space.layers:
+    num_tokens, num_places = space.num_tokens, len(space.places)
+    table = np.zeros((num_places, len(FRACTIONS) + 1))
+    for slot in space.slots:
         for column, fraction in enumerate(FRACTIONS, 1):
-            left = max(round(num_tokens * (1 - fraction)), space.fewest(layer, num_tokens))
-            schedule = (*[num_tokens] * layer, *[left] * (space.shape.depth - layer))
-            table[layer, column] = problem.measure(schedule, discard=False).distortion
+            left = min(round(num_tokens * (1 - fraction)), num_tokens - 1)
+            schedule = space.clamped([*[num_tokens] * slot, *[left] * (num_places - slot)])
+            table[slot, column] = problem.measure(schedule, discard=False).distortion
     problem.table = np.maximum.accumulate(table, axis=1)  # removing more is never better; what looks so is noise
     return problem.table
 
@@ -61,26 +61,26 @@ def solve(problem: Problem, table: np.ndarray) -> Schedule:
         ConfigError: the budget is out of reach.
     """
     space = problem.space
-    num_tokens, depth, step = space.shape.num_prunable, space.shape.depth, space.costs.step
+    num_tokens, step = space.num_tokens, space.costs.step
     stride = max(1, num_tokens // 200)
     counts = [*range(num_tokens, 0, -stride)]
     unit = (space.budget - space.costs.fixed) / BINS
     best = np.full((len(counts), BINS + 1), np.inf)
     best[0, 0] = 0.0
     choices = []
-    for layer in range(depth):
+    for slot, place in enumerate(space.places):
         new, choice = np.full_like(best, np.inf), np.full(best.shape, -1, np.int16)
         for i, entering in enumerate(counts):
             if not np.isfinite(best[i]).any():
                 continue
-            fewest = space.fewest(layer, entering)
+            fewest = space.fewest(slot, entering)
             for j in range(i, len(counts)):
                 if counts[j] < fewest:
                     break
-                bins = int(np.ceil(step(layer, entering, counts[j]) / unit))
+                bins = int(np.ceil(step(place, entering, counts[j]) / unit))
                 if bins > BINS:
                     continue
-                value = best[i, : BINS + 1 - bins] + step_distortion(table[layer], entering, counts[j], num_tokens)
+                value = best[i, : BINS + 1 - bins] + step_distortion(table[slot], entering, counts[j], num_tokens)
                 target = new[j, bins:]
                 better = value < target
                 target[better] = value[better]
@@ -90,13 +90,13 @@ def solve(problem: Problem, table: np.ndarray) -> Schedule:
     if not np.isfinite(best).any():
         raise ConfigError(f"budget {space.budget:.4g} is out of reach of {space.config.method} on this model")
     j, used = (int(index) for index in np.unravel_index(np.argmin(best), best.shape))
-    found = [counts[j]]
-    for layer in reversed(range(depth)):
-        i = int(choices[layer][j, used])
-        used -= int(np.ceil(step(layer, counts[i], counts[j]) / unit))
+    found: list[float] = [counts[j]]
+    for place, choice in zip(reversed(space.places), reversed(choices), strict=True):
+        i = int(choice[j, used])
+        used -= int(np.ceil(step(place, counts[i], counts[j]) / unit))
         found.append(counts[i])
         j = i
-    return tuple(reversed(found[:-1]))
+    return space.clamped(found[-2::-1])
 
 
 def step_distortion(row: np.ndarray, entering: int, left: int, num_tokens: int) -> float:
@@ -112,13 +112,13 @@ def step_distortion(row: np.ndarray, entering: int, left: int, num_tokens: int) 
 
 def additivity(problem: Problem, table: np.ndarray) -> dict[str, float]:
     """How well the supposition predicts the schedules that were measured whole: rank correlation and mean ratio."""
-    num_tokens = problem.space.shape.num_prunable
+    num_tokens = problem.space.num_tokens
     measured, expected = [], []
     for trial in problem.trials:
         steps = [(a, b) for a, b in pairwise((num_tokens, *trial.schedule))]
         if sum(a > b for a, b in steps) > 1 and not trial.discarded:
             measured.append(trial.distortion)
-            expected.append(sum(step_distortion(table[layer], a, b, num_tokens) for layer, (a, b) in enumerate(steps)))
+            expected.append(sum(step_distortion(table[slot], a, b, num_tokens) for slot, (a, b) in enumerate(steps)))
     if len(measured) < 3:
         return {"schedules": len(measured)}
     ranks = np.array([np.argsort(np.argsort(values)) for values in (measured, expected)], float)
@@ -133,14 +133,14 @@ def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60, start:
         start: None: as many in every layer.
     """
     space, rng = problem.space, np.random.default_rng(seed)
-    num_tokens, depth = space.shape.num_prunable, space.shape.depth
-    current = start or space.within([1.0] * depth)
+    num_tokens = space.num_tokens
+    current = start or space.within([1.0] * len(space.places))
     if current is None:
         raise ConfigError(f"budget {space.budget:.4g} is out of reach of {space.config.method} on this model")
     value, size = problem.measure(current, discard=False).distortion, num_tokens / 8
     for _ in range(trials):
         removed = [float(a - b) for a, b in pairwise((num_tokens, *current))]
-        source, target = rng.choice(len(space.layers), 2, replace=False)
+        source, target = rng.choice(space.slots, 2, replace=False)
         moved = min(removed[source], rng.uniform(1, max(size, 2)))
         removed[source] -= moved
         removed[target] += moved
@@ -157,13 +157,13 @@ def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60, start:
 def monte_carlo(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
     """Measure random schedules within the budget, as Zero-TPrune picks its own."""
     space, rng = problem.space, np.random.default_rng(seed)
-    found = 0
+    places, found = np.array(space.places), 0
     for _ in range(100 * trials):
         if found == trials:
             break
-        starts = np.arange(space.shape.depth) >= rng.integers(max(space.shape.depth // 2, 1))
-        weights = rng.random(space.shape.depth) ** 2 * starts
-        tilt = np.linspace(1.0, rng.uniform(0.3, 3.0), space.shape.depth)
+        starts = (places < 0) | (places >= rng.integers(max(space.shape.depth // 2, 1)))
+        weights = rng.random(len(places)) ** 2 * starts
+        tilt = np.linspace(1.0, rng.uniform(0.3, 3.0), len(places))
         candidate = space.within(list(weights * tilt))
         if candidate is not None:
             problem.measure(candidate)
@@ -188,15 +188,26 @@ def with_optuna(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
     space = problem.space
 
     def objective(proposal: Any) -> float:
-        weights = [proposal.suggest_float(f"layer {layer}", 0.0, 1.0) for layer in space.layers]
-        candidate = space.within([*weights, 0.0])
+        weights = dict.fromkeys(range(len(space.places)), 0.0)
+        weights |= {slot: proposal.suggest_float(f"layer {space.places[slot]}", 0.0, 1.0) for slot in space.slots}
+        candidate = space.within([*weights.values()])
         if candidate is None:
             raise optuna.TrialPruned
         return problem.measure(candidate).distortion
 
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    study.enqueue_trial({f"layer {layer}": 1.0 for layer in space.layers})
+    study.enqueue_trial({f"layer {space.places[slot]}": 1.0 for slot in space.slots})
     study.optimize(objective, n_trials=trials)
+    return _best(problem)
+
+
+def every_place(problem: Problem) -> Trial:
+    """Let all tokens leave at one place, as few as the budget asks for, and measure each place where that is enough."""
+    space = problem.space
+    for slot in space.slots:
+        candidate = space.within([float(other == slot) for other in range(len(space.places))])
+        if candidate is not None:
+            problem.measure(candidate)
     return _best(problem)
 
 
