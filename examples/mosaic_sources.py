@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -10,10 +11,28 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPImageProcessorPil, CLIPProcessor, LlavaProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_tokenprune.demo.mosaics import PATCH, SIDE, digit_pictures
+from hf_tokenprune.demo.mosaics import PATCH, SIDE, Pictures, digit_pictures
 
-PICTURES = {"digits": digit_pictures}
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+MOST_PHOTOGRAPHS = 20_000
+SPECIAL = ("<pad>", "<s>", "<unk>", "</s>", "<image>")  # </s> is not 2: for a CLIP that means "the largest id"
+
+
+def load_pictures(source: str, split: str) -> Pictures:
+    """``digits``, or a folder with a `datasets` dataset of small photographs in ten classes, such as CIFAR-10's."""
+    if source == "digits":
+        return digit_pictures(split)
+    from datasets import load_dataset
+
+    dataset = load_dataset(source, split=split)
+    dataset = dataset.shuffle(seed=0).select(range(min(len(dataset), MOST_PHOTOGRAPHS)))
+    names = tuple(dataset.features["label"].names)
+    return Pictures(
+        np.stack([np.asarray(image.convert("RGB")) for image in dataset["image"]]),
+        np.array(dataset["label"]),
+        names,
+        tuple(f"{name}s" for name in names),
+        order="later in the alphabet",
+    )
 
 
 def word_tokenizer(words: list[str], end: bool, padding_side: str) -> PreTrainedTokenizerFast:

@@ -7,11 +7,11 @@ epoch, to the same weights.
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
 import torch
+from recipe import lr_factor, make_optimizers, sine_positions
 from tqdm import tqdm
 from transformers import BaseImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -100,35 +100,6 @@ def build_model(layers: int) -> ViTForImageClassification:
     with torch.no_grad():
         model.vit.embeddings.position_embeddings[0, 1:] = sine_positions(CANVAS // 4, 96)
     return model
-
-
-def sine_positions(side: int, width: int) -> torch.Tensor:
-    """(side², width): sines and cosines of the row, then of the column; about as large as patch embeddings at first."""
-    frequencies = math.pi / side * 2 ** torch.linspace(-1, math.log2(side) - 1, width // 4)
-    angles = torch.arange(side)[:, None] * frequencies  # (side, width / 4)
-    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    rows, columns = waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)
-    return 0.2 * torch.cat([rows, columns], dim=-1)
-
-
-def make_optimizers(
-    parameters: list[tuple[str, torch.nn.Parameter]], lr: float, weight_decay: float
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest: far fewer steps than AdamW for all."""
-    matrices = [p for name, p in parameters if "layers." in name and p.ndim == 2]
-    others = [p for name, p in parameters if "layers." not in name or p.ndim != 2]
-    return [
-        # With this adjustment a step is as large as AdamW's, so one learning rate suits both.
-        torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay),
-    ]
-
-
-def lr_factor(done: float, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero; ``done`` is the part of the steps taken."""
-    if done < warmup:
-        return done / warmup
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
 def patch_targets(pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

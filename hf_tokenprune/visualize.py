@@ -51,7 +51,7 @@ def kept_sheet(images: Sequence[Image.Image], rec: Record, grid: tuple[int, int]
         recorded = next(iter(kept.values())).shape[0] if kept else 0
         raise TokenPruneError(f"{len(images)} images but {recorded} recorded; call the model on them inside record()")
     patches = grid[0] * grid[1]
-    captions = [f"input: {patches}", *(f"block {layer}: {keep.shape[1]}" for layer, keep in kept.items())]
+    captions = [f"input: {patches}", *(f"{_place(name)}: {keep.shape[1]}" for name, keep in kept.items())]
     everything = torch.arange(patches)
     height, gap = size * grid[0] // grid[1], 6
     sheet = Image.new(
@@ -67,6 +67,10 @@ def kept_sheet(images: Sequence[Image.Image], rec: Record, grid: tuple[int, int]
         for row, (image, keep) in enumerate(zip(images, keeps, strict=True)):
             sheet.paste(draw_kept(image, keep, grid, size), (left, CAPTION_HEIGHT + gap + row * (height + gap)))
     return sheet
+
+
+def _place(stage: str) -> str:
+    return f"block {stage}" if stage.isdigit() else stage.replace("_", " ")
 
 
 def visualize(model: nn.Module, pixel_values: Tensor, processor: object | None = None, size: int = 224) -> Image.Image:

@@ -8,6 +8,7 @@ is asked.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,9 @@ from PIL import Image, ImageDraw
 
 from hf_tokenprune.demo.digits import clutter, originals, place
 from hf_tokenprune.errors import DataError
+
+CLIP_DIR = Path(__file__).with_name("mini_clip")  # the packaged models, for from_pretrained
+LLAVA_DIR = Path(__file__).with_name("mini_llava")
 
 SIDE = 128  # pixels
 PATCH = 8  # pixels, of the packaged models

@@ -1,11 +1,12 @@
 """What can be asked, and said, about a mosaic: five kinds of questions, and captions with the images they fit."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_tokenprune.demo.mosaics import EMPTY, GRID, TEST_SEED, Pictures
+from hf_tokenprune.demo.mosaics import EMPTY, GRID, TEST_SEED, Mosaics, Pictures
 
 KINDS = ("what", "where", "count", "compare", "presence")
 POSITIONS = (
@@ -64,6 +65,22 @@ def ask(kind: str, cells: Sequence[int], pictures: Pictures, rng: np.random.Gene
 def standard_questions(index: int, cells: Sequence[int], pictures: Pictures) -> list[Question]:
     """One question of each kind about a test mosaic; they depend on its index only."""
     return [ask(kind, cells, pictures, np.random.default_rng((TEST_SEED, index, i))) for i, kind in enumerate(KINDS)]
+
+
+@dataclass(frozen=True)
+class MosaicQuestions(Sequence[dict[str, Any]]):
+    """Every standard question about every mosaic, as ``load_questions`` takes them."""
+
+    mosaics: Mosaics
+
+    def __len__(self) -> int:
+        return len(KINDS) * len(self.mosaics)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
+        which, kind = divmod(index, len(KINDS))
+        mosaic = self.mosaics[which]
+        question = standard_questions(which, mosaic.cells, self.mosaics.pictures)[kind]
+        return {"image": mosaic.image, "question": question.text, "answer": question.answer, "kind": question.kind}
 
 
 def caption(cells: Sequence[int], pictures: Pictures, rng: np.random.Generator) -> Caption:

@@ -1,46 +1,91 @@
-"""What ``hf-tokenprune demo`` and ``make demo`` do: the packaged digits model, dense and pruned by every method."""
+"""What ``hf-tokenprune demo`` and ``make demo`` do: three small packaged models, dense and pruned by every method."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 
 from ..config import PruneConfig
 from ..cost import config_for_macs, cost
 from ..engine import prune, pruned, unprune
 from ..errors import TokenPruneError
-from ..evaluation import PairedReport, evaluate_paired, load_images
+from ..evaluation import (
+    AnswersReport,
+    PairedReport,
+    QuestionDataset,
+    collect_answers,
+    evaluate_answers,
+    evaluate_paired,
+    evaluate_zero_shot,
+    load_images,
+    load_questions,
+    mean_text_tokens,
+)
+from ..evaluation.questions import AskedSample
 from ..pretrained import from_pretrained, save_pretrained
+from ..recording import record
 from ..registry import get_method, list_methods
-from ..visualize import visualize
+from ..visualize import kept_sheet, visualize
 from .digits import MODEL_DIR, load_digits_split
+from .mosaics import CLIP_DIR, LLAVA_DIR, PATCH, SIDE, Mosaics, digit_pictures
+from .questions import KINDS, MosaicQuestions
 
 BUDGET = 0.7
-"""MACs of every pruned run, as a fraction of the dense ones, so that methods compare at equal work."""
+"""MACs of every pruned run of an encoder, as a fraction of the dense ones, so that methods compare at equal work."""
+PREFILL_BUDGET = 0.6
+"""The same of the vision-language model's prefill, the vision tower's included."""
+MOSAICS = 40  # five questions each
+SINGLES = 200
+CAPTION = 18  # pixels above a row of pictures
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured and wrote."""
+    """What the demo measured and wrote.
 
-    report: PairedReport
+    Attributes:
+        digits: of a ViT that reads one digit.
+        clip: of a CLIP that is asked which digit it sees.
+        llava: of a LLaVA that is asked about mosaics of digits.
+        checkpoint: pruned ViT, saved and loaded again.
+        pictures: what was kept.
+    """
+
+    digits: PairedReport
+    clip: PairedReport
+    llava: AnswersReport
     checkpoint: Path
-    picture: Path
+    pictures: tuple[Path, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {**self.report.to_dict(), "checkpoint": str(self.checkpoint), "picture": str(self.picture)}
+        return {
+            "digits": self.digits.to_dict(),
+            "clip": self.clip.to_dict(),
+            "llava": self.llava.to_dict(),
+            "checkpoint": str(self.checkpoint),
+            "pictures": list(map(str, self.pictures)),
+        }
 
     def summary(self) -> str:
-        """The table, and where the files are."""
-        return (
-            f"handwritten digits on cluttered canvases, {BUDGET:.0%} of the dense MACs\n\n{self.report.summary()}\n\n"
-            f"saved and reloaded with its prune_config.json, same logits: {self.checkpoint}\n"
-            f"kept patches by layer: {self.picture}"
+        """The tables, and where the files are."""
+        return "\n\n".join(
+            [
+                f"1. ViT: a handwritten digit on a cluttered canvas. {BUDGET:.0%} of the dense MACs.",
+                self.digits.summary(),
+                f"2. CLIP: which digit is in the mosaic, by prompt. {BUDGET:.0%} of the dense MACs.",
+                self.clip.summary(),
+                f"3. LLaVA: questions about mosaics of digits. {PREFILL_BUDGET:.0%} of the dense MACs of the prefill.",
+                self.llava.summary(),
+                f"saved and reloaded with its prune_config.json, same logits: {self.checkpoint}\n"
+                f"what was kept: {', '.join(map(str, self.pictures))}",
+            ]
         )
 
 
@@ -49,29 +94,74 @@ def run_demo(out: Path, limit: int | None = None, progress: bool = True) -> Demo
 
     Args:
         out: folder to write to, made if need be.
-        limit: number of test digits, evenly spread; None: all 360.
+        limit: at most so many images or questions for each model, evenly spread.
         progress: show progress bars.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    digits, checkpoint, patches = _digits(out, limit, progress)
+    clip = _clip(limit, progress)
+    llava, answers = _llava(out, limit, progress)
+    return DemoResult(digits, clip, llava, checkpoint, (patches, answers))
+
+
+def encoder_configs(model: Any) -> dict[str, PruneConfig]:
+    """Every method that has a schedule, at `BUDGET`."""
+    macs = BUDGET * cost(model).dense.macs
+    return {
+        name: config_for_macs(model, get_method(name)(), macs)
+        for name in list_methods("vision")
+        if get_method(name).scaled is not PruneConfig.scaled  # else it has no schedule that could meet a budget
+    }
+
+
+def decoder_configs(keep: float) -> dict[str, PruneConfig]:
+    """Every method for vision-language models, for the mini-LLaVA of 8 decoder layers and 256 image tokens.
+
+    Args:
+        keep: fraction of the image tokens that is left behind the last stage. Methods that prune inside the decoder get
+            there in one stage (FastV) or by equal factors in three.
+    """
+    steps = tuple(keep ** (part / 3) for part in (1, 2, 3))
+
+    def visionzip(ratio: float) -> dict[str, Any]:
+        total = round(256 * ratio)
+        contextual = max(1, round(total / 6))
+        return {"method": "visionzip", "dominant": total - contextual, "contextual": contextual}
+
+    def transprune(ratios: tuple[float, ...]) -> dict[str, Any]:
+        layers = {"accumulate_layers": (1, 2, 3, 4), "layers": (1, 2, 4)}
+        return {"method": "transprune", **layers, "keep_ratios": ratios}
+
+    half = keep**0.5
+    stages = (visionzip(half), transprune(tuple(half ** (part / 3) for part in (1, 2, 3))))
+    configs: dict[str, dict[str, Any]] = {
+        "divprune": {"method": "divprune", "keep_ratio": keep},
+        "visionzip": visionzip(keep),
+        "cls_attention": {"method": "cls_attention", "keep_ratio": keep},
+        "fastv": {"method": "fastv", "layer": 1, "keep_ratio": keep},
+        "pyramiddrop": {"method": "pyramiddrop", "layers": (1, 2, 4), "keep_ratios": steps},
+        "transprune": transprune(steps),
+        "visionzip + transprune": {"method": "stack", "stages": stages},
+        "random": {"method": "random", "keep_ratios": keep},
+        "uniform": {"method": "uniform", "keep_ratios": keep},
+    }
+    return {name: PruneConfig.from_dict(fields) for name, fields in configs.items()}
+
+
+def _arms(model: Any, configs: Mapping[str, PruneConfig]) -> dict[str, Any]:
+    return {name: partial(pruned, model, config) for name, config in configs.items()}
+
+
+def _digits(out: Path, limit: int | None, progress: bool) -> tuple[PairedReport, Path, Path]:
     from transformers import ViTForImageClassification, ViTImageProcessorPil
 
     model = ViTForImageClassification.from_pretrained(MODEL_DIR).eval()
     processor = ViTImageProcessorPil.from_pretrained(MODEL_DIR)
     images = load_images(list(load_digits_split("test")), limit=limit)
-    dense = cost(model).dense.macs
-    configs: dict[str, PruneConfig] = {}
-    for name in list_methods("vision"):
-        if get_method(name).scaled is not PruneConfig.scaled:  # else it has no schedule that could meet a budget
-            configs[name] = config_for_macs(model, get_method(name)(), BUDGET * dense)
-    macs = {name: float(cost(model, config).pruned.macs) for name, config in configs.items()}
+    configs = encoder_configs(model)
     report = evaluate_paired(
-        model,
-        images,
-        processor,
-        {name: partial(pruned, model, config) for name, config in configs.items()},
-        macs={"dense": float(dense), **macs},
-        progress=progress,
+        model, images, processor, _arms(model, configs), macs=_macs(model, configs), progress=progress
     )
-
     checkpoint, picture = out / "digits_vit_zero_tprune", out / "kept_patches.png"
     few = [images[i]["image"] for i in range(0, len(images), max(1, len(images) // 6))][:6]
     pixels = processor(images=few, return_tensors="pt").pixel_values
@@ -82,4 +172,89 @@ def run_demo(out: Path, limit: int | None = None, progress: bool = True) -> Demo
         if not torch.equal(from_pretrained(checkpoint)(pixels).logits, model(pixels).logits):
             raise TokenPruneError(f"the checkpoint in {checkpoint} does not give the logits it was saved with")
     unprune(model)
-    return DemoResult(report, checkpoint, picture)
+    return report, checkpoint, picture
+
+
+def _clip(limit: int | None, progress: bool) -> PairedReport:
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = CLIPModel.from_pretrained(CLIP_DIR).eval()
+    processor = CLIPProcessor.from_pretrained(CLIP_DIR)
+    pictures = digit_pictures("test")
+    mosaics = Mosaics(pictures, SINGLES, single=True)
+    images = load_images([{"image": m.image, "label": max(m.cells)} for m in mosaics], limit=limit)
+    configs = encoder_configs(model)
+    return evaluate_zero_shot(
+        model,
+        images,
+        processor,
+        pictures.names,
+        _arms(model, configs),
+        templates=("the {}",),
+        macs=_macs(model, configs),
+        progress=progress,
+    )
+
+
+def _llava(out: Path, limit: int | None, progress: bool) -> tuple[AnswersReport, Path]:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    model = LlavaForConditionalGeneration.from_pretrained(LLAVA_DIR).eval()
+    processor = LlavaProcessor.from_pretrained(LLAVA_DIR)
+    questions = load_questions(list(MosaicQuestions(Mosaics(digit_pictures("test"), MOSAICS))), limit=limit)
+    text_tokens = mean_text_tokens(model, questions, processor)
+    budget = PREFILL_BUDGET * cost(model, text_tokens=text_tokens).dense.macs
+    configs = {
+        name: config_for_macs(model, config, budget, text_tokens=text_tokens)
+        for name, config in decoder_configs(0.33).items()
+    }
+    report = evaluate_answers(
+        model,
+        questions,
+        processor,
+        _arms(model, configs),
+        macs=_macs(model, configs, text_tokens=text_tokens),
+        batch_size=20,
+        max_new_tokens=6,
+        progress=progress,
+    )
+    picture = out / "kept_for_questions.png"
+    chosen = [KINDS.index("what"), KINDS.index("where")]
+    with pruned(model, configs["transprune"]):
+        questions_sheet(model, processor, [questions[i] for i in chosen if i < len(questions)]).save(picture)
+    return report, picture
+
+
+def questions_sheet(model: Any, processor: Any, samples: Sequence[AskedSample], size: int = 168) -> Image.Image:
+    """A row a question: above it the question and the answer, below which image tokens each stage kept.
+
+    Args:
+        model: pruned inside the decoder.
+        samples: questions, one after the other in the picture.
+        size: width of a picture in pixels.
+    """
+    rows, side = [], SIDE // PATCH
+    for sample in samples:
+        one = QuestionDataset(
+            load_images([{"image": sample["image"]}], label_column=None),
+            [sample["question"]],
+            [sample["answers"]],
+            [sample["kind"]],
+        )
+        with record(model) as rec:
+            answer = collect_answers(model, one, processor, max_new_tokens=6, progress=False).texts[0]
+        sheet = kept_sheet([sample["image"]], rec, (side, side), size)
+        row = Image.new("RGB", (sheet.width, sheet.height + CAPTION), "white")
+        ImageDraw.Draw(row).text((6, 4), f"{sample['question']}  {answer}", fill="black")
+        row.paste(sheet, (0, CAPTION))
+        rows.append(row)
+    picture = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for i, row in enumerate(rows):
+        picture.paste(row, (0, sum(above.height for above in rows[:i])))
+    return picture
+
+
+def _macs(model: Any, configs: Mapping[str, PruneConfig], text_tokens: int | None = None) -> dict[str, float]:
+    """Of the dense model and of every pruned one."""
+    after = {name: float(cost(model, config, text_tokens=text_tokens).pruned.macs) for name, config in configs.items()}
+    return {"dense": float(cost(model, text_tokens=text_tokens).dense.macs), **after}
