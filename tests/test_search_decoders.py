@@ -49,7 +49,8 @@ STACK = StackConfig(
 
 
 def prompts(model: PreTrainedModel) -> list[Inputs]:
-    return [sample(model, parts, seed) for seed, parts in enumerate(PROMPTS)]
+    videos = [".V.."] if "video" in adapter_of(model).placeholders else []
+    return [sample(model, parts, seed) for seed, parts in enumerate([*PROMPTS, *videos])]
 
 
 def batches_of(model: PreTrainedModel) -> list[Inputs]:
@@ -131,7 +132,7 @@ def test_an_answer_is_measured_as_generate_would_run_it(family: str, case: Case)
     torch.testing.assert_close(objective.dense, torch.cat([logits for _, logits in dense]), atol=1e-3, rtol=1e-3)
     expected = torch.stack([kl(a, b).mean() for (_, a), b in zip(dense, other, strict=True)])
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-    assert expected[2] < 1e-6 < expected[0], "a prompt without an image is not pruned"
+    assert expected[2] < 1e-6 < expected[0] and expected[-1] > 1e-6, "only a prompt without an image is not pruned"
     wrong = [bool((a.argmax(1) != b.argmax(1)).any()) for (_, a), b in zip(dense, other, strict=True)]
     assert differs.tolist() == wrong
     assert snapshot(model) == before
@@ -299,6 +300,13 @@ def test_one_number_is_decided_by_the_budget() -> None:
     layers = {next(i for i, count in enumerate(trial.schedule) if count < 25) for trial in fastv.trials}
     assert layers >= {0, 1, 2}, "every layer from which the budget can be reached"
     assert fastv.distortion == min(trial.distortion for trial in fastv.trials if not trial.discarded)
+
+
+def test_layers_that_the_config_names_need_not_exist() -> None:
+    model = tiny_vlm("llava")
+    result = run(model, TransPruneConfig(accumulate_layers=(1, 2, 3)), "coordinate")
+    assert isinstance(result.config, TransPruneConfig) and result.config.layers[-1] < 7
+    assert result.rule is None, "(6, 8, 11) are not layers of this model"
 
 
 def test_what_is_refused() -> None:

@@ -74,8 +74,8 @@ class AnswerObjective:
         self.sizes = [len(batch["input_ids"]) for batch in batches]
         given = None if labels is None else check_labels(labels, self.sizes, self._placeholders())
         self.features: list[dict[str, Any]] = [{} for _ in batches]  # of each batch, by the method that makes them
-        dense, self.answers, self.seconds = [], [], 0.0
-        """Of each batch, (B, L) int64 tokens; (B, L) bool, which of them count. Time of the dense model on all."""
+        self.answers: list[tuple[Tensor, Tensor]] = []  # of each batch, (B, L) tokens; (B, L) bool, which of them count
+        dense, self.seconds = [], 0.0
         with torch.inference_mode():
             for i, (batch, features) in enumerate(zip(batches, self.features, strict=True)):
                 with self._encoded_once(features):
@@ -84,6 +84,10 @@ class AnswerObjective:
                     dense.append(self._logits(batch, *self.answers[-1]))
                     self.seconds += time.perf_counter() - start
         self.dense = torch.cat(dense)
+        """(P, V) float32: what the dense model says before each token of the answers, one prompt after the other.
+
+        ``seconds`` is how long that takes it, images not counted.
+        """
 
     @property
     def n(self) -> int:
