@@ -29,10 +29,10 @@ from .cli_options import (
     QuestionOpt,
     SetOpt,
     SplitOpt,
+    TemplateOpt,
     TextTokensOpt,
     ThreadsOpt,
     TrialsOpt,
-    answers_report,
     check_effect,
     check_vision,
     configs_for,
@@ -40,7 +40,6 @@ from .cli_options import (
     kind_of,
     load_dense,
     new_folder,
-    paired_report,
     parse_fields,
     random_model,
     readable_errors,
@@ -144,6 +143,7 @@ def evaluate(
     limit: LimitOpt = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 32; with a decoder 8.")] = None,
     class_names: ClassNamesOpt = None,
+    template: TemplateOpt = None,
     prompt: PromptOpt = None,
     new_tokens: NewTokensOpt = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
@@ -154,26 +154,22 @@ def evaluate(
     Of a vision-language model: exact match of its answers. Runs on the device accelerate chooses; for several:
     `accelerate launch --multi_gpu -m hf_tokenprune.cli eval ...`.
     """
+    from .evaluating import evaluate_model
     from .evaluation import load_images, load_questions
     from .evaluation.optional import require
 
     decoder = kind_of(empty_model(model)) != "vision"
-    check_effect(
-        decoder, {"--class-names": class_names} if decoder else {"--prompt": prompt, "--new-tokens": new_tokens}
-    )
+    no_effect = {"--prompt": prompt, "--new-tokens": new_tokens}
+    check_effect(decoder, {"--class-names": class_names, "--template": template} if decoder else no_effect)
     accelerator = require("accelerate").Accelerator()
     dataset = (load_questions if decoder else load_images)(data, limit=limit, split=split)
     loaded = load_dense(model, "cpu")
-    chosen = partial(configs_for, loaded, model, method, set_, gmacs, prune_config)
-    report: Any
-    if decoder:
-        settings = (prompt, new_tokens, batch_size or 8, accelerator, not as_json)
-        report, variants = answers_report(model, loaded, dataset, chosen, *settings)
-    else:
-        variants = chosen()
-        report = paired_report(
-            model, loaded, dataset, variants, class_names, batch_size or 32, accelerator, not as_json
-        )
+    choose = partial(configs_for, loaded, model, method, set_, gmacs, prune_config)
+    report, variants = evaluate_model(
+        model, loaded, dataset, choose, class_names=class_names, templates=template, prompt=prompt,
+        new_tokens=new_tokens, batch_size=batch_size or (8 if decoder else 32), accelerator=accelerator,
+        progress=not as_json,
+    )  # fmt: skip
     if accelerator.is_main_process:
         configs = {name: config.to_dict() for name, config in variants.items()}
         show(as_json, {**report.to_dict(), "configs": configs}, report.to_markdown() if markdown else report.summary())
@@ -204,6 +200,7 @@ def compare(
     """
     from .benchmark import benchmark
     from .compare import Comparison, every_method
+    from .evaluating import paired_report
     from .evaluation import load_images
     from .evaluation.optional import require
 
@@ -219,7 +216,10 @@ def compare(
         variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
     else:
         variants = every_method(loaded, gmacs or [])
-    accuracy = paired_report(model, loaded, dataset, variants, class_names, batch_size, accelerator, not as_json)
+    accuracy = paired_report(
+        model, loaded, dataset, variants, class_names=class_names, batch_size=batch_size, accelerator=accelerator,
+        progress=not as_json,
+    )  # fmt: skip
     loaded.to(accelerator.device).eval()
     timing: dict[str, Any] = {}
     for number, (name, config) in enumerate(variants.items(), 1):
@@ -334,11 +334,11 @@ def bench(
 @app.command()
 @readable_errors
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the picture and the pruned checkpoint go.")] = Path("demo_output"),
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many of the 360 test digits.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the pictures and the pruned checkpoint go.")] = Path("demo_output"),
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images of each model.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """The packaged digits model, dense and pruned by every method: accuracy, speed, a picture. Needs no download."""
+    """Three packaged models (ViT, CLIP, LLaVA), dense and pruned by every method: accuracy, speed, pictures."""
     from .demo.run import run_demo
 
     result = run_demo(out, limit=limit, progress=not as_json)

@@ -73,6 +73,10 @@ LimitOpt = Annotated[int | None, typer.Option(help="At most so many images, even
 ClassNamesOpt = Annotated[
     Path | None, typer.Option(help="For CLIP-like models: a text file with the name of class 0, 1, ... in its lines.")
 ]
+TemplateOpt = Annotated[
+    list[str] | None,
+    typer.Option("--template", help="For CLIP-like models: text with {} where the class name goes. May be repeated."),
+]
 ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
@@ -183,84 +187,6 @@ def new_folder(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; choose another one")
     return out
-
-
-def paired_report(
-    path: str,
-    model: Any,
-    images: Any,
-    variants: dict[str, PruneConfig],
-    class_names: Path | None,
-    batch_size: int,
-    accelerator: Any,
-    progress: bool,
-) -> Any:
-    """The model as it is, and pruned by each of ``variants``, on the same images; zero-shot if it has a text tower."""
-    from functools import partial
-
-    from .cost import cost
-    from .engine import pruned
-    from .evaluation import evaluate_paired, evaluate_zero_shot, load_processor
-
-    macs = {name: float(cost(model, config).pruned.macs) for name, config in variants.items()}
-    arms = {name: partial(pruned, model, config) for name, config in variants.items()}
-    settings: dict[str, Any] = {
-        "macs": {"dense": float(cost(model).dense.macs), **macs},
-        "batch_size": batch_size,
-        "accelerator": accelerator,
-        "progress": progress,
-    }
-    if hasattr(model, "get_text_features"):
-        from transformers import AutoProcessor
-
-        names = class_names.read_text(encoding="utf-8").splitlines() if class_names else images.classes
-        if names is None:
-            raise ConfigError("the images have labels without names: give --class-names FILE, a line a class")
-        return evaluate_zero_shot(model, images, AutoProcessor.from_pretrained(path), names, arms, **settings)
-    if class_names:
-        raise ConfigError("--class-names has no effect: this model has a classifier of its own")
-    return evaluate_paired(model, images, load_processor(path), arms, **settings)
-
-
-def answers_report(
-    path: str,
-    model: Any,
-    questions: Any,
-    chosen: Callable[[int], dict[str, PruneConfig]],
-    prompt: str | None,
-    new_tokens: int | None,
-    batch_size: int,
-    accelerator: Any,
-    progress: bool,
-) -> tuple[Any, dict[str, PruneConfig]]:
-    """A vision-language model as it is, and pruned by the configs that ``chosen`` gives for a number of text tokens, on
-    the same questions; and these configs."""
-    from functools import partial
-
-    from transformers import AutoProcessor
-
-    from .cost import cost
-    from .engine import pruned
-    from .evaluation import evaluate_answers, mean_text_tokens
-
-    processor = AutoProcessor.from_pretrained(path)
-    text_tokens = mean_text_tokens(model, questions, processor, prompt)
-    variants = chosen(text_tokens)
-    macs = {name: float(cost(model, config, text_tokens=text_tokens).pruned.macs) for name, config in variants.items()}
-    dense = float(cost(model, text_tokens=text_tokens).dense.macs)
-    report = evaluate_answers(
-        model,
-        questions,
-        processor,
-        {name: partial(pruned, model, config) for name, config in variants.items()},
-        macs={"dense": dense, **macs},
-        batch_size=batch_size,
-        max_new_tokens=32 if new_tokens is None else new_tokens,
-        prompt=prompt,
-        accelerator=accelerator,
-        progress=progress,
-    )
-    return report, variants
 
 
 def check_vision(path: str, command: str) -> None:

@@ -15,7 +15,7 @@ from .config import PruneConfig
 from .engine import find_adapter
 from .errors import ConfigError
 from .evaluation import ImageDataset, load_images, load_processor, load_questions
-from .evaluation.answers import _prompts
+from .evaluation.answers import prompts
 from .evaluation.preprocess import PreprocessedImages, collate
 from .evaluation.zero_shot import similarity_to_classes
 from .search import SearchResult, search
@@ -149,7 +149,7 @@ def _asked(
         dataset = load_questions(source, limit=limit, split=split)
         images, asked = dataset.images, list(enumerate(dataset.questions))
     processor = AutoProcessor.from_pretrained(path)
-    prompt_of, batches = _prompts(processor, prompt), []
+    prompt_of, batches = prompts(processor, prompt), []
     for start in range(0, len(asked), batch_size):
         rows = asked[start : start + batch_size]
         inputs = processor(

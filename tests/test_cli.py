@@ -117,9 +117,16 @@ def test_bench_reports_beside_the_ideal() -> None:
 
 def test_demo(tmp_path: Path) -> None:
     data = json.loads(ok("demo", "--out", tmp_path, "--limit", 24, "--json"))
-    names = [row["name"] for row in data["rows"]]
-    assert names[0] == "dense" and {"random", "zero_tprune"} < set(names[1:]) <= set(list_methods("vision"))
-    assert Path(data["picture"]).stat().st_size > 1000
+    for part, kind, some in (
+        ("digits", "vision", {"random", "zero_tprune"}),
+        ("clip", "vision", {"random", "salience_merge"}),
+        ("llava", "decoder", {"divprune", "transprune"}),
+    ):
+        names = [row["name"] for row in data[part]["rows"]]
+        assert names[0] == "dense" and some < set(names[1:])
+        assert set(names[1:]) - {"visionzip + transprune"} <= set(list_methods(kind))
+    assert len(data["pictures"]) == 2
+    assert all(Path(picture).stat().st_size > 1000 for picture in data["pictures"])
     assert (Path(data["checkpoint"]) / "prune_config.json").is_file()
 
 
@@ -252,10 +259,14 @@ def test_bench_splits_prefill_and_decode(llava: Path) -> None:
     assert "decode a token" in text and "bfloat16" in text
 
 
-def test_eval_is_for_classifiers(sizes: Path, folder: Path) -> None:
+def test_eval_of_a_vision_language_model_needs_questions_and_compare_takes_none(
+    sizes: Path, folder: Path, tmp_path: Path
+) -> None:
     result = run("eval", sizes, folder, "-m", "divprune")
+    assert result.exit_code == 1 and "write a questions.jsonl" in result.output
+    result = run("compare", sizes, folder, "-m", "divprune", "-g", 1, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert "is a vision-language model, and eval measures image classification" in result.output
+    assert "is a vision-language model, and compare measures image classification" in result.output
 
 
 def test_eval_of_clip_is_zero_shot(tmp_path: Path) -> None:

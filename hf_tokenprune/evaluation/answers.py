@@ -260,7 +260,7 @@ def collect_answers(
         raise UnsupportedModelError(
             f"{type(model).__name__} has no generate(); load it with AutoModelForImageTextToText"
         )
-    prompt_of = _prompts(processor, prompt)
+    prompt_of = prompts(processor, prompt)
     accelerator = accelerator or accelerate.Accelerator()
 
     def collate(samples: Sequence[AskedSample]) -> Any:
@@ -308,12 +308,17 @@ def collect_answers(
 
 def mean_text_tokens(model: Any, questions: QuestionDataset, processor: Any, prompt: str | None = None) -> int:
     """Mean number of tokens of the prompts besides those of the image, rounded; for ``cost(..., text_tokens=...)``."""
-    prompt_of, image = _prompts(processor, prompt), model.config.image_token_id
+    prompt_of, image = prompts(processor, prompt), model.config.image_token_id
     ids = processor.tokenizer([prompt_of(question) for question in questions.questions]).input_ids
     return round(sum(sum(token != image for token in row) for row in ids) / len(ids))
 
 
-def _prompts(processor: Any, prompt: str | None) -> Callable[[str], str]:
+def prompts(processor: Any, prompt: str | None) -> Callable[[str], str]:
+    """The function from a question to what the model is given; see `collect_answers`.
+
+    Raises:
+        TokenPruneError: a processor without a chat template and no ``prompt``, or one without ``{}``.
+    """
     if prompt is not None:
         if "{}" not in prompt:
             raise TokenPruneError(f"prompt {prompt!r} has no {{}}; put it where the question goes")

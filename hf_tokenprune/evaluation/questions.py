@@ -146,7 +146,10 @@ def _table(dataset: Any) -> list[dict[str, Any]]:
     for column in ("question", "answer"):
         if column not in have:
             columns = ", ".join(map(repr, dataset.column_names))
-            raise DataError(f"the dataset has the columns {columns}, not {column!r}; use rename_column on one of them")
+            raise DataError(
+                f"the dataset has the columns {columns}, not {column!r}; use rename_column on one of them, or write a "
+                f"{FILE} (a line each) beside the images"
+            )
     return [dict(zip(have, values, strict=True)) for values in zip(*(dataset[c][:] for c in have), strict=True)]
 
 
