@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..config import PruneConfig
 from ..cost import config_for_macs, cost
 from ..engine import prune, pruned, unprune
 from ..errors import TokenPruneError
+from ..evaluating import arms, macs_of
 from ..evaluation import (
     AnswersReport,
     PairedReport,
@@ -148,10 +148,6 @@ def decoder_configs(keep: float) -> dict[str, PruneConfig]:
     return {name: PruneConfig.from_dict(fields) for name, fields in configs.items()}
 
 
-def _arms(model: Any, configs: Mapping[str, PruneConfig]) -> dict[str, Any]:
-    return {name: partial(pruned, model, config) for name, config in configs.items()}
-
-
 def _digits(out: Path, limit: int | None, progress: bool) -> tuple[PairedReport, Path, Path]:
     from transformers import ViTForImageClassification, ViTImageProcessorPil
 
@@ -160,7 +156,7 @@ def _digits(out: Path, limit: int | None, progress: bool) -> tuple[PairedReport,
     images = load_images(list(load_digits_split("test")), limit=limit)
     configs = encoder_configs(model)
     report = evaluate_paired(
-        model, images, processor, _arms(model, configs), macs=_macs(model, configs), progress=progress
+        model, images, processor, arms(model, configs), macs=macs_of(model, configs), progress=progress
     )
     checkpoint, picture = out / "digits_vit_zero_tprune", out / "kept_patches.png"
     few = [images[i]["image"] for i in range(0, len(images), max(1, len(images) // 6))][:6]
@@ -189,9 +185,9 @@ def _clip(limit: int | None, progress: bool) -> PairedReport:
         images,
         processor,
         pictures.names,
-        _arms(model, configs),
+        arms(model, configs),
         templates=("the {}",),
-        macs=_macs(model, configs),
+        macs=macs_of(model, configs),
         progress=progress,
     )
 
@@ -212,8 +208,8 @@ def _llava(out: Path, limit: int | None, progress: bool) -> tuple[AnswersReport,
         model,
         questions,
         processor,
-        _arms(model, configs),
-        macs=_macs(model, configs, text_tokens=text_tokens),
+        arms(model, configs),
+        macs=macs_of(model, configs, text_tokens),
         batch_size=20,
         max_new_tokens=6,
         progress=progress,
@@ -252,9 +248,3 @@ def questions_sheet(model: Any, processor: Any, samples: Sequence[AskedSample], 
     for i, row in enumerate(rows):
         picture.paste(row, (0, sum(above.height for above in rows[:i])))
     return picture
-
-
-def _macs(model: Any, configs: Mapping[str, PruneConfig], text_tokens: int | None = None) -> dict[str, float]:
-    """Of the dense model and of every pruned one."""
-    after = {name: float(cost(model, config, text_tokens=text_tokens).pruned.macs) for name, config in configs.items()}
-    return {"dense": float(cost(model, text_tokens=text_tokens).dense.macs), **after}
