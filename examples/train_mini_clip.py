@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from hf_tokenprune.demo.mosaics import EMPTY, GRID, PATCH, SIDE, Mosaic, Mosaics, Pictures
-from hf_tokenprune.demo.questions import NUMBERS, POSITIONS, caption, words
+from hf_tokenprune.demo.questions import POSITIONS, caption, most_frequent, number_captions, words
 
 CARD = """\
 ---
@@ -32,13 +32,14 @@ A small CLIP that knows handwritten digits: which there are in a mosaic, how man
 `hf_tokenprune`, so that pruning of a two-tower model can be tried and measured without a download. It is a stock
 `CLIPModel`, trained on all of its tokens.
 
-- **Zero-shot accuracy on {n_test} mosaics of one test digit: {digit:.1f} % by digit, {position:.1f} % by position**;
-  on {n_test} mosaics of several: {count:.1f} % by the number of a digit that is there (one, two, three, four)
+- **Zero-shot accuracy on {test_size} mosaics of one test digit: {digit:.1f} % by digit, {position:.1f} % by position**;
+  on {test_size} mosaics of several: {count:.1f} % by the number of a digit that is there (one, two, three, four)
 - Chance: 10, 11 and 25 %
 - Model: vision tower of 6 layers, width 128, 256 patches of 8 x 8 pixels; text tower of 3 layers, width 96;
   {parameters:,} parameters, float16 on disk
 - Data: mosaics of `hf_tokenprune.demo.mosaics`, of scikit-learn's `load_digits`; 1437 digits to train, 360 others to
-  test; captions of `hf_tokenprune.demo.questions`, one an image
+  test; captions of `hf_tokenprune.demo.questions`, one an image, and for mosaics of several digits every number of the
+  most frequent one as alternatives
 - Training: from scratch, {steps:,} steps of {batch_size} fresh mosaics, half of them of one digit
 - Loss: CLIP's symmetric cross-entropy, where all images count that a caption fits (UniCL), plus token labelling as for
   LV-ViT: digit, cell and centre of every patch, read from the last layer but one by heads that are not part of the
@@ -64,6 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--warmup", type=float, default=0.05, help="part of the steps")
     parser.add_argument("--every", type=int, default=200, help="steps between tests and checkpoints")
+    parser.add_argument("--test-size", type=int, default=400, help="test mosaics of one picture, and of several")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--machine", default="this machine", help="for the model card")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside the output folder")
@@ -146,31 +148,28 @@ def contrastive(logits: Tensor, fits: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy, where a caption may fit several images and all count (Yang et al. 2022, UniCL).
 
     Args:
-        logits: (B images, B captions).
-        fits: (B, B) bool, True on the diagonal.
+        logits: (B images, C captions), the caption of each image first.
+        fits: (B, C) bool, True on the diagonal.
     """
     losses = []
-    for scores, targets in ((logits, fits.float()), (logits.T, fits.T.float())):
+    for scores, targets in ((logits, fits.float()), (logits[:, : len(logits)].T, fits[:, : len(logits)].T.float())):
         targets = targets / targets.sum(1, keepdim=True)
         losses.append(-(targets * scores.log_softmax(1)).sum(1).mean())
     return (losses[0] + losses[1]) / 2
 
 
 @torch.inference_mode()
-def zero_shot(model: CLIPModel, processor: CLIPProcessor, pictures: Pictures, n: int = 400) -> dict[str, float]:
+def zero_shot(model: CLIPModel, processor: CLIPProcessor, pictures: Pictures, n: int) -> dict[str, float]:
     """Accuracy by prompt: which digit is there and where, on mosaics of one; how many, on mosaics of several."""
     model.eval()
     single, several = list(Mosaics(pictures, n, single=True)), list(Mosaics(pictures, n))
-    which = [max(set(m.cells) - {EMPTY}, key=m.cells.count) for m in several]
+    which = [most_frequent(mosaic.cells) for mosaic in several]
     images = [embed_images(model, processor, mosaics) for mosaics in (single, several)]
 
     def accuracy(images: Tensor, texts: list[str], labels: list[int]) -> float:
         tokens = processor(text=texts, padding=True, return_tensors="pt")
         classes = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
         return float(((images @ classes.T).argmax(1) == torch.tensor(labels)).float().mean())
-
-    def numbers(label: int) -> list[str]:
-        return [f"one {pictures.names[label]}", *(f"{n} {pictures.plurals[label]}" for n in NUMBERS[2:])]
 
     found = {
         "digit": accuracy(images[0], [f"the {name}" for name in pictures.names], [max(m.cells) for m in single]),
@@ -179,8 +178,8 @@ def zero_shot(model: CLIPModel, processor: CLIPProcessor, pictures: Pictures, n:
         ),
     }
     counts = [
-        accuracy(images[1][i, None], numbers(label), [several[i].cells.count(label) - 1])
-        for i, label in enumerate(which)
+        accuracy(image[None], [c.text for c in number_captions(label, pictures)], [mosaic.cells.count(label) - 1])
+        for image, mosaic, label in zip(images[1], several, which, strict=True)
     ]
     return {**found, "count": float(np.mean(counts))}
 
@@ -210,6 +209,9 @@ def main() -> None:
         mosaics = [*Mosaics(train, half, seed), *Mosaics(train, args.batch_size - half, seed + 500_000, single=True)]
         rng = np.random.default_rng(seed)
         captions = [caption(mosaic.cells, train, rng) for mosaic in mosaics]
+        # Other images rarely have another number of the same class, so there would be little to tell numbers apart:
+        # every number of the most frequent class is a caption too, right or wrong.
+        captions += [c for m in mosaics[:half] for c in number_captions(most_frequent(m.cells), train)]
         fits = torch.tensor([[text.fits(mosaic.cells) for text in captions] for mosaic in mosaics])
         inputs = processor(
             text=[c.text for c in captions], images=[m.image for m in mosaics], padding=True, return_tensors="pt"
@@ -222,12 +224,12 @@ def main() -> None:
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         return {"contrastive": contrastive(model.logit_scale.exp() * image @ text.T, fits), "patches": patches}
 
-    *_, last = training.run(losses, lambda: zero_shot(model, processor, test), args.every)
+    *_, last = training.run(losses, lambda: zero_shot(model, processor, test, args.test_size), args.every)
     save_half(model, args.output_dir)
     processor.save_pretrained(args.output_dir)
     shutil.copy(path.with_suffix(".jsonl"), args.output_dir / "training.jsonl")
     percent = {name: 100 * last[name] for name in ("digit", "position", "count")}
-    card = CARD.format(**vars(args), **percent, n_test=400, parameters=model.num_parameters(), minutes=last["minutes"])
+    card = CARD.format(**vars(args), **percent, parameters=model.num_parameters(), minutes=last["minutes"])
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -24,7 +24,8 @@ from hf_tokenprune.demo.mosaics import Mosaic, Mosaics, Pictures
 from hf_tokenprune.demo.questions import KINDS, Question, ask, standard_questions, words
 
 IGNORED = -100
-N_TEST = 200
+PER_MOSAIC = {"what": 2, "where": 4, "count": 3, "compare": 6, "presence": 3}
+"""Questions about a training mosaic. What is in a given cell is learned first; to compare two cells, last."""
 
 CARD = """\
 ---
@@ -38,14 +39,14 @@ A small LLaVA that answers questions about mosaics of handwritten digits. It com
 of a vision-language model can be tried and measured without a download. It is a stock
 `LlavaForConditionalGeneration`, trained on all of its tokens.
 
-- **Exact match on {n_test} questions about {n_mosaics} mosaics of test digits: {all:.1f} %**
+- **Exact match on {n_test} questions about {test_size} mosaics of test digits: {all:.1f} %**
 
 | | question | right | chance |
 |---|---|---:|---:|
 | what | what is at row 2 column 3 ? | {what:.1f} % | 10 % |
 | where | where is the 7 ? | {where:.1f} % | 11 % |
 | count | how many 3s are there ? | {count:.1f} % | 20 % |
-| compare | which is larger : row 1 column 1 or row 3 column 2 ? | {compare:.1f} % | 50 % |
+| compare | which is larger : row 1 column 1 or row 3 column 2 ? (4 or 7 : second) | {compare:.1f} % | 1 % |
 | presence | is there a 5 ? | {presence:.1f} % | 50 % |
 
 - Model: the vision tower of `mini_clip` (features of the last layer but one, without CLS: 256 tokens), frozen; a
@@ -69,13 +70,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clip", type=Path, default=Path("demo_output/mini_clip"))
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output/mini_llava"))
     parser.add_argument("--pictures", default="digits", help="or a folder with CIFAR-10 or a dataset like it")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--batch-size", type=int, default=16, help="mosaics a step")
-    parser.add_argument("--questions", type=int, default=4, help="of every kind about a mosaic")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--warmup", type=float, default=0.05, help="part of the steps")
     parser.add_argument("--every", type=int, default=200, help="steps between tests and checkpoints")
+    parser.add_argument("--test-size", type=int, default=200, help="test mosaics, of five questions each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--machine", default="this machine", help="for the model card")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside the output folder")
@@ -172,7 +173,7 @@ def pixels_of(processor: LlavaProcessor, mosaics: Sequence[Mosaic]) -> Tensor:
 
 @torch.inference_mode()
 def exact_match(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: Pictures, n: int = N_TEST
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: Pictures, n: int
 ) -> dict[str, float]:
     """Part of the answers that are right word for word, by kind; greedy decoding gives the same."""
     model.eval()
@@ -205,7 +206,8 @@ def main() -> None:
         seed = 1 + step + 1_000_000 * (1 + args.seed)  # of test mosaics it is 0, of the CLIP's it is below
         rng = np.random.default_rng(seed)
         mosaics = list(Mosaics(train, args.batch_size, seed))
-        questions = [[ask(k, m.cells, train, rng) for k in KINDS * args.questions] for m in mosaics]
+        kinds = [kind for kind, times in PER_MOSAIC.items() for _ in range(times)]
+        questions = [[ask(kind, m.cells, train, rng) for kind in kinds] for m in mosaics]
         packed = pack(processor, questions)
         with torch.autocast("cpu", torch.bfloat16):
             logits = logits_of(model, packed, pixels_of(processor, mosaics))
@@ -213,17 +215,16 @@ def main() -> None:
         loss = F.cross_entropy(logits.flatten(0, 1), packed.targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return {"loss": loss / sum(map(len, questions))}
 
-    *_, last = training.run(losses, lambda: exact_match(model, processor, test), args.every)
+    *_, last = training.run(losses, lambda: exact_match(model, processor, test, args.test_size), args.every)
     save_half(model, args.output_dir)
     processor.save_pretrained(args.output_dir)
     shutil.copy(path.with_suffix(".jsonl"), args.output_dir / "training.jsonl")
     card = CARD.format(
         **vars(args),
         **{name: 100 * last[name] for name in ("all", *KINDS)},
-        n_mosaics=N_TEST,
-        n_test=N_TEST * len(KINDS),
+        n_test=args.test_size * len(KINDS),
         parameters=model.num_parameters(),
-        per_mosaic=args.questions * len(KINDS),
+        per_mosaic=sum(PER_MOSAIC.values()),
         minutes=last["minutes"],
     )
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")

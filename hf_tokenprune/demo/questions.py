@@ -36,7 +36,7 @@ def ask(kind: str, cells: Sequence[int], pictures: Pictures, rng: np.random.Gene
     """A random question of a kind about a mosaic of several pictures.
 
     ``what`` is in a cell, ``where`` is the only one of a class, ``count`` those of a class (0 to 4), ``compare`` two
-    cells by the order of their classes, ``presence`` of a class.
+    cells by the order of their classes ("4 or 7 : second"), ``presence`` of a class.
     """
     names, filled = pictures.names, [cell for cell, label in enumerate(cells) if label != EMPTY]
     times = {label: cells.count(label) for label in range(len(names))}
@@ -53,7 +53,10 @@ def ask(kind: str, cells: Sequence[int], pictures: Pictures, rng: np.random.Gene
     if kind == "compare":
         first = rng.choice(filled)
         second = rng.choice([cell for cell in filled if cells[cell] != cells[first]])
-        answer = "first" if cells[first] > cells[second] else "second"
+        seen = (
+            f"{names[cells[first]]} or {names[cells[second]]}"  # said first: else a small model reads one and guesses
+        )
+        answer = f"{seen} : {'first' if cells[first] > cells[second] else 'second'}"
         return Question(kind, f"which is {pictures.order} : {_place(first)} or {_place(second)} ?", answer)
     if kind == "presence":
         there = bool(rng.integers(2))
@@ -91,11 +94,25 @@ def caption(cells: Sequence[int], pictures: Pictures, rng: np.random.Generator) 
     if kind == 0:
         return Caption(f"the {name}", lambda cells: label in cells)
     if kind == 1:
-        noun = name if times == 1 else pictures.plurals[label]
-        return Caption(f"{NUMBERS[times]} {noun}", lambda cells: list(cells).count(label) == times)
+        return number_captions(label, pictures)[times - 1]
     if kind == 2:
         return Caption(f"a {name} at the {POSITIONS[cell]}", lambda cells: cells[cell] == label)
     return Caption(f"something at the {POSITIONS[cell]}", lambda cells: cells[cell] != EMPTY)
+
+
+def number_captions(label: int, pictures: Pictures) -> list[Caption]:
+    """ "one 3", "two 3s", "three 3s", "four 3s"."""
+
+    def of(times: int) -> Caption:
+        noun = pictures.names[label] if times == 1 else pictures.plurals[label]
+        return Caption(f"{NUMBERS[times]} {noun}", lambda cells: list(cells).count(label) == times)
+
+    return [of(times) for times in range(1, len(NUMBERS))]
+
+
+def most_frequent(cells: Sequence[int]) -> int:
+    """The label that most of the pictures have; of several, the first."""
+    return max((label for label in cells if label != EMPTY), key=list(cells).count)
 
 
 def words(pictures: Pictures) -> list[str]:

@@ -211,7 +211,7 @@ def _llava(out: Path, limit: int | None, progress: bool) -> tuple[AnswersReport,
         arms(model, configs),
         macs=macs_of(model, configs, text_tokens),
         batch_size=20,
-        max_new_tokens=6,
+        max_new_tokens=8,
         progress=progress,
     )
     picture = out / "kept_for_questions.png"
@@ -238,7 +238,7 @@ def questions_sheet(model: Any, processor: Any, samples: Sequence[AskedSample], 
             [sample["kind"]],
         )
         with record(model) as rec:
-            answer = collect_answers(model, one, processor, max_new_tokens=6, progress=False).texts[0]
+            answer = collect_answers(model, one, processor, max_new_tokens=8, progress=False).texts[0]
         sheet = kept_sheet([sample["image"]], rec, (side, side), size)
         row = Image.new("RGB", (sheet.width, sheet.height + CAPTION), "white")
         ImageDraw.Draw(row).text((6, 4), f"{sample['question']}  {answer}", fill="black")

@@ -177,8 +177,8 @@ class AnswersReport:
 
 
 _NOTES = (
-    "[ ]: 95 % interval of the difference in percentage points, Bonett-Price for paired proportions. GMACs and ideal: "
-    "prefill. questions/s: generate() only, one pass."
+    "[ ]: 95 % interval of the difference in percentage points, Bonett-Price for paired proportions; questions about "
+    "one image count as independent. GMACs and ideal: prefill. questions/s: generate() only, one pass."
 )
 
 
