@@ -41,9 +41,9 @@ A small CLIP that knows handwritten digits: which there are in a mosaic, how man
   test; captions of `hf_tokenprune.demo.questions`, one an image, and for mosaics of several digits every number of the
   most frequent one as alternatives
 - Training: from scratch, {steps:,} steps of {batch_size} fresh mosaics, half of them of one digit
-- Loss: CLIP's symmetric cross-entropy, where all images count that a caption fits (UniCL), plus token labelling as for
-  LV-ViT: digit, cell and centre of every patch, read from the last layer but one by heads that are not part of the
-  checkpoint
+- Loss: CLIP's symmetric cross-entropy, where all images count that a caption fits (UniCL); cross-entropy of a mosaic's
+  number among the four; and token labelling as for LV-ViT: digit, cell and centre of every patch, read from the last
+  layer but one by heads that are not part of the checkpoint
 - Optimiser: Muon for the matrices of the blocks, AdamW for the rest, learning rate {lr} (warm-up {warmup:.0%}, then a
   cosine to zero), weight decay {weight_decay}, bfloat16 autocast, seed {seed}
 - Time: {minutes:.0f} minutes on {machine}; log: `training.jsonl`
@@ -222,7 +222,11 @@ def main() -> None:
             text = model.get_text_features(inputs.input_ids, inputs.attention_mask).pooler_output
             patches = heads(vision.hidden_states[-2][:, 1:], mosaics)
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        return {"contrastive": contrastive(model.logit_scale.exp() * image @ text.T, fits), "patches": patches}
+        logits = model.logit_scale.exp() * image @ text.T
+        alternatives = logits[:half, len(mosaics) :].unflatten(1, (half, -1)).diagonal(dim1=0, dim2=1).T  # (half, 4)
+        times = [mosaic.cells.count(most_frequent(mosaic.cells)) for mosaic in mosaics[:half]]
+        numbers = F.cross_entropy(alternatives, torch.tensor(times) - 1)
+        return {"contrastive": contrastive(logits, fits), "numbers": numbers, "patches": patches}
 
     *_, last = training.run(losses, lambda: zero_shot(model, processor, test, args.test_size), args.every)
     save_half(model, args.output_dir)
