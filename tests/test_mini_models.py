@@ -88,6 +88,13 @@ def test_weights_are_small_half_floats_of_stock_classes(llava: Any, clip: Any) -
     assert shape.layers[0].tokens_in == 256 + 12
 
 
+def test_the_llava_sees_with_the_clips_eyes(llava: Any, clip: Any) -> None:
+    tower, last = dict(llava.model.vision_tower.named_parameters()), clip.vision_model.encoder.layers[-1]
+    unread = {id(parameter) for part in (last, clip.vision_model.post_layernorm) for parameter in part.parameters()}
+    for name, parameter in clip.vision_model.named_parameters():
+        assert id(parameter) in unread or torch.equal(parameter, tower[name])
+
+
 @pytest.mark.slow
 def test_llava_answers_questions_about_digits_it_has_not_seen(llava: Any, processor: Any) -> None:
     report = evaluate_answers(llava, asked(100), processor, {}, batch_size=50, max_new_tokens=8, progress=False)
@@ -119,7 +126,7 @@ def test_clip_knows_which_digit_and_where(clip: Any) -> None:
         images = load_images([{"image": mosaic.image, "label": mosaic.cells.count(label) - 1}])
         report = evaluate_zero_shot(clip, images, processor, names, {}, templates=("{}",), progress=False)
         right += int(report.rows[0].accuracy or 0)
-    assert right / len(several) > 0.5, "chance is a quarter"
+    assert right / len(several) > 0.6, "chance is a quarter"
 
 
 def test_training_logs_end_where_the_cards_say() -> None:

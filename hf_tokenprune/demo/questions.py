@@ -53,9 +53,7 @@ def ask(kind: str, cells: Sequence[int], pictures: Pictures, rng: np.random.Gene
     if kind == "compare":
         first = rng.choice(filled)
         second = rng.choice([cell for cell in filled if cells[cell] != cells[first]])
-        seen = (
-            f"{names[cells[first]]} or {names[cells[second]]}"  # said first: else a small model reads one and guesses
-        )
+        seen = f"{names[cells[first]]} or {names[cells[second]]}"  # said first: else a small model reads one of them
         answer = f"{seen} : {'first' if cells[first] > cells[second] else 'second'}"
         return Question(kind, f"which is {pictures.order} : {_place(first)} or {_place(second)} ?", answer)
     if kind == "presence":
