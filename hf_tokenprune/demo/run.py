@@ -28,6 +28,7 @@ from ..evaluation import (
     mean_text_tokens,
 )
 from ..evaluation.questions import AskedSample
+from ..methods.decoderwise import Positions
 from ..pretrained import from_pretrained, save_pretrained
 from ..recording import record
 from ..registry import get_method, list_methods
@@ -114,36 +115,39 @@ def encoder_configs(model: Any) -> dict[str, PruneConfig]:
     }
 
 
-def decoder_configs(keep: float) -> dict[str, PruneConfig]:
+def decoder_configs(keep: float, positions: Positions = "original") -> dict[str, PruneConfig]:
     """Every method for vision-language models, for the mini-LLaVA of 8 decoder layers and 256 image tokens.
 
     Args:
         keep: fraction of the image tokens that is left behind the last stage. Methods that prune inside the decoder get
             there in one stage (FastV) or by equal factors in three.
+        positions: of the tokens that stay. The model never saw an image of another number of tokens and finds cells by
+            the distance between tokens: with "contiguous" it is lost.
     """
+    kept = {"positions": positions}
     steps = tuple(keep ** (part / 3) for part in (1, 2, 3))
 
     def visionzip(ratio: float) -> dict[str, Any]:
         total = round(256 * ratio)
         contextual = max(1, round(total / 6))
-        return {"method": "visionzip", "dominant": total - contextual, "contextual": contextual}
+        return {"method": "visionzip", "dominant": total - contextual, "contextual": contextual, **kept}
 
     def transprune(ratios: tuple[float, ...]) -> dict[str, Any]:
         layers = {"accumulate_layers": (1, 2, 3, 4), "layers": (1, 2, 4)}
-        return {"method": "transprune", **layers, "keep_ratios": ratios}
+        return {"method": "transprune", **layers, "keep_ratios": ratios, **kept}
 
     half = keep**0.5
     stages = (visionzip(half), transprune(tuple(half ** (part / 3) for part in (1, 2, 3))))
     configs: dict[str, dict[str, Any]] = {
-        "divprune": {"method": "divprune", "keep_ratio": keep},
+        "divprune": {"method": "divprune", "keep_ratio": keep, **kept},
         "visionzip": visionzip(keep),
-        "cls_attention": {"method": "cls_attention", "keep_ratio": keep},
-        "fastv": {"method": "fastv", "layer": 1, "keep_ratio": keep},
-        "pyramiddrop": {"method": "pyramiddrop", "layers": (1, 2, 4), "keep_ratios": steps},
+        "cls_attention": {"method": "cls_attention", "keep_ratio": keep, **kept},
+        "fastv": {"method": "fastv", "layer": 1, "keep_ratio": keep, **kept},
+        "pyramiddrop": {"method": "pyramiddrop", "layers": (1, 2, 4), "keep_ratios": steps, **kept},
         "transprune": transprune(steps),
         "visionzip + transprune": {"method": "stack", "stages": stages},
-        "random": {"method": "random", "keep_ratios": keep},
-        "uniform": {"method": "uniform", "keep_ratios": keep},
+        "random": {"method": "random", "keep_ratios": keep, **kept},
+        "uniform": {"method": "uniform", "keep_ratios": keep, **kept},
     }
     return {name: PruneConfig.from_dict(fields) for name, fields in configs.items()}
 
@@ -201,7 +205,7 @@ def _llava(out: Path, limit: int | None, progress: bool) -> tuple[AnswersReport,
     text_tokens = mean_text_tokens(model, questions, processor)
     budget = PREFILL_BUDGET * cost(model, text_tokens=text_tokens).dense.macs
     configs = {
-        name: config_for_macs(model, config, budget, text_tokens=text_tokens)
+        name: config.for_budget(model, macs=budget, text_tokens=text_tokens)
         for name, config in decoder_configs(0.33).items()
     }
     report = evaluate_answers(

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
 from ..config import Where
 from ..signals import ENTRANCE, DecoderShape, Shape
+from .decoderwise import Positions
 from .visionwise import VisionConfig
 
 B = TypeVar("B", bound="BaselineConfig")
@@ -116,7 +117,13 @@ class BaselineConfig(LayerwiseConfig):
 
     At the entrance ``keep_ratios`` is of every image, 0.098 by default; several ratios, which meet there, are
     multiplied. ``where`` has no other place than "after_block".
+
+    Args:
+        positions: decoders: of the tokens behind a pruning point, "contiguous" (renumbered) or "original" (each keeps
+            its own), to compare with methods that do the same.
     """
+
+    positions: Positions = field(default="contiguous", kw_only=True)
 
     prunes: ClassVar[frozenset[str]] = frozenset({"vision", "decoder"})
     default_entrance_ratio: ClassVar[float] = 0.098
@@ -124,6 +131,8 @@ class BaselineConfig(LayerwiseConfig):
     def places(self, shape: Shape) -> list[tuple[int, str, float, str]]:
         """(layer, where, keep ratio, budget) of each stage; fields that do not fit the shape raise ConfigError."""
         if not isinstance(shape, DecoderShape):
+            allowed = "'contiguous': it is about decoders, and this is a vision encoder"
+            self.check(self.positions == "contiguous", "positions", allowed)
             return [(layer, self.where, ratio, "sample") for layer, ratio in self.plan(shape)]
         self.check(self.where == "after_block", "where", "'after_block': in a decoder tokens leave behind a layer")
         for name in ("exact_last_block", "restore"):

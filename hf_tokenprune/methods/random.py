@@ -30,7 +30,8 @@ class RandomConfig(BaselineConfig):
     def stages_for(self, shape: Shape) -> tuple[Stage, ...]:
         places = self.places(shape)
         return tuple(
-            RandomStage(layer, where, ratio, self.seed, budget=budget) for layer, where, ratio, budget in places
+            RandomStage(layer, where, ratio, self.seed, positions=self.positions, budget=budget)
+            for layer, where, ratio, budget in places
         )
 
 

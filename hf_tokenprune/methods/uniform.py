@@ -24,7 +24,10 @@ class UniformConfig(BaselineConfig):
 
     def stages_for(self, shape: Shape) -> tuple[Stage, ...]:
         places = self.places(shape)
-        return tuple(UniformStage(layer, where, ratio, budget=budget) for layer, where, ratio, budget in places)
+        return tuple(
+            UniformStage(layer, where, ratio, positions=self.positions, budget=budget)
+            for layer, where, ratio, budget in places
+        )
 
 
 @dataclass(frozen=True)
