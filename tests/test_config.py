@@ -24,8 +24,8 @@ LAYERWISE = [method for method in METHODS if issubclass(get_method(method), Laye
 
 # Values that are none of the defaults, by method, to see that every field travels. A new method works without one.
 EXAMPLES = {
-    "random": RandomConfig(layers=(0, 3), keep_ratios=(0.5, 1.0), where="mid_block", seed=7),
-    "uniform": UniformConfig(layers=(2,), keep_ratios=0.25, where="mid_block"),
+    "random": RandomConfig(layers=(0, 3), keep_ratios=(0.5, 1.0), where="mid_block", positions="original", seed=7),
+    "uniform": UniformConfig(layers=(2,), keep_ratios=0.25, where="mid_block", positions="original"),
     "zero_tprune": ZeroTPruneConfig(
         layers=(1, 4),
         keep_ratios=(0.9, 0.5),

@@ -468,6 +468,11 @@ def test_baselines_on_decoders(config_class) -> None:
     entrance = one_stage(config_class(keep_ratios=0.25))
     assert (entrance.layer, entrance.where, entrance.budget, entrance.num_kept(576)) == (-1, "entrance", "image", 144)
     assert one_stage(config_class(keep_ratios=(0.25,))) == entrance
+    assert entrance.positions == "contiguous"
+    for fields in ({}, {"layers": (3,)}):
+        assert one_stage(config_class(keep_ratios=0.25, positions="original", **fields)).positions == "original"
+    with pytest.raises(ConfigError, match="positions='original'.*about decoders"):
+        config_class(positions="original").stages_for(SHAPE)
     inside = config_class(layers=(1, 4), keep_ratios=(0.5, 0.25)).stages_for(DECODER_SHAPE)
     assert [(s.layer, s.where, s.budget) for s in inside] == [
         (1, "after_block", "sample"),

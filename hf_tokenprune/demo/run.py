@@ -38,9 +38,8 @@ from .mosaics import CLIP_DIR, LLAVA_DIR, PATCH, SIDE, Mosaics, digit_pictures
 from .questions import KINDS, MosaicQuestions
 
 BUDGET = 0.7
-"""MACs of every pruned run of an encoder, as a fraction of the dense ones, so that methods compare at equal work."""
-PREFILL_BUDGET = 0.6
-"""The same of the vision-language model's prefill, the vision tower's included."""
+"""MACs of every pruned run, as a fraction of the dense ones, so that methods compare at equal work; of the
+vision-language model those of the prefill, with the vision tower's, which no method lowers."""
 MOSAICS = 40  # five questions each
 SINGLES = 200
 CAPTION = 18  # pixels above a row of pictures
@@ -82,7 +81,7 @@ class DemoResult:
                 self.digits.summary(),
                 f"2. CLIP: which digit is in the mosaic, by prompt. {BUDGET:.0%} of the dense MACs.",
                 self.clip.summary(),
-                f"3. LLaVA: questions about mosaics of digits. {PREFILL_BUDGET:.0%} of the dense MACs of the prefill.",
+                f"3. LLaVA: questions about mosaics of digits. {BUDGET:.0%} of the dense MACs of the prefill.",
                 self.llava.summary(),
                 f"saved and reloaded with its prune_config.json, same logits: {self.checkpoint}\n"
                 f"what was kept: {', '.join(map(str, self.pictures))}",
@@ -203,7 +202,7 @@ def _llava(out: Path, limit: int | None, progress: bool) -> tuple[AnswersReport,
     processor = LlavaProcessor.from_pretrained(LLAVA_DIR)
     questions = load_questions(list(MosaicQuestions(Mosaics(digit_pictures("test"), MOSAICS))), limit=limit)
     text_tokens = mean_text_tokens(model, questions, processor)
-    budget = PREFILL_BUDGET * cost(model, text_tokens=text_tokens).dense.macs
+    budget = BUDGET * cost(model, text_tokens=text_tokens).dense.macs
     configs = {
         name: config.for_budget(model, macs=budget, text_tokens=text_tokens)
         for name, config in decoder_configs(0.33).items()
