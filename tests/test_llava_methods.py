@@ -471,7 +471,7 @@ def test_baselines_on_decoders(config_class) -> None:
     assert entrance.positions == "contiguous"
     for fields in ({}, {"layers": (3,)}):
         assert one_stage(config_class(keep_ratios=0.25, positions="original", **fields)).positions == "original"
-    with pytest.raises(ConfigError, match="positions='original'.*about decoders"):
+    with pytest.raises(ConfigError, match=r"positions='original'.*about decoders"):
         config_class(positions="original").stages_for(SHAPE)
     inside = config_class(layers=(1, 4), keep_ratios=(0.5, 0.25)).stages_for(DECODER_SHAPE)
     assert [(s.layer, s.where, s.budget) for s in inside] == [
