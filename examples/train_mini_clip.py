@@ -232,6 +232,8 @@ def main() -> None:
     save_half(model, args.output_dir)
     processor.save_pretrained(args.output_dir)
     shutil.copy(path.with_suffix(".jsonl"), args.output_dir / "training.jsonl")
+    if args.pictures != "digits":
+        return  # the card is about digits
     percent = {name: 100 * last[name] for name in ("digit", "position", "count")}
     card = CARD.format(**vars(args), **percent, parameters=model.num_parameters(), minutes=last["minutes"])
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")

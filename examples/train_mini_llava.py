@@ -219,6 +219,8 @@ def main() -> None:
     save_half(model, args.output_dir)
     processor.save_pretrained(args.output_dir)
     shutil.copy(path.with_suffix(".jsonl"), args.output_dir / "training.jsonl")
+    if args.pictures != "digits":
+        return  # the card is about digits
     card = CARD.format(
         **vars(args),
         **{name: 100 * last[name] for name in ("all", *KINDS)},
