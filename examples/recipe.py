@@ -1,5 +1,6 @@
 """What the training scripts here share: optimisers, learning rate, sine positions, and checkpoints to go on from."""
 
+import argparse
 import json
 import math
 import time
@@ -10,6 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch_size: int, test_size: int) -> None:
+    """Options of a training on mosaics, with these defaults."""
+    parser.add_argument("--pictures", default="digits", help="or a folder with CIFAR-10 or a dataset like it")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="mosaics a step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--warmup", type=float, default=0.05, help="part of the steps")
+    parser.add_argument("--every", type=int, default=200, help="steps between tests and checkpoints")
+    parser.add_argument("--test-size", type=int, default=test_size, help="test mosaics")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--machine", default="this machine", help="for the model card")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside the output folder")
 
 
 def make_optimizers(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mosaic_sources import llava_processor, load_pictures, save_half
-from recipe import Training
+from recipe import Training, add_arguments
 from torch import Tensor, nn
 from transformers import CLIPModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -69,17 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip", type=Path, default=Path("demo_output/mini_clip"))
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output/mini_llava"))
-    parser.add_argument("--pictures", default="digits", help="or a folder with CIFAR-10 or a dataset like it")
-    parser.add_argument("--steps", type=int, default=3400)
-    parser.add_argument("--batch-size", type=int, default=16, help="mosaics a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--warmup", type=float, default=0.05, help="part of the steps")
-    parser.add_argument("--every", type=int, default=200, help="steps between tests and checkpoints")
-    parser.add_argument("--test-size", type=int, default=200, help="test mosaics, of five questions each")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--machine", default="this machine", help="for the model card")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside the output folder")
+    add_arguments(parser, steps=3400, batch_size=16, test_size=200)
     return parser.parse_args()
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from hf_tokenprune.errors import TokenPruneError, UnsupportedModelError
-from hf_tokenprune.evaluation.loop import eval_mode, in_dtype_of, place, synchronize
+from hf_tokenprune.evaluation.loop import batches, eval_mode, in_dtype_of, place, synchronize
 from hf_tokenprune.evaluation.optional import require
 from hf_tokenprune.evaluation.questions import AskedSample, QuestionDataset, is_right
 from hf_tokenprune.evaluation.report import DENSE, check_names, paired_difference
@@ -272,13 +271,7 @@ def collect_answers(
             return_tensors="pt",
         )
 
-    loader = accelerate.data_loader.prepare_data_loader(
-        DataLoader(questions, batch_size=batch_size, collate_fn=collate),
-        device=accelerator.device,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        put_on_device=True,
-    )
+    loader = batches(questions, batch_size, collate, accelerator)
     place(model, accelerator)
     texts: list[str] = []
     seconds = 0.0

@@ -81,15 +81,7 @@ def collect_logits(
             raise TokenPruneError("processor is missing: pass AutoImageProcessor.from_pretrained(the model's path)")
         images = PreprocessedImages(images, processor)
     accelerator = accelerator or accelerate.Accelerator()
-    # What Accelerator.prepare calls. Going through the accelerator would make it hold the images for as long as it
-    # lives, and even_batches=False, which is for training, would make processes wait for each other forever.
-    loader = accelerate.data_loader.prepare_data_loader(
-        DataLoader(images, batch_size=batch_size, collate_fn=collate),
-        device=accelerator.device,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        put_on_device=True,
-    )
+    loader = batches(images, batch_size, collate, accelerator)
     place(model, accelerator)
     rows, labels, seconds = [], [], 0.0
     with eval_mode(model), torch.inference_mode(), accelerator.autocast():
@@ -113,6 +105,19 @@ def collect_logits(
         logits=as_logits(torch.cat(rows), f"logits of {desc!r}"),
         labels=all_labels if bool((all_labels >= 0).any()) else None,
         seconds=float(slowest),
+    )
+
+
+def batches(data: Any, batch_size: int, collate: Callable[[Any], Any], accelerator: Any) -> Any:
+    """A loader of this process's part of the data, on the accelerator's device."""
+    # What Accelerator.prepare calls. Going through the accelerator would make it hold the data for as long as it lives,
+    # and even_batches=False, which is for training, would make processes wait for each other forever.
+    return require("accelerate").data_loader.prepare_data_loader(
+        DataLoader(data, batch_size=batch_size, collate_fn=collate),
+        device=accelerator.device,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        put_on_device=True,
     )
 
 
