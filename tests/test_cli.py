@@ -1,9 +1,6 @@
 """The command line as a user has it: what it prints, what it writes, what it says when something is wrong."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
 
 from .llava_checkpoint import save_tiny_llava
+from .two_processes import alone_and_together
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
 DIGITS = str(MODEL_DIR)
@@ -172,28 +170,7 @@ def test_config_file_by_path(tmp_path: Path) -> None:
 
 
 def test_two_processes_of_accelerate_give_the_same_numbers(folder: Path) -> None:
-    """accelerate starts several CPU processes under --multi_gpu only; ACCELERATE_USE_CPU keeps them on the CPU."""
-    command = [
-        "-m",
-        "hf_tokenprune.cli",
-        "eval",
-        DIGITS,
-        str(folder),
-        "-m",
-        "zero_tprune",
-        "--batch-size",
-        "3",
-        "--json",
-    ]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    alone, together = (
-        json.loads(
-            subprocess.run([sys.executable, *args], capture_output=True, check=True, text=True, env=environment).stdout
-        )
-        for args in (command, [*launch, *command])
-    )
+    alone, together = alone_and_together("eval", DIGITS, folder, "-m", "zero_tprune", "--batch-size", 3)
     measured = ("name", "n", "accuracy", "accuracy_interval", "top5_accuracy", "agreement", "macs")
     for one, two in zip(alone["rows"], together["rows"], strict=True):
         assert [one[key] for key in measured] == [two[key] for key in measured]

@@ -2,10 +2,7 @@
 count right."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +40,8 @@ from hf_tokenprune.evaluation import (
     load_questions,
     mean_text_tokens,
 )
+
+from .two_processes import alone_and_together
 
 TEST = digit_pictures("test")
 CONFIGS = decoder_configs(0.3)
@@ -262,16 +261,8 @@ def test_eval_of_llava_is_exact_match(folder: Path) -> None:
 
 
 def test_two_processes_give_the_same_answers(folder: Path) -> None:
-    command = ["-m", "hf_tokenprune.cli", "eval", str(LLAVA_DIR), str(folder), "-m", "divprune"]
-    command += ["--batch-size", "3", "--new-tokens", "8", "--json"]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    alone, together = (
-        json.loads(
-            subprocess.run([sys.executable, *args], capture_output=True, check=True, text=True, env=environment).stdout
-        )
-        for args in (command, [*launch, *command])
+    alone, together = alone_and_together(
+        "eval", LLAVA_DIR, folder, "-m", "divprune", "--batch-size", 3, "--new-tokens", 8
     )
     for one, two in zip(alone["rows"], together["rows"], strict=True):
         for key in ("name", "overall", "kinds", "agreement", "macs"):
