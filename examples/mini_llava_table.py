@@ -7,6 +7,7 @@ python examples/mini_llava_table.py --model my_llava --pictures folder_with_cifa
 import argparse
 import csv
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,14 @@ from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.mosaics import LLAVA_DIR, TEST_SEED, Mosaics, Pictures, cells_of_several
 from hf_tokenprune.demo.questions import KINDS, MosaicQuestions, ask
 from hf_tokenprune.demo.run import decoder_configs
-from hf_tokenprune.evaluation import QuestionDataset, evaluate_answers, is_right, load_questions, mean_text_tokens
+from hf_tokenprune.evaluation import (
+    AnswersReport,
+    QuestionDataset,
+    evaluate_answers,
+    is_right,
+    load_questions,
+    mean_text_tokens,
+)
 
 KEEP = (0.5, 0.33, 0.22, 0.11, 0.06)
 CHANCE = {"what": 1 / 10, "where": 1 / 9, "count": 1 / 5, "compare": 1 / 90, "presence": 1 / 2}
@@ -40,6 +48,37 @@ def blind(questions: QuestionDataset, pictures: Pictures, n: int = 20_000) -> di
     return {kind: float(np.mean(found)) for kind, found in hits.items()}
 
 
+def run_name(method: str, keep: float) -> str:
+    return f"{keep:.0%} {method}"
+
+
+def percent(parts: dict[str, float]) -> str:
+    """One line."""
+    return ", ".join(f"{name} {100 * part:.1f} %" for name, part in parts.items())
+
+
+def markdown(report: AnswersReport, work: dict[str, float]) -> str:
+    """Tables of methods × keep ratios: the decoder's work, all questions, and one for each kind of question."""
+    dense, rows = report.rows[0], {row.name: row for row in report.rows}
+
+    def with_interval(name: str) -> str:
+        match = rows[name].overall
+        low, high = match.interval or (0.0, 0.0)
+        return f"{100 * match.accuracy:.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "\N{MINUS SIGN}")
+
+    def table(title: str, cell: Callable[[str], str]) -> str:
+        head = f"{title}\n\n| method | {' | '.join(f'{keep:.0%}' for keep in KEEP)} |\n|---|{'---:|' * len(KEEP)}\n"
+        lines = [[method, *(cell(run_name(method, keep)) for keep in KEEP)] for method in decoder_configs(KEEP[0])]
+        return head + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+
+    text = table("Decoder work, % of dense:", lambda name: f"{100 * work[name]:.0f}")
+    text += table(f"All questions (dense {100 * dense.overall.accuracy:.1f}):", with_interval)
+    for kind in KINDS:
+        title = f"`{kind}` (dense {100 * dense.kinds[kind].accuracy:.1f}):"
+        text += table(title, lambda name, kind=kind: f"{100 * rows[name].kinds[kind].accuracy:.1f}")  # type: ignore[misc]
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(LLAVA_DIR))
@@ -54,7 +93,7 @@ def main() -> None:
     pictures = load_pictures(args.pictures, "test")
     questions = load_questions(list(MosaicQuestions(Mosaics(pictures, args.mosaics))))
     text_tokens = mean_text_tokens(model, questions, processor)
-    configs = {f"{keep:.0%} {name}": c for keep in KEEP for name, c in decoder_configs(keep).items()}
+    configs = {run_name(method, keep): c for keep in KEEP for method, c in decoder_configs(keep).items()}
     report = evaluate_answers(
         model,
         questions,
@@ -64,22 +103,24 @@ def main() -> None:
         max_new_tokens=8,
     )
     # The decoder's work alone: that of the vision tower, which is as large here, no method changes.
-    layers = {
-        name: sum(b.macs for b in cost(model, c, text_tokens=text_tokens).pruned.layers) for name, c in configs.items()
-    }
     dense = sum(layer.macs for layer in cost(model, text_tokens=text_tokens).dense.layers)
-    print(f"chance {CHANCE}\nblind {blind(questions, pictures)}")
+    work = {
+        name: sum(layer.macs for layer in cost(model, config, text_tokens=text_tokens).pruned.layers) / dense
+        for name, config in configs.items()
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["run", "decoder work", "all", "difference", "low", "high", *KINDS])
         for row in report.rows:
-            work = layers.get(row.name, dense) / dense
             scores = [row.kinds[kind].accuracy for kind in KINDS]
             interval = [row.overall.difference or 0.0, *(row.overall.interval or (0.0, 0.0))]
-            table.writerow([row.name, *(f"{v:.4f}" for v in (work, row.overall.accuracy, *interval, *scores))])
-    (args.out / "table.md").write_text(report.to_markdown() + "\n", encoding="utf-8")
-    print(report.to_markdown())
+            part = work.get(row.name, 1.0)
+            table.writerow([row.name, *(f"{v:.4f}" for v in (part, row.overall.accuracy, *interval, *scores))])
+    guesses = f"Chance: {percent(CHANCE)}. Best blind guess: {percent(blind(questions, pictures))}.\n"
+    text = markdown(report, work) + guesses
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
