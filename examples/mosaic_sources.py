@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessorPil, CLIPProcessor, LlavaProcessor, P
 
 from hf_tokenprune.demo.mosaics import PATCH, SIDE, Pictures, digit_pictures
 
-MOST_PHOTOGRAPHS = 20_000
+MOST_PHOTOGRAPHS = 50_000
 SPECIAL = ("<pad>", "<s>", "<unk>", "</s>", "<image>")  # </s> is not 2: for a CLIP that means "the largest id"
 
 

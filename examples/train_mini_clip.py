@@ -2,23 +2,29 @@
 
     python examples/train_mini_clip.py --output-dir demo_output/mini_clip
 
-Interrupted? Add --resume to go on from the last checkpoint, to the same weights.
+Interrupted? Add --resume to go on from the last checkpoint, to the same weights. Photographs, which are harder to tell
+apart than digits, need more of them than mosaics hold: --pictures FOLDER --alone 2000
 """
 
 import argparse
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from mosaic_sources import clip_processor, load_pictures, save_half
+from PIL import Image
 from recipe import Training, add_arguments, sine_positions
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
+from hf_tokenprune.demo.digits import clutter
 from hf_tokenprune.demo.mosaics import EMPTY, GRID, PATCH, SIDE, Mosaic, Mosaics, Pictures
 from hf_tokenprune.demo.questions import POSITIONS, caption, most_frequent, number_captions, words
+
+ALONE = 40  # pixels, the side of a photograph's image when it is alone
 
 CARD = """\
 ---
@@ -59,7 +65,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output/mini_clip"))
     add_arguments(parser, steps=2000, batch_size=32, test_size=400)
-    return parser.parse_args()
+    parser.add_argument("--alone", type=int, default=0, help="steps before, of photographs alone")
+    args = parser.parse_args()
+    if args.alone and args.pictures == "digits":
+        parser.error("--alone is for photographs; digits are learned from mosaics")
+    return args
 
 
 def build_model(processor: CLIPProcessor) -> CLIPModel:
@@ -105,16 +115,17 @@ class PatchLabels(nn.Module):
 
     def forward(self, states: Tensor, mosaics: list[Mosaic]) -> Tensor:
         """Mean of three cross-entropies; ``states`` are (B, 256, width)."""
-        states = self.norm(states)
-        loss = torch.zeros((), device=states.device)
-        for head, targets in zip((self.picture, self.cell, self.centre), patch_targets(mosaics), strict=True):
-            logits = head(states).flatten(0, 1).float()
-            weight = torch.ones(logits.shape[1], device=states.device)
-            weight[-1] = 0.1  # most patches are background: with full weight the pictures go under
-            nothing = logits.shape[1] - 1
-            target = torch.where(targets == EMPTY, nothing, targets).flatten().to(states.device)
-            loss = loss + F.cross_entropy(logits, target, weight)
-        return loss
+        heads = (self.picture, self.cell, self.centre)
+        losses = (self.loss(head, states, targets) for head, targets in zip(heads, patch_targets(mosaics), strict=True))
+        return sum(losses, torch.zeros((), device=states.device))
+
+    def loss(self, head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy; ``targets`` (B, N) are classes of the head, or `EMPTY`, which is its last."""
+        logits = head(self.norm(states)).flatten(0, 1).float()
+        weight = torch.ones(logits.shape[1], device=states.device)
+        weight[-1] = 0.1  # most patches are background: with full weight the pictures go under
+        target = torch.where(targets == EMPTY, logits.shape[1] - 1, targets).flatten().to(states.device)
+        return F.cross_entropy(logits, target, weight)
 
 
 def patch_targets(mosaics: list[Mosaic]) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +157,26 @@ def contrastive(logits: Tensor, fits: Tensor) -> Tensor:
         targets = targets / targets.sum(1, keepdim=True)
         losses.append(-(targets * scores.log_softmax(1)).sum(1).mean())
     return (losses[0] + losses[1]) / 2
+
+
+def photographs(pictures: Pictures, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Photographs alone: pixels (n, 3, 40, 40), classes (n,), and the class on each patch (n, 25)."""
+    backgrounds = [clutter(rng, SIDE)[..., None].repeat(3, axis=-1) for _ in range(8)]
+    side = ALONE // PATCH
+    pixels, on_patch = np.empty((n, ALONE, ALONE, 3)), np.full((n, side, side), EMPTY)
+    chosen = rng.integers(len(pictures.labels), size=n)
+    for i, index in enumerate(chosen):
+        x, y = rng.integers(SIDE - ALONE, size=2)
+        pixels[i] = backgrounds[rng.integers(len(backgrounds))][y : y + ALONE, x : x + ALONE]
+        size = int(rng.integers(20, ALONE + 1))  # as in mosaics
+        x, y = rng.integers(ALONE - size + 1, size=2)
+        photo = Image.fromarray(pictures.pixels[index][:, :: rng.choice((1, -1))])
+        pixels[i, y : y + size, x : x + size] = np.asarray(photo.resize((size, size), Image.Resampling.BICUBIC))
+        middles = (np.arange(side) + 0.5) * PATCH
+        rows, columns = ((start <= middles) & (middles < start + size) for start in (y, x))
+        on_patch[i, rows[:, None] & columns[None]] = pictures.labels[index]
+    normed = torch.from_numpy(pixels).float().permute(0, 3, 1, 2) / 127.5 - 1
+    return normed, torch.from_numpy(pictures.labels[chosen]), torch.from_numpy(on_patch).flatten(1)
 
 
 @torch.inference_mode()
@@ -188,9 +219,20 @@ def main() -> None:
     model = build_model(processor)
     heads = PatchLabels(model.config.vision_config.hidden_size, len(train.names))
     path = args.output_dir.with_name(args.output_dir.name + "_training")
-    training = Training(
-        nn.ModuleList([model, heads]), path, args.steps, args.lr, args.weight_decay, args.warmup, args.resume
-    )
+    both = nn.ModuleList([model, heads])
+    start_training = partial(Training, lr=args.lr, weight_decay=args.weight_decay, warmup=args.warmup)
+
+    def losses_alone(step: int) -> dict[str, Tensor]:
+        model.train()
+        pixels, labels, on_patch = photographs(train, 8 * args.batch_size, np.random.default_rng((args.seed, step)))
+        tokens = processor(text=[f"the {name}" for name in train.names], padding=True, return_tensors="pt")
+        with torch.autocast("cpu", torch.bfloat16):
+            vision = model.vision_model(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+            image = model.visual_projection(vision.pooler_output)
+            text = model.get_text_features(**tokens).pooler_output
+            patches = heads.loss(heads.picture, vision.hidden_states[-2][:, 1:], on_patch)
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        return {"class": F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels), "patches": patches}
 
     def losses(step: int) -> dict[str, Tensor]:
         model.train()
@@ -218,7 +260,17 @@ def main() -> None:
         numbers = F.cross_entropy(alternatives, torch.tensor(times) - 1)
         return {"contrastive": contrastive(logits, fits), "numbers": numbers, "patches": patches}
 
-    *_, last = training.run(losses, lambda: zero_shot(model, processor, test, args.test_size), args.every)
+    def measured() -> dict[str, float]:
+        return zero_shot(model, processor, test, args.test_size)
+
+    mosaics_begun = args.resume and path.with_suffix(".pt").exists()
+    if args.alone and not mosaics_begun:
+        before = path.with_name(path.name + "_alone")
+        alone = start_training(both, before, args.alone, resume=args.resume and before.with_suffix(".pt").exists())
+        for _ in alone.run(losses_alone, measured, args.every):
+            pass
+    training = start_training(both, path, args.steps, resume=mosaics_begun)
+    *_, last = training.run(losses, measured, args.every)
     save_half(model, args.output_dir)
     processor.save_pretrained(args.output_dir)
     shutil.copy(path.with_suffix(".jsonl"), args.output_dir / "training.jsonl")
