@@ -26,7 +26,7 @@ from .latency import latency_costs
 from .objective import Goal, Objective
 from .problem import Problem, Trial
 from .space import Costs, Schedule, Space, macs_costs, prefill_costs
-from .strategies import FRACTIONS, STRATEGIES, additivity, every_place
+from .strategies import FRACTIONS, STRATEGIES, TABLE_PART, additivity, every_place
 
 __all__ = ["AnswerObjective", "Costs", "Objective", "Problem", "SearchResult", "Space", "Trial", "search"]
 
@@ -235,5 +235,5 @@ def _estimate(problem: Problem, strategy: str, trials: int) -> tuple[int, float]
     """Evaluations to come, the rule's and the solution's included, and seconds; of early blocks less is run."""
     space, objective = problem.space, problem.objective
     places = [space.places[slot] for slot in space.slots] if strategy == "dynamic" else []
-    alone = [objective.part_run(place) for place in places for _ in FRACTIONS]
+    alone = [TABLE_PART * objective.part_run(place) for place in places for _ in FRACTIONS]
     return len(alone) + trials + 2, objective.seconds * (sum(alone) + trials + 2)

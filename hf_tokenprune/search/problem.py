@@ -27,15 +27,20 @@ class Trial:
 
     Attributes:
         schedule: prunable tokens left behind each of the space's places.
-        distortion: mean over the inputs; over the first part of them if it was given up.
-        discarded: whether it was given up.
+        distortion: mean over the inputs that it was measured on.
+        part: of the inputs; less than 1 if it was given up, or measured for a table only.
         feasible: whether it is within the budget.
     """
 
     schedule: Schedule
     distortion: float
-    discarded: bool
+    part: float
     feasible: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether all inputs were run."""
+        return self.part == 1
 
 
 @dataclass
@@ -63,52 +68,54 @@ class Problem:
     @property
     def best(self) -> Trial | None:
         """The schedule within the budget with the least distortion so far."""
-        feasible = [trial for trial in self.trials if trial.feasible and not trial.discarded]
+        feasible = [trial for trial in self.trials if trial.feasible and trial.whole]
         return min(feasible, key=lambda trial: trial.distortion, default=None)
 
-    def measure(self, schedule: Schedule, *, discard: bool = True) -> Trial:
+    def measure(self, schedule: Schedule, *, discard: bool = True, part: float = 1.0) -> Trial:
         """The distortion of a schedule.
 
         Args:
             discard: give it up early if it is clearly worse than the best one on the same inputs.
+            part: of the inputs that are run, at least; whole batches.
         """
         config = self.space.config_of(schedule)
         best = self.best if discard else None
         reference = self._values(self.space.config_of(best.schedule), None) if best else None
-        values = self._values(config, reference)
+        values = self._values(config, reference, part)
         trial = Trial(
             schedule,
             sum(values) / len(values),
-            discarded=len(values) < len(self.objective.sizes),
+            part=sum(self.objective.sizes[: len(values)]) / self.objective.n,
             feasible=self.space.cost(schedule) <= self.space.budget,
         )
         self.trials.append(trial)
         self.on_trial(trial)
         return trial
 
-    def _values(self, config: PruneConfig, reference: list[float] | None) -> list[float]:
+    def _values(self, config: PruneConfig, reference: list[float] | None, part: float = 1.0) -> list[float]:
         """Weighted mean distortion of each batch, as far as it was run."""
         key = self._key(config)
         known = self.journal.read(key)
         sizes, mean_size = self.objective.sizes, self.objective.n / len(self.objective.sizes)
 
-        def hopeless(values: list[float]) -> bool:
+        def enough(values: list[float]) -> bool:
             count = len(values)
-            if reference is None or count == len(sizes) or sum(sizes[:count]) < DISCARD_AFTER * self.objective.n:
+            run = sum(sizes[:count])
+            if run >= part * self.objective.n:
+                return True
+            if reference is None or run < DISCARD_AFTER * self.objective.n:
                 return False
             return sum(values) > DISCARD_FACTOR * sum(reference[:count])
 
         for count in range(1, len(known) + 1):  # what a run without the journal would have stopped at
-            if hopeless(known[:count]):
+            if enough(known[:count]):
                 return known[:count]
-        if len(known) == len(sizes):
-            return known
         values: list[float] = []
         running = self.objective.values(config)
         try:
             for size, batch in zip(sizes, running, strict=False):
                 values.append(float(batch.mean()) * size / mean_size)
-                if hopeless(values):
+                if enough(values):
                     break
         finally:
             running.close()  # type: ignore[attr-defined]

@@ -13,8 +13,10 @@ from ..evaluation.optional import require
 from .problem import Problem, Trial
 from .space import Schedule
 
-FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+FRACTIONS = (1 / 8, 1 / 4, 1 / 2)
 """Parts of the tokens removed at one layer alone whose distortion is measured."""
+TABLE_PART = 1 / 4
+"""Part of the inputs that it is measured on: more of either did not lead to better schedules (docs/search.md)."""
 BINS = 3000
 """Steps in which the exact solution counts cost: it uses the budget to within a part of a thousand."""
 
@@ -34,9 +36,8 @@ def dynamic_programming(problem: Problem, seed: int = 0, trials: int = 0) -> Tri
     """
     table = distortion_table(problem)
     problem.measure(solve(problem, table), discard=False)
-    best = problem.best
-    if trials and best is not None:
-        coordinate_descent(problem, seed, trials, best.schedule)
+    if trials:
+        coordinate_descent(problem, seed, trials)
     return _best(problem)
 
 
@@ -49,7 +50,7 @@ def distortion_table(problem: Problem) -> np.ndarray:
         for column, fraction in enumerate(FRACTIONS, 1):
             left = min(round(num_tokens * (1 - fraction)), num_tokens - 1)
             schedule = space.clamped([*[num_tokens] * slot, *[left] * (num_places - slot)])
-            table[slot, column] = problem.measure(schedule, discard=False).distortion
+            table[slot, column] = problem.measure(schedule, discard=False, part=TABLE_PART).distortion
     problem.table = np.maximum.accumulate(table, axis=1)  # removing more is never better; what looks so is noise
     return problem.table
 
@@ -116,7 +117,7 @@ def additivity(problem: Problem, table: np.ndarray) -> dict[str, float]:
     measured, expected = [], []
     for trial in problem.trials:
         steps = [(a, b) for a, b in pairwise((num_tokens, *trial.schedule))]
-        if sum(a > b for a, b in steps) > 1 and not trial.discarded:
+        if sum(a > b for a, b in steps) > 1 and trial.whole:
             measured.append(trial.distortion)
             expected.append(sum(step_distortion(table[slot], a, b, num_tokens) for slot, (a, b) in enumerate(steps)))
     if len(measured) < 3:
@@ -126,15 +127,15 @@ def additivity(problem: Problem, table: np.ndarray) -> dict[str, float]:
     return {"schedules": len(measured), "spearman": float(np.corrcoef(ranks)[0, 1]), "measured_over_predicted": ratio}
 
 
-def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60, start: Schedule | None = None) -> Trial:
+def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60) -> Trial:
     """Move removed tokens from one layer to another and keep what is better, in ever smaller moves.
 
-    Args:
-        start: None: as many in every layer.
+    It starts from the best schedule that was measured, such as the method's rule; without one, as many leave in every
+    layer.
     """
     space, rng = problem.space, np.random.default_rng(seed)
     num_tokens = space.num_tokens
-    current = start or space.within([1.0] * len(space.places))
+    current = problem.best.schedule if problem.best else space.within([1.0] * len(space.places))
     if current is None:
         raise ConfigError(f"budget {space.budget:.4g} is out of reach of {space.config.method} on this model")
     value, size = problem.measure(current, discard=False).distortion, num_tokens / 8
@@ -149,7 +150,7 @@ def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60, start:
         if candidate is None or candidate == current:
             continue
         trial = problem.measure(candidate)
-        if not trial.discarded and trial.distortion < value:
+        if trial.whole and trial.distortion < value:
             current, value = candidate, trial.distortion
     return _best(problem)
 
