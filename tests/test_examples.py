@@ -145,6 +145,28 @@ def test_llava_batch_tells_a_mistaken_run_before_it_starts(tmp_path: Path) -> No
         run("llava_batch.py", "questions.jsonl", "--model", "not-there-either", *runs, cwd=tmp_path)
 
 
+def test_search_curve(tmp_path: Path) -> None:
+    trials = [(0.5, True, 1.0), (0.1, True, 0.25), (0.2, False, 1.0), (0.4, True, 1.0), (0.45, True, 1.0)]
+    keys = ("distortion", "feasible", "part")
+    result = {"trials": [dict(zip(keys, trial, strict=True)) for trial in trials]}
+    for strategy in ("dynamic", "coordinate"):
+        (tmp_path / strategy).mkdir()
+        settings = {"strategy": strategy, "seed": 3, "goal": "kl"}
+        (tmp_path / strategy / "search.json").write_text(json.dumps({**result, "settings": settings}))
+    run("search_curve.py", "dynamic", "coordinate", cwd=tmp_path)
+    lines = (tmp_path / "search_curve.csv").read_text().splitlines()
+    expected = [
+        (1.0, 0.5),
+        (1.25, 0.5),
+        (2.25, 0.5),
+        (3.25, 0.4),
+        (4.25, 0.4),
+    ]  # of the parts and the infeasible: nothing
+    assert lines[1:6] == [f"dynamic,3,{passes},{best:.6f}" for passes, best in expected] and len(lines) == 11
+    with Image.open(tmp_path / "search_curve.png") as image:
+        assert image.size == (1050, 600)
+
+
 MAKES_THE_PACKAGE = (
     *("train_digits_vit.py", "train_mini_clip.py", "train_mini_llava.py", "recipe.py", "mosaic_sources.py"),
     *("mini_llava_table.py", "make_presets.py"),

@@ -1,0 +1,62 @@
+"""How fast strategies find: the best schedule so far over the work done, for searches of `hf-tokenprune search --out`.
+
+python examples/search_curve.py FOUND_DYNAMIC FOUND_MONTE_CARLO --out curve
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hf_tokenprune.plots import COLOURS
+
+
+def curve(result: dict[str, Any]) -> list[tuple[float, float]]:
+    """(passes over all inputs so far, the least distortion within the budget so far), the method's rule first.
+
+    A schedule that was measured on a quarter of the inputs is a quarter of a pass.
+    """
+    passes, best, points = 0.0, float("inf"), []
+    for trial in result["trials"]:
+        passes += trial["part"]
+        if trial["feasible"] and trial["part"] == 1:
+            best = min(best, trial["distortion"])
+        if best < float("inf"):
+            points.append((passes, best))
+    return points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="with search.json")
+    parser.add_argument("--out", type=Path, default=Path("search_curve"), help="OUT.csv and OUT.png")
+    args = parser.parse_args()
+
+    results = [json.loads((folder / "search.json").read_text(encoding="utf-8")) for folder in args.folders]
+    strategies = list(dict.fromkeys(result["settings"]["strategy"] for result in results))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    with args.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["strategy", "seed", "passes", "distortion"])
+        for result in results:
+            strategy, seed = result["settings"]["strategy"], result["settings"]["seed"]
+            points = curve(result)
+            table.writerows([strategy, seed, round(x, 3), f"{y:.6f}"] for x, y in points)
+            colour = COLOURS[strategies.index(strategy)]
+            axes.step(*zip(*points, strict=True), where="post", color=colour, label=f"{strategy}, seed {seed}")
+    axes.set_xlabel("passes over the inputs")
+    axes.set_ylabel(f"best {results[0]['settings']['goal']} within the budget")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(args.out.with_suffix(".png"), dpi=150)
+    print(f"{args.out.with_suffix('.csv')}, {args.out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
