@@ -48,11 +48,11 @@ def main() -> None:
             strategy, seed = result["settings"]["strategy"], result["settings"]["seed"]
             points = curve(result)
             table.writerows([strategy, seed, round(x, 3), f"{y:.6f}"] for x, y in points)
-            colour = COLOURS[strategies.index(strategy)]
-            axes.step(*zip(*points, strict=True), where="post", color=colour, label=f"{strategy}, seed {seed}")
+            axes.step(*zip(*points, strict=True), where="post", color=COLOURS[strategies.index(strategy)])
     axes.set_xlabel("passes over the inputs")
     axes.set_ylabel(f"best {results[0]['settings']['goal']} within the budget")
-    axes.set_ylim(bottom=0)
+    for colour, strategy in zip(COLOURS, strategies, strict=False):
+        axes.plot([], [], color=colour, label=strategy)
     axes.legend(frameon=False)
     figure.savefig(args.out.with_suffix(".png"), dpi=150)
     print(f"{args.out.with_suffix('.csv')}, {args.out.with_suffix('.png')}")

@@ -91,9 +91,25 @@ def naive_tome(signals: Signals, row: int, r: int) -> Groups:
     return in_new_order(averaged([(a, b) for a, b, _ in chosen], sizes_of(signals, row)), edges)
 
 
-def naive_salience_merge(signals: Signals, row: int, r: int, similarity: str = "per_head") -> Groups:
+def contrast(signals: Signals, row: int) -> list[float]:
+    """Softmax of minus the scaled product of key and mean key, times the norm of the value; summed; times the size."""
+    protected = signals.num_protected
+    keys, values = (part[row, :, protected:].double() for part in (signals.keys, signals.values))
+    heads, count, width = keys.shape
+    salience = [0.0] * count
+    for h in range(heads):
+        mean = sum(keys[h, t] for t in range(count)) / count
+        powers = [math.exp(-float(keys[h, t] @ mean) / math.sqrt(width)) for t in range(count)]
+        for t in range(count):
+            salience[t] += powers[t] / sum(powers) * math.sqrt(sum(float(x) ** 2 for x in values[h, t]))
+    return [s * size for s, size in zip(salience, sizes_of(signals, row), strict=True)]
+
+
+def naive_salience_merge(
+    signals: Signals, row: int, r: int, similarity: str = "per_head", salience_of: str = "cls"
+) -> Groups:
     """The r edges of least s_a · (1 − cos) stay; connected tokens are averaged by s."""
-    salience = significance(signals, row)
+    salience = {"cls": significance, "contrast": contrast}[salience_of](signals, row)
     edges = alternate_edges(
         signals, row, {"per_head": mean_cosine, "mean_key": cosine_of_means}[similarity](signals, row)
     )

@@ -40,6 +40,10 @@ def cell(models: Sequence[PreTrainedModel], config: PruneConfig) -> str:
         plain = dataclasses.replace(config, exact_last_block=False)  # type: ignore[call-arg]
         if all(works(model, plain) for model in models):
             return "yes ²"
+        if hasattr(plain, "salience") and all(
+            works(model, dataclasses.replace(plain, salience="contrast")) for model in models
+        ):
+            return "yes ³"
     return "yes ¹" if any(found) else "no"
 
 

@@ -58,6 +58,8 @@ def configs() -> list[PruneConfig]:
         config = get_method(name)()
         places = get_args(get_type_hints(type(config)).get("where"))
         variants = [replace(config, where=place) for place in places] or [config]
+        if hasattr(config, "salience"):  # the one that needs no CLS
+            variants.append(replace(config, salience="contrast", exact_last_block=False))
         found += [config for config in variants if plan(config, get_adapter("vit").shape(tiny_model(*FAMILIES[-1])))]
     return found
 
@@ -86,7 +88,8 @@ MECHANICS = [(family, config) for family in LARGEST for config in KINDS if fits(
 
 def name_of(pair: Any) -> str:
     family, config = pair
-    return f"{family[1].__name__}-{config.method}-{getattr(config, 'where', 'own place')}"
+    parts = (config.method, getattr(config, "where", "own place"), getattr(config, "salience", ""))
+    return "-".join((family[1].__name__, *filter(None, parts)))
 
 
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids=name_of)

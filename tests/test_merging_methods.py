@@ -81,9 +81,10 @@ def test_tome_is_its_description(signals: Signals, r: int) -> None:
 
 @pytest.mark.parametrize("r", [1, 4, 12])
 @pytest.mark.parametrize("similarity", ["per_head", "mean_key"])
-def test_salience_merge_is_its_description(signals: Signals, r: int, similarity: str) -> None:
-    expected = [naive_salience_merge(signals, row, r, similarity) for row in range(BATCH)]
-    check(SalienceMergeStage(2, "queries", r, True, similarity), signals, expected)
+@pytest.mark.parametrize("salience", ["cls", "contrast"])
+def test_salience_merge_is_its_description(signals: Signals, r: int, similarity: str, salience: str) -> None:
+    expected = [naive_salience_merge(signals, row, r, similarity, salience) for row in range(BATCH)]
+    check(SalienceMergeStage(2, "queries", r, True, similarity, salience), signals, expected)
 
 
 @pytest.mark.parametrize("keep_ratio", [0.96, 0.8, 0.5])
@@ -169,8 +170,10 @@ def test_stages_ask_for_no_more_than_they_read() -> None:
         "ats": {"cls_attention", "values"},
         "salience_merge": {"cls_attention", "keys", "values"},
     }
-    for name, expected in needs.items():
-        for stage in get_method(name)().stages_for(SHAPE):
+    cases = [(get_method(name)(), expected) for name, expected in needs.items()]
+    cases.append((SalienceMergeConfig(salience="contrast"), {"keys", "values"}))
+    for config, expected in cases:
+        for stage in config.stages_for(SHAPE):
             assert stage.needs == expected
             signals = make_signals(1, 36)
             unasked = {"attention", "queries", "keys", "values", "cls_attention"} - expected

@@ -1,6 +1,7 @@
 """Merging inside whole models: against plain loops over samples, layers and tokens; sizes; restored patches."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,6 +115,12 @@ CASES = {
     "salience_merge": (
         config_of("salience_merge", r=tuple(LAYERS.values()), layers=tuple(LAYERS)),
         half(naive_salience_merge),
+        LAYERS,
+        True,
+    ),
+    "salience_merge, contrast": (
+        config_of("salience_merge", r=tuple(LAYERS.values()), layers=tuple(LAYERS), salience="contrast"),
+        half(partial(naive_salience_merge, salience_of="contrast")),
         LAYERS,
         True,
     ),

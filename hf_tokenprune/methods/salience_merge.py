@@ -11,6 +11,8 @@ Axes: B batch, N prunable tokens.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
 from .merging import (
@@ -22,10 +24,12 @@ from .merging import (
     match_alternate,
     mean_keys,
     merge_cheapest,
+    prunable_sizes,
 )
 from .visionwise import significance
 
 Similarity = Literal["per_head", "mean_key"]
+Salience = Literal["cls", "contrast"]
 
 
 @register_method("salience_merge")
@@ -34,6 +38,8 @@ class SalienceMergeConfig(MergingConfig):
     """Salience-weighted merging in the later blocks. By default 70 % of the patches are merged in blocks 4 to 11 of 12.
 
     Args:
+        salience: "cls": what a token adds to CLS, attention times the norm of its value. "contrast", for families
+            without CLS: how much it stands out, see :func:`contrast`.
         similarity: of two tokens: "per_head", the cosine of their keys, averaged over heads; or "mean_key", the cosine
             of their keys averaged over heads, as in ToMe.
         layers: 0-based blocks, ascending. None: from block 6, 5, 4 or 2 of 12 (for a fraction ``r`` below 0.3, 0.55,
@@ -44,6 +50,7 @@ class SalienceMergeConfig(MergingConfig):
     r: int | float | tuple[int, ...] = 0.7
     where: Literal["mid_block", "queries"] = "queries"
     similarity: Similarity = "per_head"
+    salience: Salience = "cls"
     exact_last_block: bool = field(default=True, kw_only=True)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
@@ -53,23 +60,37 @@ class SalienceMergeConfig(MergingConfig):
         return self.scaled(strength)  # whose default layers are the late ones already
 
     def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
-        fields = (self.proportional_attention, self.similarity)
+        fields = (self.proportional_attention, self.similarity, self.salience)
         return tuple(SalienceMergeStage(layer, self.where, r, *fields) for layer, r in self.counts(shape))
 
 
 @dataclass(frozen=True)
 class SalienceMergeStage(MergeStage):
     similarity: Similarity = "per_head"
+    salience: Salience = "cls"
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"cls_attention", "keys", "values"})
+        return frozenset({"keys", "values"} | ({"cls_attention"} if self.salience == "cls" else set()))
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        salience = significance(signals)
+        salience = significance(signals) if self.salience == "cls" else contrast(signals)
         if n_keep == salience.shape[1]:
             return everything(signals)
         keys = keys_by_head(signals) if self.similarity == "per_head" else mean_keys(signals)
         matching = match_alternate(keys, signals.num_protected)
         cost = salience[:, matching.looking] * (1 - matching.similarity)
         return merge_cheapest(matching, cost, salience, n_keep)
+
+
+def contrast(signals: Signals) -> Tensor:
+    """(B, N) float32: how much a token's keys stand out, times the norms of its values and its size.
+
+    A head's part is the attention of a query that is the negative of the mean key: background, which is most of the
+    image and alike, is near the mean. A token that many were merged into counts for all of them; the attention of CLS
+    has that in it already, where attention is proportional.
+    """
+    keys, values = (signals.need(name)[:, :, signals.num_protected :].float() for name in ("keys", "values"))
+    query = -keys.mean(dim=2, keepdim=True)
+    attention = ((query @ keys.mT).squeeze(2) * keys.shape[-1] ** -0.5).softmax(dim=-1)
+    return (attention * values.norm(dim=-1)).sum(1) * prunable_sizes(signals)
