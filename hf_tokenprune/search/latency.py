@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -76,14 +75,12 @@ def _times(model: Any, config: PruneConfig, batch_size: int, lengths: list[int],
         return torch.randn(batch_size, *size).to(parameter.device, parameter.dtype)
 
     inputs = adapter.image_inputs(model, random(shape.num_channels, *shape.image_size))
+    rows = []
     with settings(model, None):
         states = [random(length + shape.num_protected, shape.width) for length in lengths]
-        of_block = [_median(partial(block, each), rounds) for each in states]
-        whole = _median(partial(run, **inputs), rounds)
-        with pruned(model, config):
-            measured = _median(partial(run, **inputs), rounds)
-    return [whole, measured, *of_block]
-
-
-def _median(run: Callable[[], Any], rounds: int) -> float:
-    return statistics.median([seconds(run) for _ in range(WARMUP + rounds)][WARMUP:])
+        for _ in range(WARMUP + rounds):  # interleaved: a machine that slows down slows all of a round
+            row = [seconds(partial(run, **inputs))]
+            with pruned(model, config):
+                row.append(seconds(partial(run, **inputs)))
+            rows.append(row + [seconds(partial(block, each)) for each in states])
+    return [statistics.median(column) for column in zip(*rows[WARMUP:], strict=True)]
