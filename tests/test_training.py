@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
 if not hasattr(torch.optim, "Muon"):
     pytest.skip("the scripts need Muon, torch 2.9", allow_module_level=True)
 
-from hf_tokenprune.demo.mosaics import LLAVA_DIR, Mosaics, digit_pictures
+from hf_tokenprune.demo.mosaics import LLAVA_DIR, Mosaics, Pictures, digit_pictures
 from hf_tokenprune.demo.questions import KINDS, standard_questions
 
 from .test_examples import EXAMPLES, run
@@ -127,3 +129,38 @@ def test_the_table_has_a_row_a_run(tmp_path: Path) -> None:
     tables = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert tables.strip() in output and "Best blind guess: what " in tables
     assert tables.count("| divprune |") == 2 + len(KINDS), "work, all questions, and each kind"
+
+
+@pytest.mark.slow
+def test_photographs_come_alone_first(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "photos").mkdir()
+    names = [f"kind{label}" for label in range(10)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    photos = [Image.new("RGB", (32, 32), (20 * label, 255, 0)) for label in range(10)]
+    for split in ("train", "test"):
+        rows = datasets.Dataset.from_dict({"image": photos, "label": list(range(10))}, features=features)
+        rows.to_parquet(tmp_path / "photos" / f"{split}.parquet")
+    common = ("--steps", 2, "--every", 2, "--batch-size", 4, "--test-size", 4)
+    run("train_mini_clip.py", "--pictures", "photos", "--alone", 2, "--output-dir", "clip", *common, cwd=tmp_path)
+    alone = [json.loads(line) for line in (tmp_path / "clip_training_alone.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in alone] == [2] and alone[0]["class"] > 0
+    assert not (tmp_path / "clip" / "README.md").exists(), "the card is about digits"
+    AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / "clip")
+    with pytest.raises(AssertionError, match="--alone is for photographs"):
+        run("train_mini_clip.py", "--alone", 2, *common, cwd=tmp_path)
+
+
+def test_patches_of_a_photograph_alone_are_labelled() -> None:
+    labels = np.arange(10)
+    pixels = np.stack([np.full((32, 32, 3), (20 * label, 255, 0), np.uint8) for label in labels])
+    pictures = Pictures(pixels, labels, TEST.names, TEST.plurals, TEST.order)
+    images, classes, on_patch = train_mini_clip.photographs(pictures, 30, np.random.default_rng(0))
+    middles = images[:, :, 4::8, 4::8].flatten(2)  # of patches of 8 pixels
+    green = (middles[:, 1] > 0.99) & (middles[:, 2] < -0.99)
+    assert torch.equal(on_patch >= 0, green) and green.any(1).all() and not green.all()
+    for row, label in enumerate(classes.tolist()):
+        assert set(on_patch[row][green[row]].tolist()) == {label}
+        torch.testing.assert_close(
+            middles[row, 0, green[row]], torch.full_like(middles[row, 0, green[row]], label / 6.375 - 1)
+        )
