@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch_size: int, test_size: int) -> None:
     """Options of a training on mosaics, with these defaults."""

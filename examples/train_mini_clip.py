@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from mosaic_sources import clip_processor, load_pictures, save_half
 from PIL import Image
-from recipe import Training, add_arguments, sine_positions
+from recipe import DEVICE, Training, add_arguments, sine_positions
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
@@ -188,9 +188,9 @@ def zero_shot(model: CLIPModel, processor: CLIPProcessor, pictures: Pictures, n:
     images = [embed_images(model, processor, mosaics) for mosaics in (single, several)]
 
     def accuracy(images: Tensor, texts: list[str], labels: list[int]) -> float:
-        tokens = processor(text=texts, padding=True, return_tensors="pt")
+        tokens = processor(text=texts, padding=True, return_tensors="pt").to(model.device)
         classes = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
-        return float(((images @ classes.T).argmax(1) == torch.tensor(labels)).float().mean())
+        return float(((images @ classes.T).argmax(1).cpu() == torch.tensor(labels)).float().mean())
 
     found = {
         "digit": accuracy(images[0], [f"the {name}" for name in pictures.names], [max(m.cells) for m in single]),
@@ -207,7 +207,9 @@ def zero_shot(model: CLIPModel, processor: CLIPProcessor, pictures: Pictures, n:
 
 def embed_images(model: CLIPModel, processor: CLIPProcessor, mosaics: list[Mosaic]) -> Tensor:
     """(n, D)."""
-    pixels = processor.image_processor([mosaic.image for mosaic in mosaics], return_tensors="pt").pixel_values
+    pixels = processor.image_processor([mosaic.image for mosaic in mosaics], return_tensors="pt").pixel_values.to(
+        model.device
+    )
     return torch.cat([model.get_image_features(pixel_values=part).pooler_output for part in pixels.split(50)])
 
 
@@ -216,8 +218,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     train, test = load_pictures(args.pictures, "train"), load_pictures(args.pictures, "test")
     processor = clip_processor(words(train))
-    model = build_model(processor)
-    heads = PatchLabels(model.config.vision_config.hidden_size, len(train.names))
+    model = build_model(processor).to(DEVICE)
+    heads = PatchLabels(model.config.vision_config.hidden_size, len(train.names)).to(DEVICE)
     path = args.output_dir.with_name(args.output_dir.name + "_training")
     both = nn.ModuleList([model, heads])
     start_training = partial(Training, lr=args.lr, weight_decay=args.weight_decay, warmup=args.warmup)
@@ -225,14 +227,17 @@ def main() -> None:
     def losses_alone(step: int) -> dict[str, Tensor]:
         model.train()
         pixels, labels, on_patch = photographs(train, 8 * args.batch_size, np.random.default_rng((args.seed, step)))
-        tokens = processor(text=[f"the {name}" for name in train.names], padding=True, return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
-            vision = model.vision_model(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+        tokens = processor(text=[f"the {name}" for name in train.names], padding=True, return_tensors="pt").to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            vision = model.vision_model(pixels.to(DEVICE), output_hidden_states=True, interpolate_pos_encoding=True)
             image = model.visual_projection(vision.pooler_output)
             text = model.get_text_features(**tokens).pooler_output
             patches = heads.loss(heads.picture, vision.hidden_states[-2][:, 1:], on_patch)
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        return {"class": F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels), "patches": patches}
+        return {
+            "class": F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels.to(DEVICE)),
+            "patches": patches,
+        }
 
     def losses(step: int) -> dict[str, Tensor]:
         model.train()
@@ -244,11 +249,11 @@ def main() -> None:
         # Other images rarely have another number of the same class, so there would be little to tell numbers apart:
         # every number of the most frequent class is a caption too, right or wrong.
         captions += [c for m in mosaics[:half] for c in number_captions(most_frequent(m.cells), train)]
-        fits = torch.tensor([[text.fits(mosaic.cells) for text in captions] for mosaic in mosaics])
+        fits = torch.tensor([[text.fits(mosaic.cells) for text in captions] for mosaic in mosaics], device=DEVICE)
         inputs = processor(
             text=[c.text for c in captions], images=[m.image for m in mosaics], padding=True, return_tensors="pt"
-        )
-        with torch.autocast("cpu", torch.bfloat16):
+        ).to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             vision = model.vision_model(pixel_values=inputs.pixel_values, output_hidden_states=True)
             image = model.visual_projection(vision.pooler_output)
             text = model.get_text_features(inputs.input_ids, inputs.attention_mask).pooler_output
@@ -257,7 +262,7 @@ def main() -> None:
         logits = model.logit_scale.exp() * image @ text.T
         alternatives = logits[:half, len(mosaics) :].unflatten(1, (half, -1)).diagonal(dim1=0, dim2=1).T  # (half, 4)
         times = [mosaic.cells.count(most_frequent(mosaic.cells)) for mosaic in mosaics[:half]]
-        numbers = F.cross_entropy(alternatives, torch.tensor(times) - 1)
+        numbers = F.cross_entropy(alternatives, torch.tensor(times, device=DEVICE) - 1)
         return {"contrastive": contrastive(logits, fits), "numbers": numbers, "patches": patches}
 
     def measured() -> dict[str, float]:

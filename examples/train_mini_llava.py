@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mosaic_sources import llava_processor, load_pictures, save_half
-from recipe import Training, add_arguments
+from recipe import DEVICE, Training, add_arguments
 from torch import Tensor, nn
 from transformers import CLIPModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -112,6 +112,9 @@ class Packed(NamedTuple):
     mask: Tensor
     question: Tensor
 
+    def to(self, device: torch.device) -> "Packed":
+        return Packed(*(part.to(device) for part in self))
+
 
 def pack(processor: LlavaProcessor, questions: Sequence[Sequence[Question]]) -> Packed:
     """Sequences of the questions (one list an image), as the processor would build each from the chat template."""
@@ -171,9 +174,9 @@ def exact_match(
     for asked in torch.arange(n).split(20):
         mosaics = [Mosaics(pictures, n)[int(i)] for i in asked]
         questions = [standard_questions(int(i), m.cells, pictures) for i, m in zip(asked, mosaics, strict=True)]
-        packed = pack(processor, questions)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = logits_of(model, packed, pixels_of(processor, mosaics))
+        packed = pack(processor, questions).to(model.device)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            logits = logits_of(model, packed, pixels_of(processor, mosaics).to(model.device))
         hit = (logits.argmax(-1) == packed.targets) | (packed.targets == IGNORED)
         for row, of_mosaic in enumerate(questions):
             for i, question in enumerate(of_mosaic):
@@ -187,7 +190,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     train, test = load_pictures(args.pictures, "train"), load_pictures(args.pictures, "test")
     processor = llava_processor(words(train))
-    model = build_model(CLIPModel.from_pretrained(args.clip, dtype=torch.float32), processor)
+    model = build_model(CLIPModel.from_pretrained(args.clip, dtype=torch.float32), processor).to(DEVICE)
     path = args.output_dir.with_name(args.output_dir.name + "_training")
     training = Training(model, path, args.steps, args.lr, args.weight_decay, args.warmup, args.resume)
 
@@ -198,9 +201,9 @@ def main() -> None:
         mosaics = list(Mosaics(train, args.batch_size, seed))
         kinds = [kind for kind, times in PER_MOSAIC.items() for _ in range(times)]
         questions = [[ask(kind, m.cells, train, rng) for kind in kinds] for m in mosaics]
-        packed = pack(processor, questions)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = logits_of(model, packed, pixels_of(processor, mosaics))
+        packed = pack(processor, questions).to(model.device)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            logits = logits_of(model, packed, pixels_of(processor, mosaics).to(model.device))
         # By question and not by token: else short answers, which are no easier, would count less.
         loss = F.cross_entropy(logits.flatten(0, 1), packed.targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return {"loss": loss / sum(map(len, questions))}
