@@ -214,7 +214,7 @@ def test_the_table_is_of_single_layers() -> None:
         dense = whole(**part).logits
         with pruned(whole, ToMeConfig(r=32, layers=(3,))):
             other = whole(**part).logits
-    assert table[3, -1] >= float(kl(dense, other).mean()) - 1e-9, "rising along a row"
+    assert problem.trials[11].distortion == pytest.approx(float(kl(dense, other).mean()), rel=1e-4)
     assert table[3, -1] == pytest.approx(max(trial.distortion for trial in problem.trials[9:12]))
     assert {trial.part for trial in problem.trials} == {len(part["pixel_values"]) / 5} and problem.best is None
 

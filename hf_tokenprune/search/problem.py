@@ -82,10 +82,11 @@ class Problem:
         best = self.best if discard else None
         reference = self._values(self.space.config_of(best.schedule), None) if best else None
         values = self._values(config, reference, part)
+        run = sum(self.objective.sizes[: len(values)]) / self.objective.n
         trial = Trial(
             schedule,
-            sum(values) / len(values),
-            part=sum(self.objective.sizes[: len(values)]) / self.objective.n,
+            sum(values) / (len(self.objective.sizes) * run),  # each is weighted by its batch's size
+            part=run,
             feasible=self.space.cost(schedule) <= self.space.budget,
         )
         self.trials.append(trial)
