@@ -133,7 +133,7 @@ def test_the_table_has_a_row_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_photographs_come_alone_first(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="photographs come as a dataset: pip install hf-tokenprune[eval]")
     (tmp_path / "photos").mkdir()
     names = [f"kind{label}" for label in range(10)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
