@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from .cli_options import (
+    BatchSizesOpt,
     ClassNamesOpt,
     ConfigOpt,
     DataArg,
     DeviceOpt,
+    FreeOpt,
     GMacsOpt,
     ImagesArg,
     JsonOpt,
@@ -248,6 +250,7 @@ def search(
     latency_batch: LatencyBatchOpt = None,
     strategy: Annotated[str, typer.Option(help="dynamic, coordinate, monte_carlo or optuna.")] = "dynamic",
     goal: Annotated[str, typer.Option(help="kl, agreement, or accuracy (needs labels).")] = "kl",
+    free: FreeOpt = None,
     trials: TrialsOpt = None,
     seed: int = 0,
     split: SplitOpt = None,
@@ -271,11 +274,12 @@ def search(
     check_effect(decoder, {"--class-names": class_names, "--synthetic": synthetic or None} if decoder else no_effect)
     if (images is None) != synthetic:
         raise ConfigError("give IMAGES to search on, or --synthetic for images made from the model, one of the two")
-    config = PruneConfig.for_method(method, **parse_fields(set_ or []))
+    given = parse_fields(set_ or [])
+    config = PruneConfig.for_method(method, **given)
     budget = {"macs": gmacs and gmacs * 1e9, "seconds": milliseconds and milliseconds / 1000, "speedup": speedup}
     loaded = load_dense(model, device).eval()
     result, text = search_images(
-        model, loaded, images, config, out, budget,
+        model, loaded, images, config, out, budget, free=free, fixed=given,
         split=split, limit=limit, batch_size=batch_size or (4 if decoder else 50), class_names=class_names,
         questions=question, prompt=prompt, new_tokens=new_tokens, progress=not as_json,
         strategy=strategy, goal=goal, trials=trials, seed=seed, latency_batch_size=latency_batch,
@@ -293,10 +297,7 @@ def bench(
     prune_config: ConfigOpt = None,
     text_tokens: TextTokensOpt = None,
     new_tokens: NewTokensOpt = None,
-    batch_size: Annotated[
-        list[int] | None,
-        typer.Option("--batch-size", "-b", min=1, help="May be repeated. Default: 1, 8, 32; with a decoder 1, 4."),
-    ] = None,
+    batch_size: BatchSizesOpt = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds for each batch size.")] = 15,
     threads: ThreadsOpt = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

@@ -68,6 +68,13 @@ LatencyBatchOpt = Annotated[
     int | None, typer.Option(min=1, help="Images a forward, for --speedup and --ms. Default: 1.")
 ]
 TrialsOpt = Annotated[int | None, typer.Option(min=0, help="Schedules to measure: 100; dynamic, after its table: 30.")]
+FreeOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--free",
+        help="Field to choose beside the counts, or none. May be repeated. Default: the method's, but those of --set.",
+    ),
+]
 SplitOpt = Annotated[str | None, typer.Option(help="Split of a dataset, or subfolder.")]
 LimitOpt = Annotated[int | None, typer.Option(help="At most so many images, evenly spread.", min=1)]
 ClassNamesOpt = Annotated[
@@ -76,6 +83,10 @@ ClassNamesOpt = Annotated[
 TemplateOpt = Annotated[
     list[str] | None,
     typer.Option("--template", help="For CLIP-like models: text with {} where the class name goes. May be repeated."),
+]
+BatchSizesOpt = Annotated[
+    list[int] | None,
+    typer.Option("--batch-size", "-b", min=1, help="May be repeated. Default: 1, 8, 32; with a decoder 1, 4."),
 ]
 ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

@@ -10,14 +10,14 @@ import dataclasses
 import difflib
 import json
 import os
-import sys
-import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from .errors import ConfigError
+from .field_types import convert, describe, few_values, field_types
 from .registry import get_method
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 CONFIG_NAME = "prune_config.json"
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 1 << 20  # a config is a few hundred bytes; a larger file is not one
-MAX_VALUES = 1024  # entries of a tuple field: no model has more blocks
 
 Where = Literal["after_block", "mid_block", "queries"]
 C = TypeVar("C", bound="PruneConfig")
@@ -45,16 +44,18 @@ class PruneConfig:
     """What the method works on: "vision" encoders, the "decoder" of vision-language models, or both."""
     one_stage: ClassVar[bool] = False
     """Whether tokens leave at a single place, so that a budget decides how many."""
+    search_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that a search chooses beside the counts where they have their defaults, in the order of choosing."""
 
     def __post_init__(self) -> None:
         if not self.method:
             raise ConfigError("PruneConfig is a base; use a method's config or PruneConfig.for_method(name, ...)")
-        for name, hint in _field_types(type(self)).items():
+        for name, hint in field_types(type(self)).items():
             value = getattr(self, name)
             try:
-                object.__setattr__(self, name, _convert(value, hint))
+                object.__setattr__(self, name, convert(value, hint))
             except TypeError:
-                self.check(False, name, _describe(hint))
+                self.check(False, name, describe(hint))
         self.validate()
 
     def validate(self) -> None:
@@ -82,6 +83,23 @@ class PruneConfig:
             counts: at least one place of :meth:`search_places` with its count, in the order of the places.
         """
         raise NotImplementedError(f"{self.method} has no schedule that could be searched")
+
+    def choices(self: C, name: str, shape: Any) -> tuple[C, ...]:
+        """This config with each value of the field ``name`` that a search may choose on a model of this shape.
+
+        Raises:
+            ConfigError: there is no such field, or it has no short list of values.
+        """
+        few = {field: values for field, hint in field_types(type(self)).items() if (values := few_values(hint))}
+        if name not in few:
+            raise ConfigError(
+                f"{name!r} is no field with a few values to choose from; {self.method} has {', '.join(few)}"
+            )
+        found = []
+        for value in few[name]:
+            with suppress(ConfigError):  # it does not go with the other fields
+                found.append(dataclasses.replace(self, **{name: value}))
+        return tuple(found)
 
     def search_places(self, shape: Any) -> tuple[int, ...]:
         """Where a search may let tokens leave, ascending: layers, and ``ENTRANCE`` and ``VISION_TOWER`` of a decoder.
@@ -278,57 +296,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ConfigError(f"field {key!r} stands twice; keep one")
         unique[key] = value
     return unique
-
-
-# -- types of fields -------------------------------------------------------------------------------------------------
-
-
-def _field_types(config_class: type[PruneConfig]) -> dict[str, Any]:
-    hints = get_type_hints(config_class)
-    return {f.name: hints[f.name] for f in dataclasses.fields(config_class)}
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """``value`` as what a field's annotation asks for (lists become tuples, int becomes float), or TypeError."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for arg in args:
-            try:
-                return _convert(value, arg)
-            except TypeError:
-                continue
-    elif origin is Literal:
-        if any(value == arg and type(value) is type(arg) for arg in args):
-            return value
-    elif origin is tuple:
-        if isinstance(value, (list, tuple)) and len(value) <= MAX_VALUES:
-            if args[-1] is Ellipsis:
-                return tuple(_convert(item, args[0]) for item in value)
-            if len(args) == len(value):
-                return tuple(_convert(item, arg) for item, arg in zip(value, args, strict=True))
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-            return float(value)
-    elif hint is PruneConfig:
-        if isinstance(value, PruneConfig) or (isinstance(value, dict) and "method" in value):
-            return as_config(value)
-    elif type(value) is hint:
-        return value
-    raise TypeError
-
-
-def _describe(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in args)
-    if origin is Literal:
-        return " or ".join(repr(arg) for arg in args)
-    if origin is tuple:
-        inner = _describe(args[0])
-        return f"a list of up to {MAX_VALUES} ({inner})" if args[-1] is Ellipsis else f"a list of {len(args)} ({inner})"
-    names = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "None"}
-    names[PruneConfig] = "a prune config"
-    return names.get(hint, str(hint))
 
 
 def _to_json(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def search_images(
     out: Path,
     budget: dict[str, Any],
     *,
+    free: list[str] | None,
+    fixed: Collection[str],
     split: str | None,
     limit: int,
     batch_size: int,
@@ -50,6 +53,7 @@ def search_images(
         images: what ``load_images`` takes; None: ``limit`` images are made from the model. Of a vision-language model
             what ``load_questions`` takes, or with ``questions`` what ``load_images`` does.
         budget: ``macs``, ``seconds`` and ``speedup``, of which one is not None.
+        free, fixed: as for ``search``; ["none"] is no field, and what is free need not be fixed.
         class_names: for a model with a text tower: file with a class in each line; its answers are similarities.
         questions, prompt: vision-language models: what every image is asked, None: ``images`` says; and the text around
             a question, as for ``collect_answers``.
@@ -94,6 +98,8 @@ def search_images(
             labels=labels if goal == "accuracy" else None,
             run=run,
             journal=out / JOURNAL,
+            free=() if free == ["none"] else free,
+            fixed=fixed if free is None else (),
             on_start=start if progress else lambda *_: None,
             on_trial=lambda trial: bar.update(),
             **options,

@@ -19,15 +19,16 @@ PACKAGE = Path(hf_tokenprune.__file__).parent
 MAX_LINES = 350
 
 CORE = {
-    *("errors", "config", "registry", "tokens", "signals", "methods", "adapters", "engine", "recording", "pretrained"),
-    *("vision_cost", "generation_cost", "cost", "budget", "presets"),
+    *("errors", "field_types", "config", "registry", "tokens", "signals", "methods", "adapters", "engine"),
+    *("recording", "pretrained", "vision_cost", "generation_cost", "cost", "budget", "presets"),
 }
 """Parts that everybody imports; the others (evaluation, command line, pictures, ...) may need more installed."""
 
 MAY_IMPORT = {
     "errors": set(),
     "registry": {"errors"},
-    "config": {"errors", "registry", "budget", "presets"},  # the last two in methods, for convenience
+    "field_types": set(),
+    "config": {"errors", "registry", "field_types", "budget", "presets"},  # the last two in methods, for convenience
     "budget": {"config", "cost", "engine", "errors"},
     "presets": {"config", "errors"},
     "tokens": {"errors"},

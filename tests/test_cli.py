@@ -283,6 +283,21 @@ def test_search_finds_a_config_on_images_and_goes_on_where_it_was(folder: Path, 
 
 
 @pytest.mark.parametrize(
+    ("options", "free"),
+    [
+        ((), ["exact_last_block", "where"]),
+        (("-s", "where=mid_block"), ["exact_last_block"]),  # its default, but said
+        (("--free", "none"), []),
+        (("-s", "where=mid_block", "--free", "where", "--free", "proportional_attention"), None),
+    ],
+)
+def test_what_a_search_chooses_beside_the_counts(folder: Path, tmp_path: Path, options: tuple, free: list[str] | None) -> None:
+    command = ("search", DIGITS, folder, "--out", tmp_path / "found", "-m", "tome", "-g", 0.13, "--json", *options)
+    data = json.loads(ok(*command, "--limit", 6, "--strategy", "monte_carlo", "--trials", 1))
+    assert data["settings"]["free"] == (["where", "proportional_attention"] if free is None else free)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ((), "give one of macs, seconds and speedup, got none"),
@@ -292,6 +307,7 @@ def test_search_finds_a_config_on_images_and_goes_on_where_it_was(folder: Path, 
         (("-g", 0.1, "-s", "exact_last=true"), "no field 'exact_last'"),
         (("-g", 0.1, "--latency-batch", 8), "latency_batch_size=8 has no effect"),
         (("-g", 0.1, "--synthetic"), "one of the two"),
+        (("-g", 0.1, "--free", "layers"), "'layers' is no field with a few values"),
     ],
 )
 def test_mistakes_of_a_search(folder: Path, tmp_path: Path, options: tuple, words: str) -> None:

@@ -34,7 +34,7 @@ from hf_tokenprune.engine import find_adapter
 from hf_tokenprune.registry import get_method
 from hf_tokenprune.search import Objective, Problem, SearchResult, Space, latency, search
 from hf_tokenprune.search.journal import Journal
-from hf_tokenprune.search.latency import latency_costs
+from hf_tokenprune.search.latency import Latency
 from hf_tokenprune.search.space import Costs, macs_costs
 from hf_tokenprune.search.strategies import FRACTIONS, STRATEGIES, distortion_table, solve, step_distortion
 from hf_tokenprune.search.synthetic import pink_noise, synthesize
@@ -137,6 +137,31 @@ def test_a_schedule_is_its_config(method: str, seed: int) -> None:
     assert list(rec.tokens.values())[1:] == [count + 1 for count in schedule[:-1]]
 
 
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method in SEARCHABLE for name in get_method(method).search_fields]
+)
+def test_choices_of_a_field_change_nothing_else_that_can_be_free(method: str, name: str) -> None:
+    whole, config = model(), get_method(method)()
+    shape = find_adapter(whole).shape(whole)
+    found = config.choices(name, shape)
+    assert len(found) > 1 and len(set(found)) == len(found)
+    for other in found:
+        assert PruneConfig.from_dict(other.to_dict()) == other
+        assert all(getattr(other, each) == getattr(config, each) for each in config.search_fields if each != name)
+        assert other.choices(name, shape) == found, "from every value one comes to all"
+
+
+def test_zero_tprune_chooses_its_share_of_similar_tokens() -> None:
+    """The same tokens leave; of them the similarity stage drops none, a quarter, half, three quarters, all."""
+    whole = model()
+    shape = find_adapter(whole).shape(whole)
+    config = ZeroTPruneConfig(layers=(1, 4), keep_ratios=(0.75, 0.5), num_similar=8)  # 64 -> 42 -> 17
+    found = config.choices("num_similar", shape)
+    assert [each.num_similar for each in found] == [(0, 0), (6, 6), (11, 13), (17, 19), (22, 21)]  # at most half of 42
+    for each in found:
+        assert [stage.num_kept(n) for stage, n in zip(each.stages_for(shape), (64, 42), strict=True)] == [42, 17]
+
+
 def test_zero_tprune_keeps_its_share_of_similar_tokens() -> None:
     whole = model()
     shape = find_adapter(whole).shape(whole)
@@ -153,7 +178,7 @@ def small_problem(budget: float, fewest_part: float = 0.0) -> Problem:
     """9 patches, 4 blocks, made-up costs: few enough schedules to try all of them."""
     shape = replace(find_adapter(model()).shape(model()), depth=4, image_size=(12, 12))
     config = ToMeConfig() if fewest_part else ATSConfig()
-    space = Space(config, shape, Costs(3.0, lambda layer, a, b: a + 0.5 * b + 0.02 * a * b), budget)
+    space = Space(config, shape, Costs(99.0, 3.0, lambda layer, a, b: a + 0.5 * b + 0.02 * a * b), budget)
     problem = Problem.__new__(Problem)
     problem.space = space
     return problem
@@ -239,8 +264,9 @@ def test_a_search_stays_within_its_budget_and_is_no_worse_than_the_rule_where_it
     assert snapshot(whole) == before
     assert cost(whole, result.config).pruned.macs == result.cost <= result.budget
     assert result.rule is not None and result.distortion <= result.rule[1]
-    again = torch.cat(list(Objective(whole, BATCHES).values(result.config)))
-    assert result.distortion == pytest.approx(float(again.mean()), abs=1e-9), "what is reported is what is there"
+    for config, distortion in ((result.config, result.distortion), result.rule):
+        again = torch.cat(list(Objective(whole, BATCHES).values(config)))
+        assert distortion == pytest.approx(float(again.mean()), abs=1e-9), "what is reported is what is there"
     assert run(strategy).config == result.config, "the same seed"
     json.dumps(result.to_dict())
 
@@ -266,6 +292,42 @@ def test_a_resumed_search_ends_as_an_uninterrupted_one(strategy: str, tmp_path: 
     assert resumed.config == whole_search.config and resumed.trials == whole_search.trials
     assert 0 < resumed.measured < whole_search.measured
     assert run(strategy, journal=journal).measured == 0
+
+
+@pytest.mark.parametrize("strategy", ["dynamic", "monte_carlo"])
+def test_fields_are_chosen_by_what_they_lead_to(strategy: str) -> None:
+    whole, macs = model(), 0.7 * cost(model()).dense.macs
+    config = ZeroTPruneConfig()
+    result = run(strategy, config=config, seed=1)
+    assert result.settings["free"] == ["exact_last_block", "where", "num_similar"]
+    measured = [trial.config for trial in result.trials]
+    objective = Objective(whole, BATCHES)
+
+    def distortion(candidate: PruneConfig) -> float:
+        return float(torch.cat(list(objective.values(candidate))).mean())
+
+    best, shape = config, find_adapter(whole).shape(whole)
+    for name in result.settings["free"]:  # one after the other, each by its rule for the budget
+        rules = [(each, each.for_budget(whole, macs=macs)) for each in (best, *best.choices(name, shape))]
+        assert all(rule in measured for each, rule in rules if each.where != "queries")
+        best = min(rules, key=lambda pair: distortion(pair[1]))[0]
+    assert result.distortion <= distortion(best.for_budget(whole, macs=macs)) + 1e-9
+    assert result.rule is not None and result.rule[0] == config.for_budget(whole, macs=macs), "as it was given"
+    where = {trial.config.where for trial in result.trials}
+    assert where == {"after_block", "mid_block"}
+
+
+def test_a_field_that_was_set_is_not_chosen() -> None:
+    config = ZeroTPruneConfig(num_similar=0)
+    result = run(config=config, fixed=("where",))
+    assert result.settings["free"] == ["exact_last_block"]
+    assert {(trial.config.where, trial.config.num_similar) for trial in result.trials} >= {("after_block", 0)}
+    assert all(not any(np.atleast_1d(trial.config.num_similar)) for trial in result.trials)
+    held = run(config=config, free=())
+    assert held.settings["free"] == [] and not any(trial.config.exact_last_block for trial in held.trials)
+    asked = run(config=SalienceMergeConfig(), free=("similarity",), trials=12)
+    assert {trial.config.similarity for trial in asked.trials} == {"per_head", "mean_key"}
+    assert {trial.config.where for trial in asked.trials} == {"queries"}
 
 
 def test_hopeless_candidates_are_given_up() -> None:
@@ -314,6 +376,12 @@ def test_what_search_refuses() -> None:
         search(whole, ToMeConfig(), [], macs=macs)
     with pytest.raises(ConfigError, match="out of reach"):
         search(whole, ToMeConfig(), BATCHES, macs=0.05 * macs)
+    with pytest.raises(ConfigError, match=r"'r' is no field with a few values.*exact_last_block"):
+        search(whole, ToMeConfig(), BATCHES, macs=macs, free=("r",))
+    with pytest.raises(ConfigError, match="exact_last_block=False is all that works"):
+        search(whole, ToMeConfig(restore=True), BATCHES, macs=macs, free=("exact_last_block",))
+    with pytest.raises(ConfigError, match=r"fixed=\('where',\) has no effect beside free"):
+        search(whole, ToMeConfig(), BATCHES, macs=macs, free=(), fixed=("where",))
     with pytest.raises(PruneStateError, match="unprune"):
         search(prune(model(), ToMeConfig()), ToMeConfig(), BATCHES, macs=macs)
     llava = tiny_vlm("llava")
@@ -374,8 +442,9 @@ def test_a_sum_over_blocks_is_the_whole(config: PruneConfig, monkeypatch: pytest
     monkeypatch.setattr(latency, "seconds", work)
     whole = model()
     shape = find_adapter(whole).shape(whole)
-    costs = latency_costs(whole, config, batch_size=3, journal=Journal(), rounds=1)
-    space = Space(config, shape, costs, float("inf"))
+    timed = Latency(whole, batch_size=3, journal=Journal(), rounds=1)
+    assert timed.dense == pytest.approx(work(lambda: whole(images(3))), rel=1e-9)
+    space = Space(config, shape, timed.costs(config, 0.6 * timed.dense), float("inf"))
     schedule = (64, 50, 50, 40, 20, 20, 11, 11)
     with pruned(whole, space.config_of(schedule)):
         found = work(lambda: whole(images(3)))
@@ -395,10 +464,13 @@ def test_a_search_for_time_meets_its_budget(monkeypatch: pytest.MonkeyPatch, tmp
     def slower(forward: Any) -> float:
         return 2 * work(forward)
 
+    exact = search(whole, SalienceMergeConfig(), BATCHES, speedup=1.5, trials=0, latency_batch_size=2)
+    assert exact.budget == pytest.approx(dense / 1.5), "of the dense model, not of one with an exact last block"
+
     journal = tmp_path / "journal.jsonl"
     first = search(whole, RandomConfig(), BATCHES, speedup=1.5, trials=0, journal=journal)
     monkeypatch.setattr(latency, "seconds", slower)
     again = search(whole, RandomConfig(), BATCHES, speedup=1.5, trials=0, journal=journal)
     assert again.budget == first.budget and again.config == first.config, "times are read back too"
     with pytest.raises(ConfigError, match="batch_size=0"):
-        latency_costs(whole, RandomConfig(), 0, Journal())
+        Latency(whole, 0, Journal())

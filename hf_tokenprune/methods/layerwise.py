@@ -44,6 +44,7 @@ class LayerwiseConfig(VisionConfig):
     keep_ratios: float | tuple[float, ...] | None = None
     where: Where = "after_block"
 
+    search_fields: ClassVar[tuple[str, ...]] = ("exact_last_block", "where")
     default_blocks: ClassVar[tuple[int, ...]] = ()
     """1-based blocks of 12 after which the method prunes by default."""
     default_keep_ratios: ClassVar[float | tuple[float, ...]] = ()

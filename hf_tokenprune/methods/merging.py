@@ -42,6 +42,8 @@ class MergingConfig(VisionConfig):
     where: Literal["mid_block", "queries"] = "mid_block"
     proportional_attention: bool = True
 
+    search_fields: ClassVar[tuple[str, ...]] = ("exact_last_block", "where")
+
     def validate(self) -> None:
         super().validate()
         counts = self.r if isinstance(self.r, tuple) else (self.r,)

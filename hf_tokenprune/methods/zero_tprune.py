@@ -31,15 +31,10 @@ from .layerwise import LayerwiseConfig
 Partition = Literal["sequential_unimportant", "sequential_important", "alternate", "random", "none"]
 Feature = Literal["key", "key_mean", "query", "value", "input", "output"]
 Metric = Literal["cosine", "dot", "manhattan", "euclidean", "minkowski3", "minkowski4", "minkowski5", "chebyshev"]
-DISTANCE_ORDERS = {
-    "manhattan": 1.0,
-    "euclidean": 2.0,
-    "minkowski3": 3.0,
-    "minkowski4": 4.0,
-    "minkowski5": 5.0,
-    "chebyshev": math.inf,
-}
+MINKOWSKI = {f"minkowski{order}": float(order) for order in (3, 4, 5)}
+DISTANCE_ORDERS = {"manhattan": 1.0, "euclidean": 2.0, **MINKOWSKI, "chebyshev": math.inf}
 MAX_ITERATIONS = 1000
+SIMILAR_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the tokens that leave: what a search lets the S-stage drop
 
 
 @register_method("zero_tprune")
@@ -81,6 +76,7 @@ class ZeroTPruneConfig(LayerwiseConfig):
     similarity_metric: Metric = "cosine"
     renormalize: bool = True
 
+    search_fields: ClassVar[tuple[str, ...]] = ("exact_last_block", "where", "num_similar")
     default_blocks: ClassVar[tuple[int, ...]] = (1, 3, 6, 9, 11)
     default_keep_ratios: ClassVar[tuple[float, ...]] = (1.0, 0.9, 0.8, 0.7, 1.0)
 
@@ -94,7 +90,7 @@ class ZeroTPruneConfig(LayerwiseConfig):
         self.check(all(t is None or 1 <= t <= MAX_ITERATIONS for t in rounds), "num_iterations", allowed)
         if self.layers is not None:
             for field in ("num_similar", "num_iterations"):
-                self._check_length(field, len(self.layers))
+                self._per_layer(field, len(self.layers))
         if self.head_variance_range is not None:
             low, high = self.head_variance_range
             self.check(0 <= low < high, "head_variance_range", "(low, high) with 0 <= low < high, or None")
@@ -123,22 +119,38 @@ class ZeroTPruneConfig(LayerwiseConfig):
         def scale(r: int | float) -> int | float:
             return int(r * strength + 0.5) if isinstance(r, int) else min(r * strength, 0.99)
 
-        similar = (
-            tuple(map(scale, self.num_similar)) if isinstance(self.num_similar, tuple) else scale(self.num_similar)
-        )
-        unused = {} if similar and (not isinstance(similar, tuple) or any(similar)) else self._similarity_defaults()
+        given = self.num_similar
+        similar = tuple(map(scale, given)) if isinstance(given, tuple) else scale(given)
+        unused = {} if any(similar if isinstance(similar, tuple) else (similar,)) else self._similarity_defaults()
         return dataclasses.replace(super().scaled(strength), num_similar=similar, **unused)
 
     def with_counts(self, shape: Any, counts: Mapping[int, int]) -> "ZeroTPruneConfig":
         """S drops the same part of what leaves as in this config's own schedule, all layers together."""
-        similar, all_removed, entering = 0, 0, shape.num_prunable
+        steps = self._steps(shape)
+        removed = sum(entering - left for _, entering, _, left in steps)
+        similar = sum(entering - dissimilar for _, entering, dissimilar, _ in steps)
+        return self._with_share(counts, shape.num_prunable, similar / max(removed, 1))
+
+    def choices(self, name: str, shape: Any) -> tuple["ZeroTPruneConfig", ...]:
+        """Of ``num_similar``: as many tokens leave, and S drops none of them, a quarter, half, three quarters, all."""
+        if name != "num_similar":
+            return super().choices(name, shape)
+        counts = {layer: left for layer, _, _, left in self._steps(shape)}
+        return tuple(self._with_share(counts, shape.num_prunable, share) for share in SIMILAR_SHARES)
+
+    def _steps(self, shape: Any) -> list[tuple[int, int, int, int]]:
+        """(layer, tokens that enter, that S leaves, that I leaves) of each pruned layer."""
+        steps, entering = [], shape.num_prunable
         for stage in self.stages_for(shape):
             assert isinstance(stage, ZeroTPruneStage)
-            similar += entering - stage.num_dissimilar(entering)
-            all_removed += entering - stage.num_kept(entering)
-            entering = stage.num_kept(entering)
-        share = similar / max(all_removed, 1)
-        ratios, by_similarity, entering = [], [], shape.num_prunable
+            left = stage.num_kept(entering)
+            steps.append((stage.layer, entering, stage.num_dissimilar(entering), left))
+            entering = left
+        return steps
+
+    def _with_share(self, counts: Mapping[int, int], entering: int, share: float) -> "ZeroTPruneConfig":
+        """With ``counts`` left at each layer, where S drops this part of what leaves."""
+        ratios, by_similarity = [], list[int]()
         for n_keep in counts.values():
             by_similarity.append(min(int(share * (entering - n_keep) + 0.5), entering // 2))
             ratios.append(n_keep / (entering - by_similarity[-1]))
@@ -159,15 +171,12 @@ class ZeroTPruneConfig(LayerwiseConfig):
         names = ("partition", "similarity_feature", "similarity_metric", "renormalize")
         return {f.name: f.default for f in dataclasses.fields(cls) if f.name in names}
 
-    def _check_length(self, field: str, count: int) -> None:
-        value = getattr(self, field)
-        if isinstance(value, tuple):
-            self.check(len(value) == count, field, f"{count} values, one for each pruned layer")
-
     def _per_layer(self, field: str, count: int) -> tuple:
-        self._check_length(field, count)
         value = getattr(self, field)
-        return value if isinstance(value, tuple) else (value,) * count
+        if not isinstance(value, tuple):
+            return (value,) * count
+        self.check(len(value) == count, field, f"{count} values, one for each pruned layer")
+        return value
 
 
 @dataclass(frozen=True)
@@ -194,11 +203,10 @@ class ZeroTPruneStage(Stage):
         config, num_protected = self.config, signals.num_protected
         num_tokens = signals.tokens.shape[1] - num_protected
 
+        options: dict[str, Any] = {"cls_boost": config.cls_boost and signals.has_cls, "renormalize": config.renormalize}
+
         def rank(num_iterations: int, *kept: Tensor) -> Tensor:
-            boost = config.cls_boost and signals.has_cls
-            vote = partial(
-                weighted_page_rank, num_iterations=num_iterations, cls_boost=boost, renormalize=config.renormalize
-            )
+            vote = partial(weighted_page_rank, num_iterations=num_iterations, **options)
             scores = signals.map_attention(vote, *kept)
             return importance(scores[..., num_protected:], config.head_variance_range)
 

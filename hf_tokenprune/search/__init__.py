@@ -6,27 +6,28 @@ left. ``hf-tokenprune search`` does the same on a folder of images, or of questi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..config import PruneConfig
-from ..cost import weakest
-from ..engine import ConfigLike, as_config, counts, current_config, find_adapter, options, plan
+from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan
 from ..errors import ConfigError, PruneStateError
 from ..evaluation.loop import eval_mode
 from ..generation_cost import TEXT_TOKENS
 from ..signals import Shape
 from .answers import AnswerObjective
+from .free import Free, free_names
 from .journal import Journal
-from .latency import latency_costs
+from .latency import Latency
 from .objective import Goal, Objective
 from .problem import Problem, Trial
-from .space import Costs, Schedule, Space, macs_costs, prefill_costs
-from .strategies import FRACTIONS, STRATEGIES, TABLE_PART, additivity, every_place
+from .space import Costs, Space, macs_costs, prefill_costs
+from .strategies import FRACTIONS, STRATEGIES, TABLE_PART, additivity, choose_fields, every_place
 
 __all__ = ["AnswerObjective", "Costs", "Objective", "Problem", "SearchResult", "Space", "Trial", "search"]
 
@@ -61,7 +62,7 @@ class SearchResult:
         rule = None if self.rule is None else {"config": self.rule[0].to_dict(), "distortion": self.rule[1]}
         found = {"config": self.config.to_dict(), "distortion": self.distortion, "rule": rule}
         numbers = {"cost": self.cost, "budget": self.budget, "measured": self.measured, "additivity": self.additivity}
-        return {**found, **numbers, "settings": self.settings, "trials": [asdict(trial) for trial in self.trials]}
+        return {**found, **numbers, "settings": self.settings, "trials": [trial.to_dict() for trial in self.trials]}
 
 
 def search(
@@ -81,6 +82,8 @@ def search(
     latency_batch_size: int | None = None,
     text_tokens: int | None = None,
     new_tokens: int | None = None,
+    free: Sequence[str] | None = None,
+    fixed: Collection[str] = (),
     journal: Path | None = None,
     on_start: Callable[[int, float], None] = lambda evaluations, seconds: None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
@@ -89,7 +92,7 @@ def search(
 
     Args:
         model: dense, with an adapter; left as it was.
-        config: method and every field but the schedule.
+        config: the method, and the values of all fields that are not searched.
         batches: inputs of the model, on its device; they need no labels. Of a vision-language model inputs of
             ``generate``, padded on the left.
         macs: budget of one image in multiply-adds; of a vision-language model that of the prefill of a prompt with one.
@@ -108,13 +111,16 @@ def search(
         text_tokens: vision-language models: tokens of the prompt that ``macs`` is about, besides those of its image;
             None: 64.
         new_tokens: vision-language models: tokens of a dense answer, at most; None: 16.
+        free: fields to choose beside the counts, each of a few values, such as "where"; () for none. None: those of the
+            method's ``search_fields`` that ``config`` leaves at their defaults, as far as the model works with others.
+        fixed: fields that are not chosen then, though they are at their defaults.
         journal: file of measurements: a search that is interrupted goes on where it was.
         on_start: told how many evaluations are coming, and about how many seconds they take.
         on_trial: told every measurement.
 
     Raises:
         ConfigError: not exactly one budget, one out of reach, an unknown strategy, a method without a schedule, an
-            argument without an effect on this kind of model.
+            argument without an effect on this kind of model, a free field without a choice.
         UnsupportedModelError: the method does not fit the model.
         PruneStateError: the model is pruned.
     """
@@ -142,17 +148,24 @@ def search(
             raise ConfigError(f"{name} has no effect on a {kind}; leave it out")
     if not batches:
         raise ConfigError("batches is empty: give inputs to search on")
-    adapter.check(model, plan(_sample(config, shape), shape), **options(config))
+    places = config.search_places(shape), config.prunable(shape)
+
+    def check(candidate: PruneConfig) -> None:
+        adapter.check(model, plan(_sample(candidate, shape), shape), **options(candidate))
+        if (candidate.search_places(shape), candidate.prunable(shape)) != places:
+            raise ConfigError("schedules of this config are about other tokens or places")
+
+    check(config)
+    names = free_names(config, free, fixed, shape, check)
     with eval_mode(model):
         notes = Journal(journal)
-        if is_decoder:
-            costs = prefill_costs(model, config, text_tokens)
-        elif macs is not None:
-            costs = macs_costs(config, shape)
-        else:
-            costs = latency_costs(model, config, 1 if latency_batch_size is None else latency_batch_size, notes)
-        everything = Space(config, shape, costs, float("inf"))
-        dense = everything.cost((everything.num_tokens,) * len(everything.places))
+        batch_size = 1 if latency_batch_size is None else latency_batch_size
+        latency = None if macs is not None else Latency(model, batch_size, notes)
+
+        def untimed_costs(candidate: PruneConfig) -> Costs:
+            return prefill_costs(model, candidate, text_tokens) if is_decoder else macs_costs(candidate, shape)
+
+        dense = latency.dense if latency else untimed_costs(config).dense
         budget = next(value for value in (macs, seconds, speedup) if value is not None)
         if speedup is not None:
             budget = dense / speedup if speedup > 0 else 0.0
@@ -160,7 +173,13 @@ def search(
             raise ConfigError(
                 f"{given[0]} means a budget of {budget:.4g}: expected more than 0 and less than the dense {dense:.4g}"
             )
-        space = Space(config, shape, costs, budget)
+
+        @cache
+        def space_of(candidate: PruneConfig) -> Space:
+            costs = latency.costs(candidate, budget) if latency else untimed_costs(candidate)
+            return Space(candidate, shape, costs, budget)
+
+        space = space_of(config)
         objective: Objective | AnswerObjective
         settings: dict[str, Any] = {"strategy": strategy, "goal": goal, "seed": seed}
         if is_decoder:
@@ -168,24 +187,26 @@ def search(
             settings |= {"text_tokens": text_tokens or TEXT_TOKENS, "new_tokens": objective.new_tokens}
         else:
             objective = Objective(model, batches, goal, labels, run)
-        problem = Problem(space, objective, notes, on_trial)
+        problem = Problem(space, objective, notes, on_trial, Free(names, shape, check, space_of))
         one_stage = config.one_stage or len(space.slots) == 1
         count = trials if trials is not None else 30 if strategy == "dynamic" else 100
         if one_stage:
             settings["strategy"], count = "every_place", len(space.slots)
         on_start(*_estimate(problem, settings["strategy"], count))
-        rule = _rule(problem)
+        rule = space.rule()
+        of_rule = problem.measure(rule[1], config=rule[0], discard=False).distortion if rule else 0.0
+        choose_fields(problem)
         best = every_place(problem) if one_stage else STRATEGIES[strategy](problem, seed, count)
     return SearchResult(
-        config=space.config_of(best.schedule),
+        config=best.config,
         distortion=best.distortion,
-        rule=rule,
-        cost=space.cost(best.schedule),
+        rule=(rule[0], of_rule) if rule else None,
+        cost=best.space.cost(best.schedule),
         budget=budget,
         trials=tuple(problem.trials),
         measured=problem.measured,
         additivity=None if problem.table is None else additivity(problem, problem.table),
-        settings={**settings, "trials": count, "inputs": objective.n},
+        settings={**settings, "free": list(names), "trials": count, "inputs": objective.n},
     )
 
 
@@ -197,7 +218,7 @@ def _sample(config: PruneConfig, shape: Shape) -> PruneConfig:
     """
     if shape.kind not in config.prunes:
         plan(config, shape)  # raises, and says what the method works on
-    space = Space(config, shape, Costs(0.0, lambda place, entering, left: 0.0), 0.0)
+    space = Space(config, shape, Costs(0.0, 0.0, lambda place, entering, left: 0.0), 0.0)
     if not space.slots:
         raise ConfigError(f"{config} has no place to prune at on a model of {shape.depth} layers")
     fewest = space.clamped([0.0] * len(space.places))
@@ -208,32 +229,11 @@ def _sample(config: PruneConfig, shape: Shape) -> PruneConfig:
         raise ConfigError(f"{error}; give a method whose counts are free, such as 'salience_merge'") from error
 
 
-def _rule(problem: Problem) -> tuple[PruneConfig, float] | None:
-    """The method's rule, scaled to the budget of the search."""
-    space = problem.space
-
-    def schedule(config: PruneConfig) -> Schedule:
-        left = {stage.place: n_keep for stage, _, n_keep in counts(config.stages_for(space.shape), space.shape)}
-        safe, found = space.shape.num_prunable - space.num_tokens, [space.num_tokens]
-        for slot, place in enumerate(space.places):
-            found.append(left[place] - safe if place in left and slot in space.slots else found[-1])
-        return tuple(found[1:])
-
-    def cost(config: PruneConfig) -> float:
-        return space.cost(schedule(config))
-
-    try:
-        config = weakest(
-            space.config, lambda strength: space.config.by_rule(strength, space.shape), cost, space.budget, "budget"
-        )
-    except ConfigError:
-        return None
-    return config, problem.measure(schedule(config), discard=False).distortion
-
-
 def _estimate(problem: Problem, strategy: str, trials: int) -> tuple[int, float]:
     """Evaluations to come, the rule's and the solution's included, and seconds; of early blocks less is run."""
     space, objective = problem.space, problem.objective
     places = [space.places[slot] for slot in space.slots] if strategy == "dynamic" else []
     alone = [TABLE_PART * objective.part_run(place) for place in places for _ in FRACTIONS]
-    return len(alone) + trials + 2, objective.seconds * (sum(alone) + trials + 2)
+    free = problem.free
+    values = sum(len(space.config.choices(name, space.shape)) - 1 for name in free.names) if free else 0
+    return len(alone) + values + trials + 2, objective.seconds * (sum(alone) + values + trials + 2)

@@ -109,14 +109,20 @@ class Objective:
     def _from(self, layer: int, states: dict[int, Tensor]) -> Iterator[None]:
         """Inside, a forward starts at the last block up to ``layer`` whose dense input was kept."""
         first = layer - layer % self.stride
-        skipped: list[nn.Module] = list(self.adapter.blocks(self.model))[:first]
-        own = [block.__dict__.get("forward") for block in skipped]  # what accelerate puts there
-        for block in skipped:  # an attribute of the instance goes before the forward of its class
-            block.__dict__["forward"] = lambda *args, **kwargs: states[first]
-        try:
+        with skipped(list(self.adapter.blocks(self.model))[:first], lambda entering: states[first]):
             yield
-        finally:
-            for block, forward in zip(skipped, own, strict=True):
-                del block.__dict__["forward"]
-                if forward is not None:
-                    block.__dict__["forward"] = forward
+
+
+@contextmanager
+def skipped(blocks: Sequence[nn.Module], leave: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, these blocks do nothing but say what leaves them, given what enters."""
+    own = [block.__dict__.get("forward") for block in blocks]  # what accelerate puts there
+    for block in blocks:  # an attribute of the instance goes before the forward of its class
+        block.__dict__["forward"] = lambda hidden_states, *args, **kwargs: leave(hidden_states)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward

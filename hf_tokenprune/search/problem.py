@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..config import PruneConfig
 from .answers import AnswerObjective
+from .free import Free
 from .journal import Journal
 from .objective import Objective
 from .space import Schedule, Space
@@ -30,12 +32,21 @@ class Trial:
         distortion: mean over the inputs that it was measured on.
         part: of the inputs; less than 1 if it was given up, or measured for a table only.
         feasible: whether it is within the budget.
+        config: what was measured.
+        space: what the schedule is one of.
     """
 
     schedule: Schedule
     distortion: float
     part: float
     feasible: bool
+    config: PruneConfig
+    space: Space = field(compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        measured = {"distortion": self.distortion, "part": self.part, "feasible": self.feasible}
+        return {"schedule": list(self.schedule), **measured, "config": self.config.to_dict()}
 
     @property
     def whole(self) -> bool:
@@ -45,12 +56,18 @@ class Trial:
 
 @dataclass
 class Problem:
-    """Measures schedules, each at most once; what the journal has is read."""
+    """Measures schedules, each at most once; what the journal has is read.
+
+    Attributes:
+        space: of the schedules that strategies propose.
+        free: fields that they may choose too.
+    """
 
     space: Space
     objective: Objective | AnswerObjective
     journal: Journal = field(default_factory=Journal)
     on_trial: Callable[[Trial], None] = lambda trial: None
+    free: Free | None = None
     trials: list[Trial] = field(default_factory=list)
     measured: int = 0
     """Trials that were run and not read."""
@@ -71,23 +88,36 @@ class Problem:
         feasible = [trial for trial in self.trials if trial.feasible and trial.whole]
         return min(feasible, key=lambda trial: trial.distortion, default=None)
 
-    def measure(self, schedule: Schedule, *, discard: bool = True, part: float = 1.0) -> Trial:
+    def measure(
+        self,
+        schedule: Schedule,
+        *,
+        space: Space | None = None,
+        config: PruneConfig | None = None,
+        discard: bool = True,
+        part: float = 1.0,
+    ) -> Trial:
         """The distortion of a schedule.
 
         Args:
+            space: what it is a schedule of; None: ``self.space``.
+            config: that has this schedule; None: the one that the space makes of it.
             discard: give it up early if it is clearly worse than the best one on the same inputs.
             part: of the inputs that are run, at least; whole batches.
         """
-        config = self.space.config_of(schedule)
+        space = space or self.space
         best = self.best if discard else None
-        reference = self._values(self.space.config_of(best.schedule), None) if best else None
+        reference = self._values(best.config, None) if best else None
+        config = config or space.config_of(schedule)
         values = self._values(config, reference, part)
         run = sum(self.objective.sizes[: len(values)]) / self.objective.n
         trial = Trial(
             schedule,
             sum(values) / (len(self.objective.sizes) * run),  # each is weighted by its batch's size
             part=run,
-            feasible=self.space.cost(schedule) <= self.space.budget,
+            feasible=space.cost(schedule) <= space.budget,
+            config=config,
+            space=space,
         )
         self.trials.append(trial)
         self.on_trial(trial)

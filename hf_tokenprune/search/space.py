@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from ..config import PruneConfig
-from ..cost import counter
+from ..cost import counter, weakest
+from ..engine import counts
 from ..errors import ConfigError
 from ..generation_cost import TEXT_TOKENS, layer_macs
 from ..signals import VISION_TOWER, DecoderShape, ModelShape, Shape
@@ -26,10 +27,12 @@ class Costs:
     """What one image costs, as a sum over places: in multiply-adds, or in seconds.
 
     Attributes:
+        dense: of the model as it is.
         fixed: everything that no schedule changes.
         step: (place, prunable tokens that enter, that leave) -> cost of the layer; of a place in front of them 0.
     """
 
+    dense: float
     fixed: float
     step: Callable[[int, int, int], float]
 
@@ -121,16 +124,38 @@ class Space:
             ConfigError: it would prune nothing.
         """
         steps = zip(self.places, (self.num_tokens, *schedule), schedule, strict=False)
-        counts = {place: left for place, entering, left in steps if left < entering}
-        if not counts:
+        left_at = {place: left for place, entering, left in steps if left < entering}
+        if not left_at:
             raise ConfigError("this schedule removes nothing; lower the budget")
-        return self.config.with_counts(self.shape, counts)
+        return self.config.with_counts(self.shape, left_at)
+
+    def rule(self) -> tuple[PruneConfig, Schedule] | None:
+        """The method's rule within the budget, as its config and its schedule; None: it does not reach it."""
+
+        def cost(config: PruneConfig) -> float:
+            return self.cost(self._schedule_of(config))
+
+        try:
+            found = weakest(
+                self.config, lambda strength: self.config.by_rule(strength, self.shape), cost, self.budget, "budget"
+            )
+        except ConfigError:
+            return None
+        return found, self._schedule_of(found)
+
+    def _schedule_of(self, config: PruneConfig) -> Schedule:
+        """What a config of the same method leaves behind each place."""
+        left = {stage.place: n_keep for stage, _, n_keep in counts(config.stages_for(self.shape), self.shape)}
+        safe, found = self.shape.num_prunable - self.num_tokens, [self.num_tokens]
+        for slot, place in enumerate(self.places):
+            found.append(left[place] - safe if place in left and slot in self.slots else found[-1])
+        return tuple(found[1:])
 
 
 def macs_costs(config: PruneConfig, shape: ModelShape) -> Costs:
     """Multiply-adds, as ``hf_tokenprune.cost`` counts them."""
     exact, where = getattr(config, "exact_last_block", False), getattr(config, "where", "mid_block")
-    dense = model_cost(shape, exact_last_block=exact)
+    dense = model_cost(shape)
     protected, last = shape.num_protected, shape.depth - 1
 
     def step(layer: int, entering: int, left: int) -> float:
@@ -139,7 +164,7 @@ def macs_costs(config: PruneConfig, shape: ModelShape) -> Costs:
         place = where if left < entering else "after_block"
         return block_macs(shape, place, entering + protected, left + protected)
 
-    return Costs(dense.macs - sum(block.macs for block in dense.blocks), step)
+    return Costs(dense.macs, dense.macs - sum(block.macs for block in dense.blocks), step)
 
 
 def prefill_costs(model: Any, config: PruneConfig, text_tokens: int | None) -> Costs:
@@ -156,4 +181,4 @@ def prefill_costs(model: Any, config: PruneConfig, text_tokens: int | None) -> C
     def step(place: int, entering: int, left: int) -> float:
         return layer_macs(decoder, entering + others) if place >= 0 else 0.0
 
-    return Costs(dense.macs - sum(layer.macs for layer in dense.layers), step)
+    return Costs(dense.macs, dense.macs - sum(layer.macs for layer in dense.layers), step)

@@ -11,14 +11,30 @@ import numpy as np
 from ..errors import ConfigError
 from ..evaluation.optional import require
 from .problem import Problem, Trial
-from .space import Schedule
+from .space import Schedule, Space
 
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2)
 """Parts of the tokens removed at one layer alone whose distortion is measured."""
 TABLE_PART = 1 / 4
 """Part of the inputs that it is measured on: more of either did not lead to better schedules (docs/search.md)."""
+FIELD_MOVES = 1 / 5
+"""Part of the moves of descent that try another value of a free field."""
 BINS = 3000
 """Steps in which the exact solution counts cost: it uses the budget to within a part of a thousand."""
+
+
+def choose_fields(problem: Problem) -> None:
+    """One free field after the other gets the value whose rule has the least distortion within the budget.
+
+    What a strategy proposes afterwards are schedules of the method with these values.
+    """
+    free = problem.free
+    for name in free.names if free else ():
+        for space in free.others(problem.space, name) if free else ():
+            rule = space.rule()
+            if rule is not None:
+                problem.measure(rule[1], space=space, config=rule[0])
+        problem.space = problem.best.space if problem.best else problem.space
 
 
 def dynamic_programming(problem: Problem, seed: int = 0, trials: int = 0) -> Trial:
@@ -89,7 +105,7 @@ def solve(problem: Problem, table: np.ndarray) -> Schedule:
         best = new
         choices.append(choice)
     if not np.isfinite(best).any():
-        raise ConfigError(f"budget {space.budget:.4g} is out of reach of {space.config.method} on this model")
+        raise ConfigError(_out_of_reach(space))
     j, used = (int(index) for index in np.unravel_index(np.argmin(best), best.shape))
     found: list[float] = [counts[j]]
     for place, choice in zip(reversed(space.places), reversed(choices), strict=True):
@@ -117,7 +133,7 @@ def additivity(problem: Problem, table: np.ndarray) -> dict[str, float]:
     measured, expected = [], []
     for trial in problem.trials:
         steps = [(a, b) for a, b in pairwise((num_tokens, *trial.schedule))]
-        if sum(a > b for a, b in steps) > 1 and trial.whole:
+        if trial.space == problem.space and trial.whole and sum(a > b for a, b in steps) > 1:
             measured.append(trial.distortion)
             expected.append(sum(step_distortion(table[slot], a, b, num_tokens) for slot, (a, b) in enumerate(steps)))
     if len(measured) < 3:
@@ -130,29 +146,43 @@ def additivity(problem: Problem, table: np.ndarray) -> dict[str, float]:
 def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60) -> Trial:
     """Move removed tokens from one layer to another and keep what is better, in ever smaller moves.
 
-    It starts from the best schedule that was measured, such as the method's rule; without one, as many leave in every
-    layer.
+    One move in a few gives a free field another value instead. It starts from the best schedule that was measured, such
+    as the method's rule; without one, as many leave in every layer.
     """
-    space, rng = problem.space, np.random.default_rng(seed)
-    num_tokens = space.num_tokens
-    current = problem.best.schedule if problem.best else space.within([1.0] * len(space.places))
-    if current is None:
-        raise ConfigError(f"budget {space.budget:.4g} is out of reach of {space.config.method} on this model")
-    value, size = problem.measure(current, discard=False).distortion, num_tokens / 8
+    rng = np.random.default_rng(seed)
+    if problem.best is None:
+        evenly = problem.space.within([1.0] * len(problem.space.places))
+        if evenly is None:
+            raise ConfigError(_out_of_reach(problem.space))
+        problem.measure(evenly)
+    best = _best(problem)
+    space, current, value = best.space, best.schedule, best.distortion
+    num_tokens, size = space.num_tokens, space.num_tokens / 8
     for _ in range(trials):
         removed = [float(a - b) for a, b in pairwise((num_tokens, *current))]
-        source, target = rng.choice(space.slots, 2, replace=False)
-        moved = min(removed[source], rng.uniform(1, max(size, 2)))
-        removed[source] -= moved
-        removed[target] += moved
-        candidate = space.within(removed)
+        tried = _other_value(problem, space, rng) or space
+        if tried is space:
+            source, target = rng.choice(space.slots, 2, replace=False)
+            moved = min(removed[source], rng.uniform(1, max(size, 2)))
+            removed[source] -= moved
+            removed[target] += moved
+        candidate = tried.within(removed)
         size *= 0.97
-        if candidate is None or candidate == current:
+        if candidate is None or (tried is space and candidate == current):
             continue
-        trial = problem.measure(candidate)
+        trial = problem.measure(candidate, space=tried)
         if trial.whole and trial.distortion < value:
-            current, value = candidate, trial.distortion
+            space, current, value = tried, candidate, trial.distortion
     return _best(problem)
+
+
+def _other_value(problem: Problem, space: Space, rng: np.random.Generator) -> Space | None:
+    """Now and then, the space that another value of a free field leads to."""
+    free = problem.free
+    if free is None or not free.names or rng.random() > FIELD_MOVES:
+        return None
+    others = free.others(space, free.names[rng.integers(len(free.names))])
+    return others[rng.integers(len(others))] if others else None
 
 
 def monte_carlo(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
@@ -170,6 +200,10 @@ def monte_carlo(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
             problem.measure(candidate)
             found += 1
     return _best(problem)
+
+
+def _out_of_reach(space: Space) -> str:
+    return f"budget {space.budget:.4g} is out of reach of {space.config.method} on this model"
 
 
 def _best(problem: Problem) -> Trial:
