@@ -63,7 +63,9 @@ QuestionOpt = Annotated[
     typer.Option("--question", help="Vision-language models: asked of every image; may be repeated."),
 ]
 GMacsOpt = Annotated[float | None, typer.Option("--gmacs", "-g", help="Budget in GMACs an image (prefill).")]
-MillisecondsOpt = Annotated[float | None, typer.Option("--ms", help="Budget: a forward of --latency-batch images.")]
+MillisecondsOpt = Annotated[
+    float | None, typer.Option("--ms", help="Budget: a forward (prefill) of --latency-batch images.")
+]
 LatencyBatchOpt = Annotated[
     int | None, typer.Option(min=1, help="Images a forward, for --speedup and --ms. Default: 1.")
 ]

@@ -291,7 +291,9 @@ def test_search_finds_a_config_on_images_and_goes_on_where_it_was(folder: Path, 
         (("-s", "where=mid_block", "--free", "where", "--free", "proportional_attention"), None),
     ],
 )
-def test_what_a_search_chooses_beside_the_counts(folder: Path, tmp_path: Path, options: tuple, free: list[str] | None) -> None:
+def test_what_a_search_chooses_beside_the_counts(
+    folder: Path, tmp_path: Path, options: tuple, free: list[str] | None
+) -> None:
     command = ("search", DIGITS, folder, "--out", tmp_path / "found", "-m", "tome", "-g", 0.13, "--json", *options)
     data = json.loads(ok(*command, "--limit", 6, "--strategy", "monte_carlo", "--trials", 1))
     assert data["settings"]["free"] == (["where", "proportional_attention"] if free is None else free)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPModel, ViTForImageClassification, ViTModel
 
 from hf_tokenprune import (
@@ -39,6 +38,7 @@ from hf_tokenprune.search.space import Costs, macs_costs
 from hf_tokenprune.search.strategies import FRACTIONS, STRATEGIES, distortion_table, solve, step_distortion
 from hf_tokenprune.search.synthetic import pink_noise, synthesize
 
+from .counted_time import work
 from .decoder_families import tiny_vlm
 from .families import first_tensor, images, inputs_for, methods_for, refused, snapshot, supported_classes, tiny_model
 
@@ -424,25 +424,12 @@ def test_noise_has_the_spectrum_of_images() -> None:
 # -- a budget in seconds ---------------------------------------------------------------------------------------------
 
 
-def work(forward: Any) -> float:
-    """Multiply-adds instead of seconds: a clock that does not depend on the machine."""
-
-    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    kernel = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    # A counter does not look into inference mode.
-    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=kernel) as counter:
-        forward()
-    return counter.get_total_flops() / 2
-
-
 @pytest.mark.parametrize("config", [RandomConfig(), RandomConfig(where="queries"), ATSConfig()], ids=str)
 def test_a_sum_over_blocks_is_the_whole(config: PruneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "seconds", work)
     whole = model()
     shape = find_adapter(whole).shape(whole)
-    timed = Latency(whole, batch_size=3, journal=Journal(), rounds=1)
+    timed = Latency(whole, 3, lambda config: macs_costs(config, shape), Journal(), rounds=1)
     assert timed.dense == pytest.approx(work(lambda: whole(images(3))), rel=1e-9)
     space = Space(config, shape, timed.costs(config, 0.6 * timed.dense), float("inf"))
     schedule = (64, 50, 50, 40, 20, 20, 11, 11)
@@ -473,4 +460,4 @@ def test_a_search_for_time_meets_its_budget(monkeypatch: pytest.MonkeyPatch, tmp
     again = search(whole, RandomConfig(), BATCHES, speedup=1.5, trials=0, journal=journal)
     assert again.budget == first.budget and again.config == first.config, "times are read back too"
     with pytest.raises(ConfigError, match="batch_size=0"):
-        Latency(whole, 0, Journal())
+        search(whole, RandomConfig(), BATCHES, speedup=1.5, latency_batch_size=0)

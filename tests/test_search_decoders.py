@@ -29,11 +29,13 @@ from hf_tokenprune import (
 )
 from hf_tokenprune.cli import app
 from hf_tokenprune.cost import cost
-from hf_tokenprune.search import AnswerObjective, SearchResult, Space, Trial, search
+from hf_tokenprune.generation_benchmark import random_inputs
+from hf_tokenprune.search import AnswerObjective, SearchResult, Space, Trial, latency, search
 from hf_tokenprune.search.space import prefill_costs
 from hf_tokenprune.search.strategies import STRATEGIES
 from hf_tokenprune.signals import DecoderShape
 
+from .counted_time import work
 from .decoder_families import IMAGE, ONCE, SUPPORTED, Case, Inputs, adapter_of, collate, sample, tiny_vlm
 from .families import snapshot
 from .llava_checkpoint import save_tiny_llava
@@ -302,6 +304,26 @@ def test_one_number_is_decided_by_the_budget() -> None:
     assert fastv.distortion == min(trial.distortion for trial in fastv.trials if trial.whole)
 
 
+@pytest.mark.parametrize("config", [PyramidDropConfig(), DivPruneConfig(keep_ratio=0.5), STACK], ids=lambda c: c.method)
+def test_a_search_for_time_meets_its_budget(config: PruneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "seconds", work)
+    model = tiny_vlm("llava")
+    inputs = random_inputs(model, 2, 20)
+
+    def prefill() -> None:
+        model(**inputs, logits_to_keep=1)
+
+    dense, before = work(prefill), snapshot(model)  # in this order: a first forward leaves hooks of Transformers' own
+    result = search(
+        model, config, batches_of(model), speedup=1.25, latency_batch_size=2, text_tokens=20, trials=2, new_tokens=2
+    )
+    assert snapshot(model) == before
+    assert result.budget == pytest.approx(dense / 1.25, rel=1e-6)
+    with pruned(model, result.config):
+        assert 0.9 * result.budget <= work(prefill) <= 1.03 * result.budget
+        assert result.cost == pytest.approx(work(prefill), rel=0.03), "a sum over layers is the whole"
+
+
 def test_layers_that_the_config_names_need_not_exist() -> None:
     model = tiny_vlm("llava")
     result = run(model, TransPruneConfig(accumulate_layers=(1, 2, 3)), "coordinate")
@@ -317,8 +339,9 @@ def test_what_is_refused() -> None:
         with pytest.raises(ConfigError, match=match):
             search(model, config or DivPruneConfig(), given, **{"macs": 0.8 * cost(model).dense.macs, **options})
 
-    error("give macs", macs=None, speedup=1.5)
-    error("give macs", macs=None, seconds=0.1)
+    error("speedup means a budget of", macs=None, speedup=0.9)
+    error("text_tokens=0", macs=None, speedup=1.5, text_tokens=0)
+    error("latency_batch_size=4 has no effect on a budget of macs", latency_batch_size=4)
     error("run has no effect on a vision-language model", run=lambda batch: batch)
     error("more than 0 and less than the dense", macs=1e15)
     error("out of reach", TransPruneConfig(accumulate_layers=(5,)), macs=0.3 * cost(model).dense.macs)

@@ -96,9 +96,9 @@ def search(
         batches: inputs of the model, on its device; they need no labels. Of a vision-language model inputs of
             ``generate``, padded on the left.
         macs: budget of one image in multiply-adds; of a vision-language model that of the prefill of a prompt with one.
-        seconds: budget of a forward of ``latency_batch_size`` images (None: 1) on this machine; see ``latency``.
-        speedup: the same as the dense model's time over the budget. Exactly one of the three; vision-language models
-            take ``macs``.
+        seconds: budget of a forward of ``latency_batch_size`` images (None: 1) on this machine; of a vision-language
+            model that of the prefill of as many prompts with one image each.
+        speedup: the same as the dense model's time over the budget. Exactly one of the three.
         strategy: "dynamic" (programming over each layer's own distortion, then coordinate descent for ``trials``),
             "coordinate" (descent), "monte_carlo", or "optuna" (an extra). A method with one stage has one number, which
             the budget decides: of it every place is measured instead.
@@ -108,7 +108,7 @@ def search(
         run: what maps a batch to (B, C) logits; None: the ``logits`` of the model.
         seed: of strategies that draw; the same seed gives the same config.
         trials: schedules to measure (after the table, for "dynamic"); None: 30 for "dynamic", else 100.
-        text_tokens: vision-language models: tokens of the prompt that ``macs`` is about, besides those of its image;
+        text_tokens: vision-language models: tokens of the prompt that the budget is about, besides those of its image;
             None: 64.
         new_tokens: vision-language models: tokens of a dense answer, at most; None: 16.
         free: fields to choose beside the counts, each of a few values, such as "where"; () for none. None: those of the
@@ -136,11 +136,6 @@ def search(
         raise ConfigError(f"give one of macs, seconds and speedup, got {', '.join(given) or 'none'}")
     if macs is not None and latency_batch_size is not None:
         raise ConfigError(f"latency_batch_size={latency_batch_size} has no effect on a budget of macs; leave it out")
-    if is_decoder and macs is None:
-        raise ConfigError(
-            f"{given[0]}: the time of a vision-language model is not searched for; give macs (config.for_budget has "
-            "speedup too, in multiply-adds), and measure what was found with hf-tokenprune bench"
-        )
     idle = {"run": run} if is_decoder else {"text_tokens": text_tokens, "new_tokens": new_tokens}
     for name, value in idle.items():
         if value is not None:
@@ -159,13 +154,15 @@ def search(
     names = free_names(config, free, fixed, shape, check)
     with eval_mode(model):
         notes = Journal(journal)
-        batch_size = 1 if latency_batch_size is None else latency_batch_size
-        latency = None if macs is not None else Latency(model, batch_size, notes)
 
-        def untimed_costs(candidate: PruneConfig) -> Costs:
+        def untimed(candidate: PruneConfig) -> Costs:
             return prefill_costs(model, candidate, text_tokens) if is_decoder else macs_costs(candidate, shape)
 
-        dense = latency.dense if latency else untimed_costs(config).dense
+        batch_size = 1 if latency_batch_size is None else latency_batch_size
+        dense = untimed(config).dense
+        latency = None if macs is not None else Latency(model, batch_size, untimed, notes, text_tokens)
+        if latency is not None:
+            dense = latency.dense
         budget = next(value for value in (macs, seconds, speedup) if value is not None)
         if speedup is not None:
             budget = dense / speedup if speedup > 0 else 0.0
@@ -176,7 +173,7 @@ def search(
 
         @cache
         def space_of(candidate: PruneConfig) -> Space:
-            costs = latency.costs(candidate, budget) if latency else untimed_costs(candidate)
+            costs = latency.costs(candidate, budget) if latency else untimed(candidate)
             return Space(candidate, shape, costs, budget)
 
         space = space_of(config)
