@@ -6,6 +6,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
@@ -23,7 +24,7 @@ from hf_tokenprune import (
     list_presets,
     prune,
 )
-from hf_tokenprune.cost import cost
+from hf_tokenprune.cost import config_for_macs, cost
 from hf_tokenprune.engine import find_adapter, plan
 from hf_tokenprune.registry import get_method
 
@@ -68,14 +69,28 @@ def test_a_fraction_that_stays(method: str) -> None:
 def test_merging_goes_to_later_blocks_the_less_it_merges() -> None:
     model = shell()
     first = {}
+    shape = find_adapter(model).shape(model)
     for part in (0.88, 0.8, 0.7):
         tome = ToMeConfig().for_budget(model, macs=part * cost(model).dense.macs)
-        assert tome.layers is not None and tome.layers[-1] == 10, "nothing is saved behind the last block"
-        first[part] = tome.layers[0]
+        layers = [stage.layer for stage in plan(tome, shape)]
+        assert layers[-1] == 10, "nothing is saved behind the last block"
+        first[part] = layers[0]
     assert first[0.88] > first[0.7] and list(first.values()) == sorted(first.values(), reverse=True)
     given = ToMeConfig(layers=(2, 3), r=0.2).for_budget(model, macs=0.9 * cost(model).dense.macs)
     assert given.layers == (2, 3), "layers that are given stay"
     assert EViTConfig().for_budget(model, speedup=1.3).layers is None, "dropping is spread as by default"
+
+
+@pytest.mark.parametrize("config", [SalienceMergeConfig(), ToMeConfig()], ids=str)
+def test_nearly_all_of_a_budget_is_used(config: PruneConfig) -> None:
+    """What the rule leaves unused is accuracy given away: it had a step at which a tenth of the work was."""
+    model = shell()
+    dense = cost(model).dense.macs
+    for part in np.arange(0.52, 0.9, 0.01):
+        found = config.for_budget(model, macs=part * dense)
+        assert 0.99 * part * dense <= cost(model, found).pruned.macs <= part * dense
+        scaled = config_for_macs(model, config, part * dense)
+        assert 0.99 * part * dense <= cost(model, scaled).pruned.macs <= part * dense
 
 
 def test_a_language_model_is_budgeted_by_its_prefill() -> None:

@@ -14,7 +14,7 @@ from hf_tokenprune.methods.ats import ATSConfig, ATSStage
 from hf_tokenprune.methods.evit import EViTConfig, EViTStage
 from hf_tokenprune.methods.exact import ExactConfig
 from hf_tokenprune.methods.layerwise import BaselineConfig
-from hf_tokenprune.methods.merging import MergingConfig, spread
+from hf_tokenprune.methods.merging import MergingConfig, even
 from hf_tokenprune.methods.pitome import PiToMeConfig, PiToMeStage
 from hf_tokenprune.methods.random import RandomConfig
 from hf_tokenprune.methods.salience_merge import SalienceMergeConfig, SalienceMergeStage
@@ -228,9 +228,11 @@ def test_the_defaults_are_those_of_the_papers() -> None:
         assert {stage.where for stage in config.stages_for(TINY)} == {place}
 
 
-@pytest.mark.parametrize(("r", "first"), [(0.1, 6), (0.4, 5), (0.7, 4), (0.9, 2), (12, 4)])
+@pytest.mark.parametrize(
+    ("r", "first"), [(0.1, 6), (0.25, 6), (0.4, 5), (0.5, 5), (0.7, 4), (0.75, 4), (0.9, 3), (12, 4)]
+)
 def test_salience_merge_starts_earlier_the_more_it_merges(r: float, first: int) -> None:
-    """Blocks from 1, as in the table of the method's page; the last block is left to `exact_last_block`."""
+    """At block 7 - 4 r, counted from 1; the last block is left to `exact_last_block`."""
     layers = [stage.layer + 1 for stage in SalienceMergeConfig(r=r).stages_for(TINY)]
     assert layers == list(range(first, 12))
     assert SalienceMergeConfig().exact_last_block and options(SalienceMergeConfig()) == {"exact_last_block": True}
@@ -244,14 +246,39 @@ def test_defaults_fit_every_depth(config_class: type[PruneConfig], depth: int) -
     assert stages and all(a < b for a, b in pairwise(layers)) and layers[0] >= 0 and layers[-1] < depth
 
 
+@pytest.mark.parametrize("layers", [(3, 5, 6, 9), (0, 1)])
+@pytest.mark.parametrize("total", [1, 40, 100, 140])
+def test_a_proportional_spread_keeps_the_same_part_at_each_layer(layers: tuple[int, ...], total: int) -> None:
+    config = ToMeConfig(r=total / 196, spread="proportional", layers=layers)
+    part, exact, left = (1 - total / 196) ** (1 / len(layers)), 196.0, 196
+    stages = config.stages_for(TINY)
+    assert [stage.layer for stage in stages] == list(layers)
+    for stage in stages:
+        exact, left = exact * part, stage.num_kept(left)
+        assert abs(left - exact) <= 0.5 + 1e-9
+    assert left == 196 - total
+
+
+@pytest.mark.parametrize("depth", [12, 24, 31])
+def test_the_rule_has_no_steps(depth: int) -> None:
+    """Work falls with the fraction as smoothly as whole tokens allow, whatever block merging starts in."""
+    shape, token = deit(192, depth), 12 * 192 * 192 + 4 * 197 * 192  # of one token in one block, at most
+    last = model_cost(shape).macs
+    for thousandth in range(5, 950):
+        config = SalienceMergeConfig(r=thousandth / 1000, exact_last_block=False)
+        found = model_cost(shape, plan(config, shape)).macs
+        assert 0 <= last - found <= depth * token
+        last = found
+
+
 def test_spread_is_even_and_exact() -> None:
     for total in range(60):
         for count in range(1, 14):
             for more in (0, 0.2, 0.45):
-                parts = spread(total + more, count)
+                parts = even(total + more, count)
                 assert len(parts) == count and sum(parts) == total and max(parts) - min(parts) <= 1
-    assert spread(119, 12) == (10, 10, 10, 10, 10, 10, 9, 10, 10, 10, 10, 10)
-    assert spread(118.6, 12) == (10, 10, 10, 10, 9, 10, 10, 10, 10, 10, 10, 10), "as many, but one sooner"
+    assert even(119, 12) == (10, 10, 10, 10, 10, 10, 9, 10, 10, 10, 10, 10)
+    assert even(118.6, 12) == (10, 10, 10, 10, 9, 10, 10, 10, 10, 10, 10, 10), "as many, but one sooner"
 
 
 @pytest.mark.parametrize("config_class", MERGING)
@@ -353,6 +380,7 @@ def test_work_of_evit_is_as_published(keep_ratio: float, published: float) -> No
         ({"r": (1, -2), "layers": (0, 1)}, "a count >= 0"),
         ({"r": (1, 2, 3), "layers": (0, 1)}, r"r=\(1, 2, 3\) .*2 values"),
         ({"r": (1, 0.5)}, "r="),
+        ({"r": 5, "spread": "no default"}, "spread="),
         ({"layers": ()}, "layers="),
         ({"layers": (3, 3)}, "ascending"),
         ({"layers": (-1, 3)}, "ascending"),

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..signals import ModelShape, Reduction, Signals, Stage
 from ..tokens import top_tokens
-from .layerwise import at_depth
 from .visionwise import VisionConfig
 
 C = TypeVar("C", bound="MergingConfig")
+Spread = Literal["even", "proportional"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,11 @@ class MergingConfig(VisionConfig):
 
     Args:
         r: tokens that are merged into others. An integer: at every layer; several: one a layer; a fraction (below 1):
-            of the patches that the checkpoint's own image size has, at all layers together and as evenly as whole
-            tokens allow. Never more than half of the tokens that enter a layer.
+            of the patches that the checkpoint's own image size has, at all layers together. Never more than half of the
+            tokens that enter a layer.
+        spread: how a fraction ``r`` is spread over the layers. "even": as many at each. "proportional": the same part
+            of the tokens that enter each; where ``layers`` is None, from a block that lies the later the less is
+            merged (:func:`late_layers`) to the last but one.
         layers: 0-based blocks, ascending. None: the method's default for the model's depth.
         where: "mid_block": states are merged between attention and MLP. "queries": before the queries, so that the
             attention of the block still reads keys and values of all tokens, but is computed for the merged ones.
@@ -38,6 +41,7 @@ class MergingConfig(VisionConfig):
     """
 
     r: int | float | tuple[int, ...]
+    spread: Spread = "even"
     layers: tuple[int, ...] | None = None
     where: Literal["mid_block", "queries"] = "mid_block"
     proportional_attention: bool = True
@@ -52,6 +56,9 @@ class MergingConfig(VisionConfig):
             "r",
             "a count >= 0 (integer), one a layer, or a fraction of the patches (0 <= fraction < 1)",
         )
+        if not isinstance(self.r, float):
+            default = type(self).spread
+            self.check(self.spread == default, "spread", f"{default!r}, its default: it has no effect on counts r")
         if self.layers is not None:
             ascending = all(a < b for a, b in pairwise((-1, *self.layers)))
             self.check(bool(self.layers) and ascending, "layers", "ascending block numbers >= 0")
@@ -68,8 +75,11 @@ class MergingConfig(VisionConfig):
         layers = self.default_layers(shape.depth) if self.layers is None else self.layers
         allowed = f"blocks 0..{shape.depth - 1}: this model has {shape.depth} blocks"
         self.check(max(layers) < shape.depth, "layers", allowed)
+        if isinstance(self.r, float) and self.spread == "proportional":
+            weights = late_layers(self.r, shape.depth) if self.layers is None else dict.fromkeys(layers, 1.0)
+            return list(proportional(self.r, shape.num_patches, weights).items())
         if isinstance(self.r, float):
-            counts = spread(self.r * shape.num_patches, len(layers))
+            counts = even(self.r * shape.num_patches, len(layers))
         else:
             counts = self.r if isinstance(self.r, tuple) else (self.r,) * len(layers)
             self.check(len(counts) == len(layers), "r", f"{len(layers)} values, one for each default layer")
@@ -89,27 +99,41 @@ class MergingConfig(VisionConfig):
     def with_counts(self: C, shape: ModelShape, counts: Mapping[int, int]) -> C:
         left = (shape.num_prunable, *counts.values())
         merged = tuple(before - after for before, after in pairwise(left))
-        return dataclasses.replace(self, layers=tuple(counts), r=merged)
+        return dataclasses.replace(self, layers=tuple(counts), r=merged, spread=type(self).spread)
 
     def by_rule(self: C, strength: float, shape: ModelShape) -> C:
-        """Merging costs least late, so it starts in a later block the less is merged (:func:`late_layers`)."""
+        """Merging costs least late, and where many tokens are left."""
         scaled = self.scaled(strength)
         if self.layers is not None or not isinstance(scaled.r, float):
             return scaled
-        return dataclasses.replace(scaled, layers=late_layers(scaled.r, shape.depth))
+        return dataclasses.replace(scaled, spread="proportional")
 
 
-FIRST_BLOCKS = ((0.30, 6), (0.55, 5), (0.76, 4), (1.0, 2))
-"""1-based block of 12 where merging starts, for fractions below the limit: the more is merged, the earlier."""
+def late_layers(fraction: float, depth: int) -> dict[int, float]:
+    """0-based layers, up to the last but one, in which ``fraction`` of the patches is best merged, and their weights.
+
+    They start at block 7 - 4 · fraction of 12, counted from 1. Where that is not a whole number, the block in front of
+    it counts for the rest, so that work changes smoothly with the fraction.
+    """
+    first = min(max(depth * (7 - 4 * fraction) / 12, 1.0), max(depth - 1.0, 1.0))
+    weights = {layer: min(layer + 2 - first, 1.0) for layer in range(max(depth - 1, 1))}
+    return {layer: weight for layer, weight in weights.items() if weight > 0}
 
 
-def late_layers(fraction: float, depth: int) -> tuple[int, ...]:
-    """0-based layers, up to the last but one, in which ``fraction`` of the patches is best merged."""
-    first = next(block for limit, block in FIRST_BLOCKS if fraction < limit)
-    return tuple(range(at_depth((first,), depth)[0], max(depth - 1, 1)))
+def proportional(fraction: float, num_patches: int, weights: Mapping[int, float]) -> dict[int, int]:
+    """Tokens to merge at each layer, in all ``fraction`` of the patches: layers of equal weight merge the same part.
+
+    Of what enters a layer of weight w, out of W together, (1 - fraction)^(w / W) stays, rounded.
+    """
+    total, done, entering, counts = sum(weights.values()), 0.0, num_patches, {}
+    for layer, weight in weights.items():
+        done += weight
+        left = math.floor(num_patches * (1 - fraction) ** (done / total) + 0.5)
+        counts[layer], entering = entering - left, left
+    return counts
 
 
-def spread(total: float, count: int) -> tuple[int, ...]:
+def even(total: float, count: int) -> tuple[int, ...]:
     """``count`` integers whose running sum is that of ``total / count``, rounded; they differ by at most one."""
     sums = [math.floor(total * i / count + 0.5) for i in range(count + 1)]
     return tuple(b - a for a, b in pairwise(sums))

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
+from .layerwise import at_depth
 from .merging import (
     MergeStage,
     MergingConfig,
+    Spread,
     everything,
     keys_by_head,
-    late_layers,
     match_alternate,
     mean_keys,
     merge_cheapest,
@@ -42,22 +43,20 @@ class SalienceMergeConfig(MergingConfig):
             without CLS: how much it stands out, see :func:`contrast`.
         similarity: of two tokens: "per_head", the cosine of their keys, averaged over heads; or "mean_key", the cosine
             of their keys averaged over heads, as in ToMe.
-        layers: 0-based blocks, ascending. None: from block 6, 5, 4 or 2 of 12 (for a fraction ``r`` below 0.3, 0.55,
-            0.76 or 1; counts: 4) to the last but one.
+        layers: 0-based blocks, ascending. None: with a fraction ``r``, those of ``spread``; with counts or an even
+            spread, from block 4 of 12 to the last but one.
         exact_last_block: as everywhere, but on by default. For a head that reads patches set it to False.
     """
 
     r: int | float | tuple[int, ...] = 0.7
+    spread: Spread = "proportional"
     where: Literal["mid_block", "queries"] = "queries"
     similarity: Similarity = "per_head"
     salience: Salience = "cls"
     exact_last_block: bool = field(default=True, kw_only=True)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
-        return late_layers(self.r if isinstance(self.r, float) else 0.7, depth)
-
-    def by_rule(self, strength: float, shape: ModelShape) -> "SalienceMergeConfig":
-        return self.scaled(strength)  # whose default layers are the late ones already
+        return tuple(range(at_depth((4,), depth)[0], max(depth - 1, 1)))
 
     def stages_for(self, shape: ModelShape) -> tuple[Stage, ...]:
         fields = (self.proportional_attention, self.similarity, self.salience)
