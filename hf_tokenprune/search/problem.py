@@ -60,7 +60,7 @@ class Problem:
 
     Attributes:
         space: of the schedules that strategies propose.
-        free: fields that they may choose too.
+        free: fields that are chosen before.
     """
 
     space: Space

@@ -17,8 +17,6 @@ FRACTIONS = (1 / 8, 1 / 4, 1 / 2)
 """Parts of the tokens removed at one layer alone whose distortion is measured."""
 TABLE_PART = 1 / 4
 """Part of the inputs that it is measured on: more of either did not lead to better schedules (docs/search.md)."""
-FIELD_MOVES = 1 / 5
-"""Part of the moves of descent that try another value of a free field."""
 BINS = 3000
 """Steps in which the exact solution counts cost: it uses the budget to within a part of a thousand."""
 
@@ -146,8 +144,8 @@ def additivity(problem: Problem, table: np.ndarray) -> dict[str, float]:
 def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60) -> Trial:
     """Move removed tokens from one layer to another and keep what is better, in ever smaller moves.
 
-    One move in a few gives a free field another value instead. It starts from the best schedule that was measured, such
-    as the method's rule; without one, as many leave in every layer.
+    It starts from the best schedule that was measured, such as the method's rule; without one, as many leave in every
+    layer.
     """
     rng = np.random.default_rng(seed)
     if problem.best is None:
@@ -160,29 +158,18 @@ def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60) -> Tri
     num_tokens, size = space.num_tokens, space.num_tokens / 8
     for _ in range(trials):
         removed = [float(a - b) for a, b in pairwise((num_tokens, *current))]
-        tried = _other_value(problem, space, rng) or space
-        if tried is space:
-            source, target = rng.choice(space.slots, 2, replace=False)
-            moved = min(removed[source], rng.uniform(1, max(size, 2)))
-            removed[source] -= moved
-            removed[target] += moved
-        candidate = tried.within(removed)
+        source, target = rng.choice(space.slots, 2, replace=False)
+        moved = min(removed[source], rng.uniform(1, max(size, 2)))
+        removed[source] -= moved
+        removed[target] += moved
+        candidate = space.within(removed)
         size *= 0.97
-        if candidate is None or (tried is space and candidate == current):
+        if candidate is None or candidate == current:
             continue
-        trial = problem.measure(candidate, space=tried)
+        trial = problem.measure(candidate, space=space)
         if trial.whole and trial.distortion < value:
-            space, current, value = tried, candidate, trial.distortion
+            current, value = candidate, trial.distortion
     return _best(problem)
-
-
-def _other_value(problem: Problem, space: Space, rng: np.random.Generator) -> Space | None:
-    """Now and then, the space that another value of a free field leads to."""
-    free = problem.free
-    if free is None or not free.names or rng.random() > FIELD_MOVES:
-        return None
-    others = free.others(space, free.names[rng.integers(len(free.names))])
-    return others[rng.integers(len(others))] if others else None
 
 
 def monte_carlo(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
