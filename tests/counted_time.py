@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from hf_tokenprune.search import latency
 
 
 def work(forward: Any) -> float:
@@ -17,3 +20,10 @@ def work(forward: Any) -> float:
     with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=kernel) as counter:
         forward()
     return counter.get_total_flops() / 2
+
+
+def count_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search for time counts; every round says the same."""
+    monkeypatch.setattr(latency, "seconds", work)
+    monkeypatch.setattr(latency, "WARMUP", 0)
+    monkeypatch.setattr(latency, "ROUNDS", 1)

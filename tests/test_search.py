@@ -38,7 +38,7 @@ from hf_tokenprune.search.space import Costs, macs_costs
 from hf_tokenprune.search.strategies import FRACTIONS, STRATEGIES, distortion_table, solve, step_distortion
 from hf_tokenprune.search.synthetic import pink_noise, synthesize
 
-from .counted_time import work
+from .counted_time import count_time, work
 from .decoder_families import tiny_vlm
 from .families import first_tensor, images, inputs_for, methods_for, refused, snapshot, supported_classes, tiny_model
 
@@ -426,10 +426,10 @@ def test_noise_has_the_spectrum_of_images() -> None:
 
 @pytest.mark.parametrize("config", [RandomConfig(), RandomConfig(where="queries"), ATSConfig()], ids=str)
 def test_a_sum_over_blocks_is_the_whole(config: PruneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "seconds", work)
+    count_time(monkeypatch)
     whole = model()
     shape = find_adapter(whole).shape(whole)
-    timed = Latency(whole, 3, lambda config: macs_costs(config, shape), Journal(), rounds=1)
+    timed = Latency(whole, 3, lambda config: macs_costs(config, shape), Journal())
     assert timed.dense == pytest.approx(work(lambda: whole(images(3))), rel=1e-9)
     space = Space(config, shape, timed.costs(config, 0.6 * timed.dense), float("inf"))
     schedule = (64, 50, 50, 40, 20, 20, 11, 11)
@@ -441,7 +441,7 @@ def test_a_sum_over_blocks_is_the_whole(config: PruneConfig, monkeypatch: pytest
 
 
 def test_a_search_for_time_meets_its_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(latency, "seconds", work)
+    count_time(monkeypatch)
     whole = model()
     result = search(whole, RandomConfig(), BATCHES, speedup=1.5, latency_batch_size=2)
     dense = work(lambda: whole(images(2)))

@@ -30,12 +30,12 @@ from hf_tokenprune import (
 from hf_tokenprune.cli import app
 from hf_tokenprune.cost import cost
 from hf_tokenprune.generation_benchmark import random_inputs
-from hf_tokenprune.search import AnswerObjective, SearchResult, Space, Trial, latency, search
+from hf_tokenprune.search import AnswerObjective, SearchResult, Space, Trial, search
 from hf_tokenprune.search.space import prefill_costs
 from hf_tokenprune.search.strategies import STRATEGIES
 from hf_tokenprune.signals import DecoderShape
 
-from .counted_time import work
+from .counted_time import count_time, work
 from .decoder_families import IMAGE, ONCE, SUPPORTED, Case, Inputs, adapter_of, collate, sample, tiny_vlm
 from .families import snapshot
 from .llava_checkpoint import save_tiny_llava
@@ -306,7 +306,7 @@ def test_one_number_is_decided_by_the_budget() -> None:
 
 @pytest.mark.parametrize("config", [PyramidDropConfig(), DivPruneConfig(keep_ratio=0.5), STACK], ids=lambda c: c.method)
 def test_a_search_for_time_meets_its_budget(config: PruneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "seconds", work)
+    count_time(monkeypatch)
     model = tiny_vlm("llava")
     inputs = random_inputs(model, 2, 20)
 

@@ -33,7 +33,8 @@ from .space import Costs, Space
 
 PARTS = (0.8, 0.6, 0.4, 0.2, 0.05)
 """Of all prunable tokens, the numbers with which blocks are timed."""
-WARMUP = 1
+WARMUP, ROUNDS = 1, 7
+"""Rounds of every measurement that are thrown away, and those whose median counts."""
 REFINEMENTS = 2
 """How often the decision is measured: at the rule's schedule without it, then at that with it."""
 
@@ -45,13 +46,12 @@ class Latency:
         untimed: the multiply-adds of a config's schedules.
         journal: has the times, or gets them: a search that is started again has the budget it had.
         text_tokens: vision-language models: of each prompt, besides those of its one image; None: 64.
-        rounds: of every measurement; medians count.
 
     Attributes:
         dense: seconds of the model as it is.
 
     Raises:
-        ConfigError: a count below 1.
+        ConfigError: ``batch_size`` is below 1.
     """
 
     def __init__(
@@ -61,15 +61,13 @@ class Latency:
         untimed: Callable[[PruneConfig], Costs],
         journal: Journal,
         text_tokens: int | None = None,
-        rounds: int = 7,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("rounds", rounds)):
-            if value < 1:
-                raise ConfigError(f"{name}={value}: expected at least 1")
-        self.model, self.untimed, self.journal, self.rounds = model, untimed, journal, rounds
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: expected at least 1")
+        self.model, self.untimed, self.journal = model, untimed, journal
         adapter, parameter = find_adapter(model), next(model.parameters())
         self.shape = shape = adapter.shape(model)
-        self.setting = [repr(shape), batch_size, text_tokens, rounds, str(parameter.device), str(parameter.dtype)]
+        self.setting = [repr(shape), batch_size, text_tokens, ROUNDS, str(parameter.device), str(parameter.dtype)]
         if shape.kind == "decoder":
             place, self.others = ENTRANCE, TEXT_TOKENS if text_tokens is None else text_tokens
             inputs = random_inputs(model, batch_size, self.others)
@@ -85,7 +83,7 @@ class Latency:
         arms += [partial(pruned, model, uniform.with_counts(shape, {place: left})) for left in dropped]
         self.dense, outside, *behind = self._timed("blocks", arms)
         whole = (1 - outside) / shape.depth  # of a block, as a part of the dense time
-        fewer = shape.depth - 1 - place  # blocks that those dropped do not reach
+        fewer = shape.depth - 1 - place  # blocks that the dropped ones do not reach
         self.fixed = outside * self.dense
         self.lengths = [self.others + left for left in (*dropped, shape.num_prunable)]
         self.of_block = [self.dense * max(0.0, whole - (1 - part) / fewer) for part in behind] + [self.dense * whole]
@@ -126,7 +124,7 @@ class Latency:
         if not self.journal.read(key):
             rows = []
             with settings(self.model, None):
-                for _ in range(WARMUP + self.rounds):  # interleaved: a machine that slows down slows all of a round
+                for _ in range(WARMUP + ROUNDS):  # interleaved: a machine that slows down slows all of a round
                     row = []
                     for arm in (nullcontext, *arms):
                         with arm():
