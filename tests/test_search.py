@@ -306,8 +306,8 @@ def test_fields_are_chosen_by_what_they_lead_to(strategy: str) -> None:
     def distortion(candidate: PruneConfig) -> float:
         return float(torch.cat(list(objective.values(candidate))).mean())
 
-    best, shape = config, find_adapter(whole).shape(whole)
-    for name in result.settings["free"]:  # one after the other, each by its rule for the budget
+    best, shape = replace(config, exact_last_block=True), find_adapter(whole).shape(whole)
+    for name in ("where", "num_similar"):  # one after the other, each by its rule for the budget
         rules = [(each, each.for_budget(whole, macs=macs)) for each in (best, *best.choices(name, shape))]
         assert all(rule in measured for each, rule in rules if each.where != "queries")
         best = min(rules, key=lambda pair: distortion(pair[1]))[0]

@@ -232,5 +232,6 @@ def _estimate(problem: Problem, strategy: str, trials: int) -> tuple[int, float]
     places = [space.places[slot] for slot in space.slots] if strategy == "dynamic" else []
     alone = [TABLE_PART * objective.part_run(place) for place in places for _ in FRACTIONS]
     free = problem.free
-    values = sum(len(space.config.choices(name, space.shape)) - 1 for name in free.names) if free else 0
+    chosen = [name for name in free.names if name != "exact_last_block"] if free else []
+    values = sum(len(space.config.choices(name, space.shape)) for name in chosen)
     return len(alone) + values + trials + 2, objective.seconds * (sum(alone) + values + trials + 2)

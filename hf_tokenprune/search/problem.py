@@ -85,7 +85,11 @@ class Problem:
     @property
     def best(self) -> Trial | None:
         """The schedule within the budget with the least distortion so far."""
-        feasible = [trial for trial in self.trials if trial.feasible and trial.whole]
+        return self.best_of(None)
+
+    def best_of(self, space: Space | None) -> Trial | None:
+        """The same among the schedules of one space; None: of all."""
+        feasible = [trial for trial in self.trials if trial.feasible and trial.whole and space in (None, trial.space)]
         return min(feasible, key=lambda trial: trial.distortion, default=None)
 
     def measure(
