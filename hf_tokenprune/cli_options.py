@@ -74,7 +74,7 @@ FreeOpt = Annotated[
     list[str] | None,
     typer.Option(
         "--free",
-        help="Field to choose beside the counts, or none; may be repeated. Default: the method's, except those of --set.",
+        help="Field to choose beside the counts, or none. Repeatable. Default: the method's, except those of --set.",
     ),
 ]
 SplitOpt = Annotated[str | None, typer.Option(help="Split of a dataset, or subfolder.")]
