@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from zlib import crc32
 
 # Before anything imports transformers: no test needs a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,7 +28,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of tests with parameters, one in N, by name")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Which ones differs from test to test, so that every pair of a family and a method is in some of the contract.
+    one_in = config.getoption("--one-in")
+    items[:] = [item for item in items if not hasattr(item, "callspec") or crc32(item.nodeid.encode()) % one_in == 0]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
