@@ -31,6 +31,7 @@ from .cli_options import (
     QuestionOpt,
     SetOpt,
     SplitOpt,
+    StrategyOpt,
     TemplateOpt,
     TextTokensOpt,
     ThreadsOpt,
@@ -231,8 +232,7 @@ def compare(
     comparison = Comparison(accuracy, timing, variants)
     if accelerator.is_main_process:
         files = comparison.save(out, shlex.join(["hf-tokenprune", *sys.argv[1:]]))
-        written = "\n".join(map(str, files))
-        show(as_json, comparison.to_dict(), f"{comparison.to_markdown()}\n\n{written}")
+        show(as_json, comparison.to_dict(), "\n".join([f"{comparison.to_markdown()}\n", *map(str, files)]))
 
 
 @app.command()
@@ -248,7 +248,7 @@ def search(
     speedup: Annotated[float | None, typer.Option(help="Budget: so many times faster, measured here.")] = None,
     milliseconds: MillisecondsOpt = None,
     latency_batch: LatencyBatchOpt = None,
-    strategy: Annotated[str, typer.Option(help="dynamic, coordinate, monte_carlo or optuna.")] = "dynamic",
+    strategy: StrategyOpt = None,
     goal: Annotated[str, typer.Option(help="kl, agreement, or accuracy (needs labels).")] = "kl",
     free: FreeOpt = None,
     trials: TrialsOpt = None,

@@ -69,6 +69,12 @@ MillisecondsOpt = Annotated[
 LatencyBatchOpt = Annotated[
     int | None, typer.Option(min=1, help="Images a forward, for --speedup and --ms. Default: 1.")
 ]
+StrategyOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="dynamic (default), coordinate, monte_carlo or optuna; or rule: fields only (default of --synthetic)."
+    ),
+]
 TrialsOpt = Annotated[int | None, typer.Option(min=0, help="Schedules to measure: 100; dynamic, after its table: 30.")]
 FreeOpt = Annotated[
     list[str] | None,

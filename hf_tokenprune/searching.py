@@ -43,6 +43,7 @@ def search_images(
     questions: list[str] | None,
     prompt: str | None,
     progress: bool,
+    strategy: str | None,
     goal: Any,
     **options: Any,
 ) -> tuple[SearchResult, str]:
@@ -57,6 +58,8 @@ def search_images(
         class_names: for a model with a text tower: file with a class in each line; its answers are similarities.
         questions, prompt: vision-language models: what every image is asked, None: ``images`` says; and the text around
             a question, as for ``collect_answers``.
+        strategy: as for ``search``; None: "rule" for images made from the model, which tell fields apart but not
+            schedules, else "dynamic".
         options: other arguments of ``search``.
     """
     if goal not in ("kl", "agreement", "accuracy"):
@@ -94,6 +97,7 @@ def search_images(
             config,
             batches,
             **budget,
+            strategy=strategy or ("rule" if images is None else "dynamic"),
             goal=goal,
             labels=labels if goal == "accuracy" else None,
             run=run,
@@ -199,6 +203,11 @@ def summary(result: SearchResult, out: Path) -> str:
     ]
     if result.rule is not None:
         lines.append(f"the rule of {result.config.method} at this budget: {goal} {result.rule[1]:.5g}")
+    best = "" if result.gain is None else " ({:+.3g} [{:+.3g}, {:+.3g}])".format(*result.gain)
+    if result.gain and result.gain[2] < 0:
+        lines.append(f"clearly better than the rule with these fields{best}")
+    elif result.rule is not None and result.settings["strategy"] != "rule":
+        lines.append(f"it is the rule: with these fields no schedule is clearly better{best}; more inputs may tell")
     if result.additivity and "spearman" in result.additivity:
         lines.append("sum over layers against measured: rank correlation {spearman:.2f}".format(**result.additivity))
     noun = "prompts" if "new_tokens" in result.settings else "images"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from hf_tokenprune import (
 )
 from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import MODEL_DIR
-from hf_tokenprune.engine import find_adapter
+from hf_tokenprune.engine import current_config, find_adapter
 from hf_tokenprune.registry import get_method
 from hf_tokenprune.search import Objective, Problem, SearchResult, Space, latency, search
 from hf_tokenprune.search.journal import Journal
@@ -37,6 +38,7 @@ from hf_tokenprune.search.latency import Latency
 from hf_tokenprune.search.space import Costs, macs_costs
 from hf_tokenprune.search.strategies import FRACTIONS, STRATEGIES, distortion_table, solve, step_distortion
 from hf_tokenprune.search.synthetic import pink_noise, synthesize
+from hf_tokenprune.searching import summary
 
 from .counted_time import count_time, work
 from .decoder_families import tiny_vlm
@@ -250,7 +252,7 @@ def test_the_table_is_of_single_layers() -> None:
 def run(strategy: str = "dynamic", **options: Any) -> SearchResult:
     whole = options.pop("model", None) or model()
     dense = cost(whole).dense.macs
-    options = {"macs": 0.7 * dense, "trials": 6, **options}
+    options = {"macs": 0.7 * dense, "trials": None if strategy == "rule" else 6, **options}
     return search(whole, options.pop("config", SalienceMergeConfig()), BATCHES, strategy=strategy, **options)
 
 
@@ -279,7 +281,7 @@ def test_a_resumed_search_ends_as_an_uninterrupted_one(strategy: str, tmp_path: 
 
     def stop(trial: Any) -> None:
         seen.append(trial)
-        if len(seen) == 5:
+        if len(seen) == (1 if strategy == "rule" else 5):
             raise KeyboardInterrupt
 
     journal = tmp_path / "journal.jsonl"
@@ -328,6 +330,45 @@ def test_a_field_that_was_set_is_not_chosen() -> None:
     asked = run(config=SalienceMergeConfig(), free=("similarity",), trials=12)
     assert {trial.config.similarity for trial in asked.trials} == {"per_head", "mean_key"}
     assert {trial.config.where for trial in asked.trials} == {"queries"}
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "better"), [(-0.05, 0.01, True), (-0.05, 0.3, False), (0.1, 0.01, False)]
+)
+def test_a_schedule_is_taken_only_where_it_is_clearly_better_than_the_rule(
+    mean: float, deviation: float, better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = SalienceMergeConfig().for_budget(model(), macs=0.7 * cost(model()).dense.macs)
+    noise = np.random.default_rng(0).normal(mean, deviation, 5)
+
+    class Known(Objective):
+        def values(self, config: PruneConfig) -> Iterator[Tensor]:
+            yield from torch.tensor(1 + noise * (config != rule)).split(self.sizes)
+
+    monkeypatch.setattr("hf_tokenprune.search.Objective", Known)
+    result = run("monte_carlo", free=())
+    if mean < 0:
+        half = 1.96 * noise.std(ddof=1) / 5**0.5
+        assert result.gain == pytest.approx((noise.mean(), noise.mean() - half, noise.mean() + half), abs=1e-4)
+        assert (result.gain[2] < 0) == better
+    else:
+        assert result.gain is None, "the rule is the best"
+    assert (result.config != rule) == better
+    assert result.distortion == pytest.approx(1 + noise.mean() * better)
+    assert ("more inputs may tell" in summary(result, Path())) == (not better)
+
+
+def test_a_search_for_fields_keeps_the_rule() -> None:
+    result, macs = run("rule", config=ZeroTPruneConfig()), 0.7 * cost(model()).dense.macs
+    shape, found = find_adapter(model()).shape(model()), result.config
+    given = ZeroTPruneConfig(exact_last_block=True, where=found.where)
+    rules = [each.for_budget(model(), macs=macs) for each in (given, *given.choices("num_similar", shape))]
+    assert found in rules and result.gain is None
+    assert result.distortion == min(trial.distortion for trial in result.trials if trial.config in rules)
+    with pytest.raises(ConfigError, match="trials=3 has no effect"):
+        run("rule", trials=3)
+    with pytest.raises(ConfigError, match="chooses free fields, and there are none"):
+        run("rule", free=())
 
 
 def test_hopeless_candidates_are_given_up() -> None:
@@ -461,3 +502,28 @@ def test_a_search_for_time_meets_its_budget(monkeypatch: pytest.MonkeyPatch, tmp
     assert again.budget == first.budget and again.config == first.config, "times are read back too"
     with pytest.raises(ConfigError, match="batch_size=0"):
         search(whole, RandomConfig(), BATCHES, speedup=1.5, latency_batch_size=0)
+
+
+@pytest.mark.parametrize("strategy", ["rule", "dynamic"])
+def test_what_was_chosen_in_a_lucky_moment_is_fitted_to_the_budget(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_time(monkeypatch)
+    whole, fitted, luck = model(), Latency.fitted, [0.8]
+
+    def clock(forward: Any) -> float:
+        config = current_config(whole)
+        return work(forward) * (luck[-1] if config and config.method == "random" else 1)
+
+    def later(*args: Any, **options: Any) -> Any:
+        luck.append(1.0)
+        return fitted(*args, **options)
+
+    monkeypatch.setattr(latency, "seconds", clock)
+    monkeypatch.setattr(Latency, "fitted", later)
+    options = {"free": ("where",)} if strategy == "rule" else {"trials": 4}
+    result = search(whole, RandomConfig(), BATCHES, speedup=1.5, latency_batch_size=2, strategy=strategy, **options)
+    dense = work(lambda: whole(images(2)))
+    with pruned(whole, result.config):
+        assert work(lambda: whole(images(2))) == pytest.approx(dense / 1.5, rel=0.04)
+    assert result.cost == pytest.approx(result.budget, rel=0.04) and result.cost <= result.budget

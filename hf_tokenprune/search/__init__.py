@@ -12,12 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import PruneConfig
 from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan
 from ..errors import ConfigError, PruneStateError
 from ..evaluation.loop import eval_mode
+from ..evaluation.scores import mean_interval
 from ..generation_cost import TEXT_TOKENS
 from ..signals import Shape
 from .answers import AnswerObjective
@@ -37,9 +39,12 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        config: the best one.
+        config: the one to take: that with the best schedule, where it is clearly better on these inputs than the
+            method's rule with the same fields; else the latter.
         distortion: its mean distortion on the inputs of the search.
         rule: what the method's rule has within the same budget: its config and distortion; None: it does not reach it.
+        gain: mean and 95 % interval, over inputs, of the distortion of the best schedule less that of the rule with the
+            same fields. None: the best is the rule, there is none, or a single input.
         cost, budget: of one image (of the prefill of a prompt with one), in MACs; or of a batch, in seconds.
         trials: schedules that were measured, in their order.
         measured: how many of them were run, and not read from a journal.
@@ -50,6 +55,7 @@ class SearchResult:
     config: PruneConfig
     distortion: float
     rule: tuple[PruneConfig, float] | None
+    gain: tuple[float, float, float] | None
     cost: float
     budget: float
     trials: tuple[Trial, ...]
@@ -60,7 +66,7 @@ class SearchResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         rule = None if self.rule is None else {"config": self.rule[0].to_dict(), "distortion": self.rule[1]}
-        found = {"config": self.config.to_dict(), "distortion": self.distortion, "rule": rule}
+        found = {"config": self.config.to_dict(), "distortion": self.distortion, "rule": rule, "gain": self.gain}
         numbers = {"cost": self.cost, "budget": self.budget, "measured": self.measured, "additivity": self.additivity}
         return {**found, **numbers, "settings": self.settings, "trials": [trial.to_dict() for trial in self.trials]}
 
@@ -100,8 +106,9 @@ def search(
             model that of the prefill of as many prompts with one image each.
         speedup: the same as the dense model's time over the budget. Exactly one of the three.
         strategy: "dynamic" (programming over each layer's own distortion, then coordinate descent for ``trials``),
-            "coordinate" (descent), "monte_carlo", or "optuna" (an extra). A method with one stage has one number, which
-            the budget decides: of it every place is measured instead.
+            "coordinate" (descent), "monte_carlo", or "optuna" (an extra); or "rule", which chooses free fields and no
+            schedule. A method with one stage has one number, which the budget decides: of it every place is measured
+            instead.
         goal: "kl", "agreement" or "accuracy", which needs ``labels``; see :class:`Objective`, :class:`AnswerObjective`.
         labels: (n,) classes; or (n, L) tokens of the answers that a vision-language model is measured on, negative
             behind the end of each (None: its own).
@@ -120,7 +127,7 @@ def search(
 
     Raises:
         ConfigError: not exactly one budget, one out of reach, an unknown strategy, a method without a schedule, an
-            argument without an effect on this kind of model, a free field without a choice.
+            argument without an effect on this kind of model or with this strategy, a free field without a choice.
         UnsupportedModelError: the method does not fit the model.
         PruneStateError: the model is pruned.
     """
@@ -141,6 +148,8 @@ def search(
         if value is not None:
             kind = "vision-language model" if is_decoder else "vision encoder"
             raise ConfigError(f"{name} has no effect on a {kind}; leave it out")
+    if strategy == "rule" and trials is not None:
+        raise ConfigError(f"trials={trials} has no effect with strategy='rule', which tries no schedules; leave it out")
     if not batches:
         raise ConfigError("batches is empty: give inputs to search on")
     places = config.search_places(shape), config.prunable(shape)
@@ -152,6 +161,8 @@ def search(
 
     check(config)
     names = free_names(config, free, fixed, shape, check)
+    if strategy == "rule" and not names:
+        raise ConfigError("strategy='rule' chooses free fields, and there are none; config.for_budget gives the rule")
     with eval_mode(model):
         notes = Journal(journal)
 
@@ -185,19 +196,27 @@ def search(
         else:
             objective = Objective(model, batches, goal, labels, run)
         problem = Problem(space, objective, notes, on_trial, Free(names, shape, check, space_of))
-        one_stage = config.one_stage or len(space.slots) == 1
-        count = trials if trials is not None else 30 if strategy == "dynamic" else 100
-        if one_stage:
-            settings["strategy"], count = "every_place", len(space.slots)
+        find, count = (
+            STRATEGIES[strategy],
+            trials if trials is not None else {"dynamic": 30, "rule": 0}.get(strategy, 100),
+        )
+        if strategy != "rule" and (config.one_stage or len(space.slots) == 1):
+            settings["strategy"], find, count = "every_place", every_place, len(space.slots)
         on_start(*_estimate(problem, settings["strategy"], count))
-        rule = space.rule()
-        of_rule = problem.measure(rule[1], config=rule[0], discard=False).distortion if rule else 0.0
+        rule = problem.rule()
         choose_fields(problem)
-        best = every_place(problem) if one_stage else STRATEGIES[strategy](problem, seed, count)
+        start = problem.rule()
+        best = find(problem, seed, count)
+        gain = compared(best, start) if start else None
+        if start and not (gain and gain[2] < 0):
+            best = start  # small differences on a few hundred inputs do not hold for others
+        if latency:
+            best = latency.fitted(problem, best, by_rule=best is start)
     return SearchResult(
         config=best.config,
         distortion=best.distortion,
-        rule=(rule[0], of_rule) if rule else None,
+        rule=(rule.config, rule.distortion) if rule else None,
+        gain=gain,
         cost=best.space.cost(best.schedule),
         budget=budget,
         trials=tuple(problem.trials),
@@ -205,6 +224,13 @@ def search(
         additivity=None if problem.table is None else additivity(problem, problem.table),
         settings={**settings, "free": list(names), "trials": count, "inputs": objective.n},
     )
+
+
+def compared(trial: Trial, other: Trial) -> tuple[float, float, float] | None:
+    """Mean and 95 % interval of the difference in distortion, input by input; None: of one input, or one config."""
+    difference = torch.tensor(trial.values, dtype=torch.float64) - torch.tensor(other.values, dtype=torch.float64)
+    interval = mean_interval(difference)
+    return None if interval is None or trial.config == other.config else (float(difference.mean()), *interval)
 
 
 def _sample(config: PruneConfig, shape: Shape) -> PruneConfig:
@@ -227,11 +253,11 @@ def _sample(config: PruneConfig, shape: Shape) -> PruneConfig:
 
 
 def _estimate(problem: Problem, strategy: str, trials: int) -> tuple[int, float]:
-    """Evaluations to come, the rule's and the solution's included, and seconds; of early blocks less is run."""
+    """Evaluations to come, two of rules and that of the solution included, and seconds; of early blocks less is run."""
     space, objective = problem.space, problem.objective
     places = [space.places[slot] for slot in space.slots] if strategy == "dynamic" else []
     alone = [TABLE_PART * objective.part_run(place) for place in places for _ in FRACTIONS]
     free = problem.free
     chosen = [name for name in free.names if name != "exact_last_block"] if free else []
     values = sum(len(space.config.choices(name, space.shape)) for name in chosen)
-    return len(alone) + values + trials + 2, objective.seconds * (sum(alone) + values + trials + 2)
+    return len(alone) + values + trials + 3, objective.seconds * (sum(alone) + values + trials + 3)

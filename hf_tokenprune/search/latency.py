@@ -10,10 +10,12 @@ decision, which is what a forward pruned by the method's rule for the budget tak
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,8 @@ from ..signals import ENTRANCE
 from ..timing import seconds, settings
 from .journal import Journal
 from .objective import skipped
-from .space import Costs, Space
+from .problem import Problem, Trial
+from .space import Costs, Schedule, Space
 
 PARTS = (0.8, 0.6, 0.4, 0.2, 0.05)
 """Of all prunable tokens, the numbers with which blocks are timed."""
@@ -37,6 +40,8 @@ WARMUP, ROUNDS = 1, 7
 """Rounds of every measurement that are thrown away, and those whose median counts."""
 REFINEMENTS = 2
 """How often the decision is measured: at the rule's schedule without it, then at that with it."""
+FITS = 2
+"""How often what was found is timed, and fitted to the budget."""
 
 
 class Latency:
@@ -90,19 +95,42 @@ class Latency:
 
     def costs(self, config: PruneConfig, budget: float) -> Costs:
         """Seconds of a schedule of this config's method, the decision measured with its rule for ``budget`` seconds."""
-        decision = 0.0
-        for _ in range(REFINEMENTS):
-            space = Space(config, self.shape, self._costs(config, decision), budget)
+        costs = self._costs(config, 0.0)
+        for attempt in range(REFINEMENTS):
+            space = Space(config, self.shape, costs, budget)
             rule = space.rule()
             schedule = rule[1] if rule else space.within([1.0] * len(space.places))
             if schedule is None:  # out of reach: whoever searches says so
                 break
-            found = rule[0] if rule else space.config_of(schedule)
-            _, part = self._timed(json.dumps(found.to_dict()), [partial(pruned, self.model, found)])
-            num_stages = len(set(schedule) - {space.num_tokens})
-            without = Space(config, self.shape, self._costs(config, 0.0), budget).cost(schedule)
-            decision = max(0.0, part * self.dense - without) / num_stages
-        return self._costs(config, decision)
+            costs = self._with_decision(rule[0] if rule else space.config_of(schedule), schedule, attempt)
+        return costs
+
+    def fitted(self, problem: Problem, found: Trial, by_rule: bool) -> Trial:
+        """The schedule made stronger or weaker until it takes the time of the budget: measured anew, with itself.
+
+        What a search chose among several timed configs is rather one whose time was measured too low.
+
+        Args:
+            by_rule: it is the method's rule, and shall stay that.
+        """
+        for attempt in range(REFINEMENTS, REFINEMENTS + FITS):
+            costs = self._with_decision(found.config, found.schedule, attempt)
+            problem.space = space = Space(found.space.config, self.shape, costs, problem.space.budget)
+            removed = [float(a - b) for a, b in pairwise((space.num_tokens, *found.schedule))]
+            scaled = None if by_rule else space.within(removed)
+            fitting = problem.rule() if by_rule else scaled and problem.measure(scaled, discard=False)
+            if not fitting:
+                raise ConfigError(f"{space.config.method} was found to take longer than {space.budget:.4g} s; raise it")
+            found = fitting
+        return found
+
+    def _with_decision(self, config: PruneConfig, schedule: Schedule, attempt: int) -> Costs:
+        """Seconds of schedules, the decision measured with this one."""
+        label = json.dumps([attempt, config.to_dict()])
+        _, part = self._timed(label, [partial(pruned, self.model, config)])
+        without = Space(config, self.shape, self._costs(config, 0.0), math.inf)
+        num_stages = len(set(schedule) - {without.num_tokens})
+        return self._costs(config, max(0.0, part * self.dense - without.cost(schedule)) / num_stages)
 
     def _costs(self, config: PruneConfig, decision: float) -> Costs:
         """With so many seconds for each place that prunes."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class Trial:
 
     Attributes:
         schedule: prunable tokens left behind each of the space's places.
-        distortion: mean over the inputs that it was measured on.
+        values: distortion of each input that it was measured on.
         part: of the inputs; less than 1 if it was given up, or measured for a table only.
         feasible: whether it is within the budget.
         config: what was measured.
@@ -37,7 +38,7 @@ class Trial:
     """
 
     schedule: Schedule
-    distortion: float
+    values: Sequence[float] = field(repr=False)
     part: float
     feasible: bool
     config: PruneConfig
@@ -47,6 +48,11 @@ class Trial:
         """JSON values."""
         measured = {"distortion": self.distortion, "part": self.part, "feasible": self.feasible}
         return {"schedule": list(self.schedule), **measured, "config": self.config.to_dict()}
+
+    @property
+    def distortion(self) -> float:
+        """Mean over the inputs that were run."""
+        return sum(self.values) / len(self.values)
 
     @property
     def whole(self) -> bool:
@@ -92,6 +98,15 @@ class Problem:
         feasible = [trial for trial in self.trials if trial.feasible and trial.whole and space in (None, trial.space)]
         return min(feasible, key=lambda trial: trial.distortion, default=None)
 
+    def rule(self) -> Trial | None:
+        """The method's rule, with the fields of the space, measured; None: it does not reach the budget."""
+        rule = self.space.rule()
+        if rule is None:
+            return None
+        config, schedule = rule
+        done = (trial for trial in self.trials if trial.whole and (trial.config, trial.space) == (config, self.space))
+        return next(done, None) or self.measure(schedule, config=config, discard=False)
+
     def measure(
         self,
         schedule: Schedule,
@@ -114,11 +129,10 @@ class Problem:
         reference = self._values(best.config, None) if best else None
         config = config or space.config_of(schedule)
         values = self._values(config, reference, part)
-        run = sum(self.objective.sizes[: len(values)]) / self.objective.n
         trial = Trial(
             schedule,
-            sum(values) / (len(self.objective.sizes) * run),  # each is weighted by its batch's size
-            part=run,
+            values,
+            part=len(values) / self.objective.n,
             feasible=space.cost(schedule) <= space.budget,
             config=config,
             space=space,
@@ -128,28 +142,26 @@ class Problem:
         return trial
 
     def _values(self, config: PruneConfig, reference: list[float] | None, part: float = 1.0) -> list[float]:
-        """Weighted mean distortion of each batch, as far as it was run."""
+        """Distortion of each input, batch by batch, as far as it was run."""
         key = self._key(config)
-        known = self.journal.read(key)
-        sizes, mean_size = self.objective.sizes, self.objective.n / len(self.objective.sizes)
+        known, n = self.journal.read(key), self.objective.n
 
         def enough(values: list[float]) -> bool:
             count = len(values)
-            run = sum(sizes[:count])
-            if run >= part * self.objective.n:
+            if count >= part * n:
                 return True
-            if reference is None or run < DISCARD_AFTER * self.objective.n:
+            if reference is None or count < DISCARD_AFTER * n:
                 return False
             return sum(values) > DISCARD_FACTOR * sum(reference[:count])
 
-        for count in range(1, len(known) + 1):  # what a run without the journal would have stopped at
-            if enough(known[:count]):
+        for count in accumulate(self.objective.sizes):  # what a run without the journal would have stopped at
+            if count <= len(known) and enough(known[:count]):
                 return known[:count]
         values: list[float] = []
         running = self.objective.values(config)
         try:
-            for size, batch in zip(sizes, running, strict=False):
-                values.append(float(batch.mean()) * size / mean_size)
+            for batch in running:
+                values += batch.tolist()
                 if enough(values):
                     break
         finally:
@@ -160,4 +172,5 @@ class Problem:
 
     def _key(self, config: PruneConfig) -> str:
         """What a measurement depends on."""
-        return json.dumps([self._inputs, self.objective.goal, self.objective.sizes, config.to_dict()], sort_keys=True)
+        measure = f"{self.objective.goal} of each input"
+        return json.dumps([self._inputs, measure, self.objective.sizes, config.to_dict()], sort_keys=True)

@@ -231,7 +231,7 @@ def with_optuna(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
     return _best(problem)
 
 
-def every_place(problem: Problem) -> Trial:
+def every_place(problem: Problem, seed: int = 0, trials: int = 0) -> Trial:
     """Let all tokens leave at one place, as few as the budget asks for, and measure each place where that is enough."""
     space = problem.space
     for slot in space.slots:
@@ -241,9 +241,24 @@ def every_place(problem: Problem) -> Trial:
     return _best(problem)
 
 
+def rule_alone(problem: Problem, seed: int = 0, trials: int = 0) -> Trial:
+    """No schedule but the method's rule, with the fields that were chosen.
+
+    For inputs that tell fields apart better than schedules, such as images made from the model.
+
+    Raises:
+        ConfigError: the rule does not reach the budget.
+    """
+    found = problem.rule()
+    if found is None:
+        raise ConfigError(f"the rule: {_out_of_reach(problem.space)}")
+    return found
+
+
 STRATEGIES: dict[str, Callable[..., Trial]] = {
     "dynamic": dynamic_programming,
     "coordinate": coordinate_descent,
     "monte_carlo": monte_carlo,
     "optuna": with_optuna,
+    "rule": rule_alone,
 }
