@@ -249,12 +249,12 @@ def search(
     milliseconds: MillisecondsOpt = None,
     latency_batch: LatencyBatchOpt = None,
     strategy: StrategyOpt = None,
-    goal: Annotated[str, typer.Option(help="kl, agreement, or accuracy (needs labels).")] = "kl",
+    goal: Annotated[str, typer.Option(help="soft_kl, kl, agreement, or accuracy (needs labels).")] = "soft_kl",
     free: FreeOpt = None,
     trials: TrialsOpt = None,
     seed: int = 0,
     split: SplitOpt = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many images, evenly spread; or so many made.")] = 300,
+    limit: Annotated[int | None, typer.Option(min=1, help="Images, evenly spread: 300; or made: 64.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 50; with a decoder 4.")] = None,
     class_names: ClassNamesOpt = None,
     question: QuestionOpt = None,
@@ -280,8 +280,8 @@ def search(
     loaded = load_dense(model, device).eval()
     result, text = search_images(
         model, loaded, images, config, out, budget, free=free, fixed=given,
-        split=split, limit=limit, batch_size=batch_size or (4 if decoder else 50), class_names=class_names,
-        questions=question, prompt=prompt, new_tokens=new_tokens, progress=not as_json,
+        split=split, limit=limit or (64 if synthetic else 300), batch_size=batch_size or (4 if decoder else 50),
+        class_names=class_names, questions=question, prompt=prompt, new_tokens=new_tokens, progress=not as_json,
         strategy=strategy, goal=goal, trials=trials, seed=seed, latency_batch_size=latency_batch,
     )  # fmt: skip
     show(as_json, result.to_dict(), text)

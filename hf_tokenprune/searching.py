@@ -62,21 +62,17 @@ def search_images(
             schedules, else "dynamic".
         options: other arguments of ``search``.
     """
-    if goal not in ("kl", "agreement", "accuracy"):
-        raise ConfigError(f"goal={goal!r}: expected kl, agreement or accuracy")
     run: Any = None
     labels: Tensor | None = None
     if find_adapter(model).shape(model).kind == "decoder":
         if goal == "accuracy":
-            raise ConfigError(
-                "--goal accuracy is about classes; use kl or agreement, or give tokens of answers in Python"
-            )
+            raise ConfigError("--goal accuracy is about classes; use another one, or give tokens of answers in Python")
         assert images is not None
         batches = _asked(path, model, images, split, limit, batch_size, questions, prompt)
         options["text_tokens"] = _mean_text_tokens(model, batches)
     elif images is None:
         if goal == "accuracy" or class_names:
-            raise ConfigError("without images there are no labels and no class names: use --goal kl or agreement")
+            raise ConfigError("without images there are no labels and no class names: use another --goal")
         batches = _synthetic(model, limit, batch_size, options["seed"], progress)
     else:
         run, batches, labels = _real(

@@ -53,8 +53,8 @@ def model() -> ViTForImageClassification:
     return tiny_model("vit", ViTForImageClassification)
 
 
-def kl(dense: Tensor, other: Tensor) -> Tensor:
-    log_p, log_q = dense.double().log_softmax(1), other.double().log_softmax(1)
+def soft_kl(dense: Tensor, other: Tensor, temperature: float = 2.0) -> Tensor:
+    log_p, log_q = ((logits.double() / temperature).log_softmax(1) for logits in (dense, other))
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
@@ -86,7 +86,7 @@ def test_starting_behind_unchanged_blocks_measures_the_whole_model(family: Any, 
             dense = torch.cat([whole(**batch).logits for batch in batches])
             with pruned(whole, config):
                 other = torch.cat([whole(**batch).logits for batch in batches])
-        torch.testing.assert_close(found, kl(dense, other), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(found, soft_kl(dense, other), atol=1e-6, rtol=1e-4)
     first._forward_hooks.clear()
     assert snapshot(whole) == before
 
@@ -108,12 +108,14 @@ def test_goals() -> None:
             other = whole(images(5)).logits
     labels = torch.tensor([0, 1, 2, 3, 4])
     for goal, expected in (
+        ("soft_kl", soft_kl(dense, other)),
+        ("kl", soft_kl(dense, other, temperature=1.0)),
         ("agreement", dense.argmax(1) != other.argmax(1)),
         ("accuracy", other.argmax(1) != labels),
     ):
         objective = Objective(whole, BATCHES, goal, labels)  # type: ignore[arg-type]
         found = torch.cat(list(objective.values(RandomConfig(keep_ratios=0.2))))
-        assert torch.equal(found, expected.double())
+        torch.testing.assert_close(found, expected.double(), atol=1e-7, rtol=1e-4)
     with pytest.raises(ConfigError, match="needs labels"):
         Objective(whole, BATCHES, "accuracy")
 
@@ -241,7 +243,7 @@ def test_the_table_is_of_single_layers() -> None:
         dense = whole(**part).logits
         with pruned(whole, ToMeConfig(r=32, layers=(3,))):
             other = whole(**part).logits
-    assert problem.trials[11].distortion == pytest.approx(float(kl(dense, other).mean()), rel=1e-4)
+    assert problem.trials[11].distortion == pytest.approx(float(soft_kl(dense, other).mean()), rel=1e-4)
     assert table[3, -1] == pytest.approx(max(trial.distortion for trial in problem.trials[9:12]))
     assert {trial.part for trial in problem.trials} == {len(part["pixel_values"]) / 5} and problem.best is None
 
@@ -398,7 +400,7 @@ def test_clip_is_searched_by_what_it_says_of_classes() -> None:
         dense = logits({"pixel_values": images(5)})
         with pruned(clip, result.config):
             other = logits({"pixel_values": images(5)})
-    assert result.distortion == pytest.approx(float(kl(dense, other).mean()), rel=1e-4)
+    assert result.distortion == pytest.approx(float(soft_kl(dense, other).mean()), rel=1e-4)
 
 
 def test_what_search_refuses() -> None:
@@ -409,6 +411,8 @@ def test_what_search_refuses() -> None:
         search(whole, ToMeConfig(), BATCHES, macs=macs, speedup=2.0)
     with pytest.raises(ConfigError, match="more than 0 and less than the dense"):
         search(whole, ToMeConfig(), BATCHES, macs=1e12)
+    with pytest.raises(ConfigError, match="goal='loss': expected one of soft_kl, kl, agreement, accuracy"):
+        search(whole, ToMeConfig(), BATCHES, macs=macs, goal="loss")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected one of dynamic, coordinate"):
         search(whole, ToMeConfig(), BATCHES, macs=macs, strategy="guess")
     with pytest.raises(ConfigError, match="exact has no schedule"):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def search(
     seconds: float | None = None,
     speedup: float | None = None,
     strategy: str = "dynamic",
-    goal: Goal = "kl",
+    goal: Goal = "soft_kl",
     labels: Tensor | None = None,
     run: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     seed: int = 0,
@@ -109,7 +109,8 @@ def search(
             "coordinate" (descent), "monte_carlo", or "optuna" (an extra); or "rule", which chooses free fields and no
             schedule. A method with one stage has one number, which the budget decides: of it every place is measured
             instead.
-        goal: "kl", "agreement" or "accuracy", which needs ``labels``; see :class:`Objective`, :class:`AnswerObjective`.
+        goal: "soft_kl", "kl", "agreement" or "accuracy", which needs ``labels``; see :class:`Objective`,
+            :class:`AnswerObjective`.
         labels: (n,) classes; or (n, L) tokens of the answers that a vision-language model is measured on, negative
             behind the end of each (None: its own).
         run: what maps a batch to (B, C) logits; None: the ``logits`` of the model.
@@ -138,6 +139,8 @@ def search(
         raise PruneStateError("search compares with the dense model; call unprune(model) first")
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    if goal not in get_args(Goal):
+        raise ConfigError(f"goal={goal!r}: expected one of {', '.join(get_args(Goal))}")
     given = [name for name, value in (("macs", macs), ("seconds", seconds), ("speedup", speedup)) if value is not None]
     if len(given) != 1:
         raise ConfigError(f"give one of macs, seconds and speedup, got {', '.join(given) or 'none'}")
