@@ -20,6 +20,7 @@ from .evaluation.answers import prompts
 from .evaluation.preprocess import PreprocessedImages, collate
 from .evaluation.zero_shot import similarity_to_classes
 from .search import SearchResult, search
+from .search.objective import check_goal
 from .search.synthetic import synthesize
 
 JOURNAL = "journal.jsonl"
@@ -62,6 +63,7 @@ def search_images(
             schedules, else "dynamic".
         options: other arguments of ``search``.
     """
+    check_goal(goal)
     run: Any = None
     labels: Tensor | None = None
     if find_adapter(model).shape(model).kind == "decoder":

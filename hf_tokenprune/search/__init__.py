@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from .answers import AnswerObjective
 from .free import Free, free_names
 from .journal import Journal
 from .latency import Latency
-from .objective import Goal, Objective
+from .objective import Goal, Objective, check_goal
 from .problem import Problem, Trial
 from .space import Costs, Space, macs_costs, prefill_costs
 from .strategies import FRACTIONS, STRATEGIES, TABLE_PART, additivity, choose_fields, every_place
@@ -139,8 +139,7 @@ def search(
         raise PruneStateError("search compares with the dense model; call unprune(model) first")
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
-    if goal not in get_args(Goal):
-        raise ConfigError(f"goal={goal!r}: expected one of {', '.join(get_args(Goal))}")
+    check_goal(goal)
     given = [name for name, value in (("macs", macs), ("seconds", seconds), ("speedup", speedup)) if value is not None]
     if len(given) != 1:
         raise ConfigError(f"give one of macs, seconds and speedup, got {', '.join(given) or 'none'}")

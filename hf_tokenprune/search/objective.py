@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,12 @@ class Objective:
         first = layer - layer % self.stride
         with skipped(list(self.adapter.blocks(self.model))[:first], lambda entering: states[first]):
             yield
+
+
+def check_goal(goal: str) -> None:
+    """Raise ConfigError unless there is this goal."""
+    if goal not in get_args(Goal):
+        raise ConfigError(f"goal={goal!r}: expected one of {', '.join(get_args(Goal))}")
 
 
 def divergence(goal: Goal, dense: Tensor, logits: Tensor) -> Tensor:
