@@ -92,7 +92,6 @@ def searched(shape: str, folder: Path, images: str) -> tuple[str, dict]:
         "gmacs": round(report["cost"] / 1e9, 4),
         "distortion": report["distortion"],
         "distortion_of_the_rule": report["rule"] and report["rule"]["distortion"],
-        "gain": report["gain"],
     }
     entry = {"config": config.to_dict(), "provenance": provenance}
     return name_of(config, shape, report["budget"] / 1e9), entry

@@ -249,7 +249,7 @@ def search(
     milliseconds: MillisecondsOpt = None,
     latency_batch: LatencyBatchOpt = None,
     strategy: StrategyOpt = None,
-    goal: Annotated[str, typer.Option(help="soft_kl, kl, agreement, or accuracy (needs labels).")] = "soft_kl",
+    goal: Annotated[str, typer.Option(help="geometric_kl, kl, agreement or accuracy.")] = "geometric_kl",
     free: FreeOpt = None,
     trials: TrialsOpt = None,
     seed: int = 0,

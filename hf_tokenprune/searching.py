@@ -201,11 +201,6 @@ def summary(result: SearchResult, out: Path) -> str:
     ]
     if result.rule is not None:
         lines.append(f"the rule of {result.config.method} at this budget: {goal} {result.rule[1]:.5g}")
-    best = "" if result.gain is None else " ({:+.3g} [{:+.3g}, {:+.3g}])".format(*result.gain)
-    if result.gain and result.gain[2] < 0:
-        lines.append(f"clearly better than the rule with these fields{best}")
-    elif result.rule is not None and result.settings["strategy"] != "rule":
-        lines.append(f"it is the rule: with these fields no schedule is clearly better{best}; more inputs may tell")
     if result.additivity and "spearman" in result.additivity:
         lines.append("sum over layers against measured: rank correlation {spearman:.2f}".format(**result.additivity))
     noun = "prompts" if "new_tokens" in result.settings else "images"

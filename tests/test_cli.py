@@ -277,7 +277,7 @@ def test_search_finds_a_config_on_images_and_goes_on_where_it_was(folder: Path, 
     again = json.loads(ok(*command, *options, "--json"))
     assert again["config"] == data["config"] and again["measured"] == 0
     text = ok(*command, *options)
-    assert "the rule of salience_merge at this budget: soft_kl" in text and "GMACs (budget 0.130)" in text
+    assert "the rule of salience_merge at this budget: geometric_kl" in text and "GMACs (budget 0.130)" in text
     evaluated = json.loads(ok("eval", DIGITS, folder, "-c", tmp_path / "found", "--json"))
     assert [row["name"] for row in evaluated["rows"]] == ["dense", "found"]
 
@@ -304,7 +304,7 @@ def test_what_a_search_chooses_beside_the_counts(
     [
         ((), "give one of macs, seconds and speedup, got none"),
         (("-g", 0.1, "--ms", 5), "got macs, seconds"),
-        (("-g", 0.1, "--goal", "speed"), "goal='speed': expected one of soft_kl, kl"),
+        (("-g", 0.1, "--goal", "speed"), "goal='speed': expected one of geometric_kl, kl"),
         (("-g", 0.1, "--strategy", "guess"), "strategy='guess': expected one of dynamic"),
         (("-g", 0.1, "-s", "exact_last=true"), "no field 'exact_last'"),
         (("-g", 0.1, "--latency-batch", 8), "latency_batch_size=8 has no effect"),

@@ -12,14 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import PruneConfig
 from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan
 from ..errors import ConfigError, PruneStateError
 from ..evaluation.loop import eval_mode
-from ..evaluation.scores import mean_interval
 from ..generation_cost import TEXT_TOKENS
 from ..signals import Shape
 from .answers import AnswerObjective
@@ -39,12 +37,9 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        config: the one to take: that with the best schedule, where it is clearly better on these inputs than the
-            method's rule with the same fields; else the latter.
+        config: the best one.
         distortion: its mean distortion on the inputs of the search.
         rule: what the method's rule has within the same budget: its config and distortion; None: it does not reach it.
-        gain: mean and 95 % interval, over inputs, of the distortion of the best schedule less that of the rule with the
-            same fields. None: the best is the rule, there is none, or a single input.
         cost, budget: of one image (of the prefill of a prompt with one), in MACs; or of a batch, in seconds.
         trials: schedules that were measured, in their order.
         measured: how many of them were run, and not read from a journal.
@@ -55,7 +50,6 @@ class SearchResult:
     config: PruneConfig
     distortion: float
     rule: tuple[PruneConfig, float] | None
-    gain: tuple[float, float, float] | None
     cost: float
     budget: float
     trials: tuple[Trial, ...]
@@ -66,7 +60,7 @@ class SearchResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         rule = None if self.rule is None else {"config": self.rule[0].to_dict(), "distortion": self.rule[1]}
-        found = {"config": self.config.to_dict(), "distortion": self.distortion, "rule": rule, "gain": self.gain}
+        found = {"config": self.config.to_dict(), "distortion": self.distortion, "rule": rule}
         numbers = {"cost": self.cost, "budget": self.budget, "measured": self.measured, "additivity": self.additivity}
         return {**found, **numbers, "settings": self.settings, "trials": [trial.to_dict() for trial in self.trials]}
 
@@ -80,7 +74,7 @@ def search(
     seconds: float | None = None,
     speedup: float | None = None,
     strategy: str = "dynamic",
-    goal: Goal = "soft_kl",
+    goal: Goal = "geometric_kl",
     labels: Tensor | None = None,
     run: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     seed: int = 0,
@@ -109,7 +103,7 @@ def search(
             "coordinate" (descent), "monte_carlo", or "optuna" (an extra); or "rule", which chooses free fields and no
             schedule. A method with one stage has one number, which the budget decides: of it every place is measured
             instead.
-        goal: "soft_kl", "kl", "agreement" or "accuracy", which needs ``labels``; see :class:`Objective`,
+        goal: "geometric_kl", "kl", "agreement" or "accuracy", which needs ``labels``; see :class:`Objective`,
             :class:`AnswerObjective`.
         labels: (n,) classes; or (n, L) tokens of the answers that a vision-language model is measured on, negative
             behind the end of each (None: its own).
@@ -207,18 +201,14 @@ def search(
         on_start(*_estimate(problem, settings["strategy"], count))
         rule = problem.rule()
         choose_fields(problem)
-        start = problem.rule()
+        rule_of_fields = problem.rule()
         best = find(problem, seed, count)
-        gain = compared(best, start) if start else None
-        if start and not (gain and gain[2] < 0):
-            best = start  # small differences on a few hundred inputs do not hold for others
         if latency:
-            best = latency.fitted(problem, best, by_rule=best is start)
+            best = latency.fitted(problem, best, by_rule=best is rule_of_fields)
     return SearchResult(
         config=best.config,
         distortion=best.distortion,
         rule=(rule.config, rule.distortion) if rule else None,
-        gain=gain,
         cost=best.space.cost(best.schedule),
         budget=budget,
         trials=tuple(problem.trials),
@@ -226,13 +216,6 @@ def search(
         additivity=None if problem.table is None else additivity(problem, problem.table),
         settings={**settings, "free": list(names), "trials": count, "inputs": objective.n},
     )
-
-
-def compared(trial: Trial, other: Trial) -> tuple[float, float, float] | None:
-    """Mean and 95 % interval of the difference in distortion, input by input; None: of one input, or one config."""
-    difference = torch.tensor(trial.values, dtype=torch.float64) - torch.tensor(other.values, dtype=torch.float64)
-    interval = mean_interval(difference)
-    return None if interval is None or trial.config == other.config else (float(difference.mean()), *interval)
 
 
 def _sample(config: PruneConfig, shape: Shape) -> PruneConfig:

@@ -20,7 +20,8 @@ from ..adapters._cache import CACHE_NAME
 from ..config import PruneConfig
 from ..engine import find_adapter, plan, pruned
 from ..errors import ConfigError, UnsupportedModelError
-from .objective import Goal, divergence
+from ..evaluation.scores import kl_divergence
+from .objective import Goal
 
 NEW_TOKENS = 16
 """Of a dense answer, at most."""
@@ -32,10 +33,10 @@ class AnswerObjective:
     Args:
         model: dense, in eval mode, with a language modelling head.
         batches: inputs of ``generate``, padded on the left.
-        goal: "soft_kl", KL(dense || pruned) of the next token in nats at temperature 2, mean over the tokens of an
-            answer; "kl", the same at 1; "agreement", the fraction of answers of which any token differs; or "accuracy",
-            the fraction of ``labels`` of which any token is not the most probable one, which is not 0 for the dense
-            model.
+        goal: "geometric_kl" or "kl", geometric or plain mean over prompts of KL(dense || pruned) of the next token in
+            nats, plain mean over the tokens of an answer; "agreement", the fraction of answers of which any token
+            differs; or "accuracy", the fraction of ``labels`` of which any token is not the most probable one, which is
+            not 0 for the dense model.
         labels: (n, L) int64, tokens of the answers to measure on, negative behind the end of each; None: what the dense
             model answers.
         new_tokens: of a dense answer, at most; None: 16.
@@ -49,7 +50,7 @@ class AnswerObjective:
         self,
         model: Any,
         batches: Sequence[Mapping[str, Tensor]],
-        goal: Goal = "soft_kl",
+        goal: Goal = "geometric_kl",
         labels: Tensor | None = None,
         new_tokens: int | None = None,
     ) -> None:
@@ -59,7 +60,7 @@ class AnswerObjective:
                 "head, such as AutoModelForImageTextToText"
             )
         if goal == "accuracy" and labels is None:
-            raise ConfigError("goal='accuracy' needs labels; without them use 'soft_kl', 'kl' or 'agreement'")
+            raise ConfigError("goal='accuracy' needs labels; without them use 'geometric_kl', 'kl' or 'agreement'")
         if new_tokens is not None and labels is not None:
             raise ConfigError(
                 f"new_tokens={new_tokens} has no effect on answers that are given as labels; leave it out"
@@ -112,8 +113,8 @@ class AnswerObjective:
 
     def _distortion(self, dense: Tensor, logits: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
         lengths = counts.sum(1).tolist()
-        if self.goal in ("kl", "soft_kl"):
-            return torch.stack([of_one.mean() for of_one in divergence(self.goal, dense, logits).split(lengths)])
+        if self.goal in ("geometric_kl", "kl"):
+            return torch.stack([of_one.mean() for of_one in kl_divergence(dense, logits).split(lengths)])
         wanted = dense.argmax(1) if self.goal == "agreement" else tokens[counts].cpu()
         differs = logits.argmax(1) != wanted
         return torch.stack([of_one.any() for of_one in differs.split(lengths)]).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,11 +16,26 @@ from ..engine import find_adapter, plan, pruned
 from ..errors import ConfigError
 from ..evaluation.scores import agreement, kl_divergence, topk_correct
 
-Goal = Literal["soft_kl", "kl", "agreement", "accuracy"]
-TEMPERATURE = 2.0
-"""Of "soft_kl": logits are divided by it before the softmax. Mean KL hangs on the few inputs whose class is in doubt;
-softened, every input says something, and what is found on a few hundred holds better for others (docs/search.md).
-"""
+Goal = Literal["geometric_kl", "kl", "agreement", "accuracy"]
+FLOOR = 1e-6
+"""Added to each KL before its logarithm is taken: an input that pruning does not touch has none."""
+
+
+def check_goal(goal: str) -> None:
+    """Raise ConfigError unless there is this goal."""
+    if goal not in get_args(Goal):
+        raise ConfigError(f"goal={goal!r}: expected one of {', '.join(get_args(Goal))}")
+
+
+def mean(goal: Goal, values: Sequence[float]) -> float:
+    """Of the distortions of inputs, as the goal takes it.
+
+    The plain mean of KL hangs on the few inputs whose class is in doubt. In the geometric mean every input weighs the
+    same, so what is least on a few hundred inputs is more often least on others, in plain mean too (docs/search.md).
+    """
+    if goal != "geometric_kl":
+        return sum(values) / len(values)
+    return math.exp(sum(math.log(value + FLOOR) for value in values) / len(values)) - FLOOR
 
 
 class Objective:
@@ -28,9 +44,9 @@ class Objective:
     Args:
         model: dense, in eval mode; its blocks are run by themselves from where a candidate changes something.
         batches: inputs of ``run``.
-        goal: "soft_kl", KL(dense || pruned) in nats at temperature 2; "kl", the same at 1; "agreement", the fraction of
-            inputs given another class; or "accuracy", the fraction of labelled inputs given a wrong one, which is not 0
-            for the dense model.
+        goal: "geometric_kl" or "kl", geometric or plain mean of KL(dense || pruned) in nats; "agreement", the fraction
+            of inputs given another class; or "accuracy", the fraction of labelled inputs given a wrong one, which is
+            not 0 for the dense model.
         labels: (n,) int64, for "accuracy".
         run: what maps a batch to (B, C) logits; None: the model's ``logits``.
         cache_bytes: of the dense states in front of blocks that are kept; where all do not fit, only every second,
@@ -41,13 +57,13 @@ class Objective:
         self,
         model: Any,
         batches: Sequence[Mapping[str, Tensor]],
-        goal: Goal = "soft_kl",
+        goal: Goal = "geometric_kl",
         labels: Tensor | None = None,
         run: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
         cache_bytes: int = 4 * 10**9,
     ) -> None:
         if goal == "accuracy" and labels is None:
-            raise ConfigError("goal='accuracy' needs labels; without them use 'soft_kl', 'kl' or 'agreement'")
+            raise ConfigError("goal='accuracy' needs labels; without them use 'geometric_kl', 'kl' or 'agreement'")
         self.model, self.batches, self.goal, self.labels = model, batches, goal, labels
         self.adapter = find_adapter(model)
         self.run = run or (lambda batch: model(**batch).logits)
@@ -89,8 +105,8 @@ class Objective:
                 start += size
 
     def _distortion(self, logits: Tensor, rows: slice) -> Tensor:
-        if self.goal in ("kl", "soft_kl"):
-            return divergence(self.goal, self.dense[rows], logits)
+        if self.goal in ("geometric_kl", "kl"):
+            return kl_divergence(self.dense[rows], logits)
         if self.goal == "agreement":
             return 1.0 - agreement(self.dense[rows], logits).double()
         assert self.labels is not None
@@ -116,18 +132,6 @@ class Objective:
         first = layer - layer % self.stride
         with skipped(list(self.adapter.blocks(self.model))[:first], lambda entering: states[first]):
             yield
-
-
-def check_goal(goal: str) -> None:
-    """Raise ConfigError unless there is this goal."""
-    if goal not in get_args(Goal):
-        raise ConfigError(f"goal={goal!r}: expected one of {', '.join(get_args(Goal))}")
-
-
-def divergence(goal: Goal, dense: Tensor, logits: Tensor) -> Tensor:
-    """(n,) KL of the softmax, softened or not, of two (n, C)."""
-    temperature = TEMPERATURE if goal == "soft_kl" else 1.0
-    return kl_divergence(dense / temperature, logits / temperature)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -15,7 +15,7 @@ from ..config import PruneConfig
 from .answers import AnswerObjective
 from .free import Free
 from .journal import Journal
-from .objective import Objective
+from .objective import Objective, mean
 from .space import Schedule, Space
 
 DISCARD_AFTER = 0.2
@@ -30,7 +30,7 @@ class Trial:
 
     Attributes:
         schedule: prunable tokens left behind each of the space's places.
-        values: distortion of each input that it was measured on.
+        distortion: mean over the inputs that it was measured on.
         part: of the inputs; less than 1 if it was given up, or measured for a table only.
         feasible: whether it is within the budget.
         config: what was measured.
@@ -38,7 +38,7 @@ class Trial:
     """
 
     schedule: Schedule
-    values: Sequence[float] = field(repr=False)
+    distortion: float
     part: float
     feasible: bool
     config: PruneConfig
@@ -48,11 +48,6 @@ class Trial:
         """JSON values."""
         measured = {"distortion": self.distortion, "part": self.part, "feasible": self.feasible}
         return {"schedule": list(self.schedule), **measured, "config": self.config.to_dict()}
-
-    @property
-    def distortion(self) -> float:
-        """Mean over the inputs that were run."""
-        return sum(self.values) / len(self.values)
 
     @property
     def whole(self) -> bool:
@@ -131,7 +126,7 @@ class Problem:
         values = self._values(config, reference, part)
         trial = Trial(
             schedule,
-            values,
+            mean(self.objective.goal, values),
             part=len(values) / self.objective.n,
             feasible=space.cost(schedule) <= space.budget,
             config=config,
@@ -152,7 +147,8 @@ class Problem:
                 return True
             if reference is None or count < DISCARD_AFTER * n:
                 return False
-            return sum(values) > DISCARD_FACTOR * sum(reference[:count])
+            goal = self.objective.goal
+            return mean(goal, values) > DISCARD_FACTOR * mean(goal, reference[:count])
 
         for count in accumulate(self.objective.sizes):  # what a run without the journal would have stopped at
             if count <= len(known) and enough(known[:count]):
