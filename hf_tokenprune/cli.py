@@ -18,6 +18,7 @@ from .cli_options import (
     DeviceOpt,
     FreeOpt,
     GMacsOpt,
+    GoalOpt,
     ImagesArg,
     JsonOpt,
     LatencyBatchOpt,
@@ -249,7 +250,7 @@ def search(
     milliseconds: MillisecondsOpt = None,
     latency_batch: LatencyBatchOpt = None,
     strategy: StrategyOpt = None,
-    goal: Annotated[str, typer.Option(help="geometric_kl, kl, agreement or accuracy.")] = "geometric_kl",
+    goal: GoalOpt = None,
     free: FreeOpt = None,
     trials: TrialsOpt = None,
     seed: int = 0,
@@ -319,14 +320,9 @@ def bench(
     loaded.to(device, getattr(torch, dtype)).eval()
     variants = configs_for(loaded, model, method, set_, gmacs, prune_config, text_tokens)
     measure = partial(
-        benchmark,
-        batch_sizes=batch_size,
-        rounds=rounds,
-        threads=threads,
-        progress=sys.stderr.isatty(),
-        text_tokens=text_tokens,
-        new_tokens=new_tokens,
-    )
+        benchmark, batch_sizes=batch_size, rounds=rounds, threads=threads, progress=sys.stderr.isatty(),
+        text_tokens=text_tokens, new_tokens=new_tokens,
+    )  # fmt: skip
     reports = {name: measure(loaded, config) for name, config in variants.items()}
     data = {name: {"config": variants[name].to_dict(), **report.to_dict()} for name, report in reports.items()}
     show(as_json, data, "\n\n".join(f"{name}\n{report.summary()}" for name, report in reports.items()))

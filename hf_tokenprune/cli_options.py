@@ -69,6 +69,10 @@ MillisecondsOpt = Annotated[
 LatencyBatchOpt = Annotated[
     int | None, typer.Option(min=1, help="Images a forward, for --speedup and --ms. Default: 1.")
 ]
+GoalOpt = Annotated[
+    str | None,
+    typer.Option(help="geometric_kl (default), kl (of answers the default), agreement or accuracy."),
+]
 StrategyOpt = Annotated[
     str | None,
     typer.Option(

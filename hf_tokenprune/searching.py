@@ -63,7 +63,8 @@ def search_images(
             schedules, else "dynamic".
         options: other arguments of ``search``.
     """
-    check_goal(goal)
+    if goal is not None:
+        check_goal(goal)
     run: Any = None
     labels: Tensor | None = None
     if find_adapter(model).shape(model).kind == "decoder":

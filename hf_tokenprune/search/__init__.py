@@ -74,7 +74,7 @@ def search(
     seconds: float | None = None,
     speedup: float | None = None,
     strategy: str = "dynamic",
-    goal: Goal = "geometric_kl",
+    goal: Goal | None = None,
     labels: Tensor | None = None,
     run: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     seed: int = 0,
@@ -103,8 +103,8 @@ def search(
             "coordinate" (descent), "monte_carlo", or "optuna" (an extra); or "rule", which chooses free fields and no
             schedule. A method with one stage has one number, which the budget decides: of it every place is measured
             instead.
-        goal: "geometric_kl", "kl", "agreement" or "accuracy", which needs ``labels``; see :class:`Objective`,
-            :class:`AnswerObjective`.
+        goal: "geometric_kl", "kl", "agreement" or "accuracy", which needs ``labels``; see :class:`Objective` and
+            :class:`AnswerObjective`. None: "geometric_kl", of answers "kl".
         labels: (n,) classes; or (n, L) tokens of the answers that a vision-language model is measured on, negative
             behind the end of each (None: its own).
         run: what maps a batch to (B, C) logits; None: the ``logits`` of the model.
@@ -133,6 +133,7 @@ def search(
         raise PruneStateError("search compares with the dense model; call unprune(model) first")
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    goal = goal or ("kl" if is_decoder else "geometric_kl")
     check_goal(goal)
     given = [name for name, value in (("macs", macs), ("seconds", seconds), ("speedup", speedup)) if value is not None]
     if len(given) != 1:

@@ -33,7 +33,7 @@ class AnswerObjective:
     Args:
         model: dense, in eval mode, with a language modelling head.
         batches: inputs of ``generate``, padded on the left.
-        goal: "geometric_kl" or "kl", geometric or plain mean over prompts of KL(dense || pruned) of the next token in
+        goal: "kl" or "geometric_kl", plain or geometric mean over prompts of KL(dense || pruned) of the next token in
             nats, plain mean over the tokens of an answer; "agreement", the fraction of answers of which any token
             differs; or "accuracy", the fraction of ``labels`` of which any token is not the most probable one, which is
             not 0 for the dense model.
@@ -50,7 +50,7 @@ class AnswerObjective:
         self,
         model: Any,
         batches: Sequence[Mapping[str, Tensor]],
-        goal: Goal = "geometric_kl",
+        goal: Goal = "kl",
         labels: Tensor | None = None,
         new_tokens: int | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class AnswerObjective:
                 "head, such as AutoModelForImageTextToText"
             )
         if goal == "accuracy" and labels is None:
-            raise ConfigError("goal='accuracy' needs labels; without them use 'geometric_kl', 'kl' or 'agreement'")
+            raise ConfigError("goal='accuracy' needs labels; without them use 'kl', 'geometric_kl' or 'agreement'")
         if new_tokens is not None and labels is not None:
             raise ConfigError(
                 f"new_tokens={new_tokens} has no effect on answers that are given as labels; leave it out"
