@@ -115,10 +115,13 @@ class Latency:
         """
         for attempt in range(REFINEMENTS, REFINEMENTS + FITS):
             costs = self._with_decision(found.config, found.schedule, attempt)
-            problem.space = space = Space(found.space.config, self.shape, costs, problem.space.budget)
-            removed = [float(a - b) for a, b in pairwise((space.num_tokens, *found.schedule))]
-            scaled = None if by_rule else space.within(removed)
-            fitting = problem.rule() if by_rule else scaled and problem.measure(scaled, discard=False)
+            space = Space(found.space.config, self.shape, costs, found.space.budget)
+            if by_rule:
+                fitting = problem.rule(space)
+            else:
+                removed = [float(a - b) for a, b in pairwise((space.num_tokens, *found.schedule))]
+                scaled = space.within(removed)
+                fitting = problem.measure(scaled, space=space, discard=False) if scaled else None
             if not fitting:
                 raise ConfigError(f"{space.config.method} was found to take longer than {space.budget:.4g} s; raise it")
             found = fitting

@@ -93,14 +93,15 @@ class Problem:
         feasible = [trial for trial in self.trials if trial.feasible and trial.whole and space in (None, trial.space)]
         return min(feasible, key=lambda trial: trial.distortion, default=None)
 
-    def rule(self) -> Trial | None:
-        """The method's rule, with the fields of the space, measured; None: it does not reach the budget."""
-        rule = self.space.rule()
+    def rule(self, space: Space | None = None) -> Trial | None:
+        """The method's rule, with the fields of a space, measured; None: it does not reach the budget."""
+        space = space or self.space
+        rule = space.rule()
         if rule is None:
             return None
         config, schedule = rule
-        done = (trial for trial in self.trials if trial.whole and (trial.config, trial.space) == (config, self.space))
-        return next(done, None) or self.measure(schedule, config=config, discard=False)
+        done = (trial for trial in self.trials if trial.whole and (trial.config, trial.space) == (config, space))
+        return next(done, None) or self.measure(schedule, space=space, config=config, discard=False)
 
     def measure(
         self,
