@@ -193,10 +193,8 @@ def search(
         else:
             objective = Objective(model, batches, goal, labels, run)
         problem = Problem(space, objective, notes, on_trial, Free(names, shape, check, space_of))
-        find, count = (
-            STRATEGIES[strategy],
-            trials if trials is not None else {"dynamic": 30, "rule": 0}.get(strategy, 100),
-        )
+        find = STRATEGIES[strategy]
+        count = trials if trials is not None else {"dynamic": 30, "rule": 0}.get(strategy, 100)
         if strategy != "rule" and (config.one_stage or len(space.slots) == 1):
             settings["strategy"], find, count = "every_place", every_place, len(space.slots)
         on_start(*_estimate(problem, settings["strategy"], count))
