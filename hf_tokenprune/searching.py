@@ -21,6 +21,7 @@ from .evaluation.preprocess import PreprocessedImages, collate
 from .evaluation.zero_shot import similarity_to_classes
 from .search import SearchResult, search
 from .search.objective import check_goal
+from .search.strategies import check_strategy
 from .search.synthetic import synthesize
 
 JOURNAL = "journal.jsonl"
@@ -63,6 +64,8 @@ def search_images(
             schedules, else "dynamic".
         options: other arguments of ``search``.
     """
+    strategy = strategy or ("rule" if images is None else "dynamic")
+    check_strategy(strategy, options["trials"])  # before images are read or made
     if goal is not None:
         check_goal(goal)
     run: Any = None
@@ -88,7 +91,7 @@ def search_images(
     def start(evaluations: int, seconds: float) -> None:
         bar.reset(total=evaluations)
         time = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-        bar.write(f"{evaluations} evaluations on {count} {noun}, about {time}")
+        bar.write(f"{evaluations} evaluations on {count} {noun}, at most about {time}")
 
     with bar:
         result = search(
@@ -96,7 +99,7 @@ def search_images(
             config,
             batches,
             **budget,
-            strategy=strategy or ("rule" if images is None else "dynamic"),
+            strategy=strategy,
             goal=goal,
             labels=labels if goal == "accuracy" else None,
             run=run,

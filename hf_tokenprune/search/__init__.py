@@ -27,7 +27,7 @@ from .latency import Latency
 from .objective import Goal, Objective, check_goal
 from .problem import Problem, Trial
 from .space import Costs, Space, macs_costs, prefill_costs
-from .strategies import FRACTIONS, STRATEGIES, TABLE_PART, additivity, choose_fields, every_place
+from .strategies import FRACTIONS, STRATEGIES, TABLE_PART, additivity, check_strategy, choose_fields, every_place
 
 __all__ = ["AnswerObjective", "Costs", "Objective", "Problem", "SearchResult", "Space", "Trial", "search"]
 
@@ -117,7 +117,7 @@ def search(
             method's ``search_fields`` that ``config`` leaves at their defaults, as far as the model works with others.
         fixed: fields that are not chosen then, though they are at their defaults.
         journal: file of measurements: a search that is interrupted goes on where it was.
-        on_start: told how many evaluations are coming, and about how many seconds they take.
+        on_start: told how many evaluations are coming, and about how many seconds they take at most.
         on_trial: told every measurement.
 
     Raises:
@@ -131,8 +131,7 @@ def search(
     is_decoder = shape.kind == "decoder"
     if current_config(model) is not None:
         raise PruneStateError("search compares with the dense model; call unprune(model) first")
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    check_strategy(strategy, trials)
     goal = goal or ("kl" if is_decoder else "geometric_kl")
     check_goal(goal)
     given = [name for name, value in (("macs", macs), ("seconds", seconds), ("speedup", speedup)) if value is not None]
@@ -145,8 +144,6 @@ def search(
         if value is not None:
             kind = "vision-language model" if is_decoder else "vision encoder"
             raise ConfigError(f"{name} has no effect on a {kind}; leave it out")
-    if strategy == "rule" and trials is not None:
-        raise ConfigError(f"trials={trials} has no effect with strategy='rule', which tries no schedules; leave it out")
     if not batches:
         raise ConfigError("batches is empty: give inputs to search on")
     places = config.search_places(shape), config.prunable(shape)

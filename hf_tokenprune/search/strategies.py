@@ -262,3 +262,11 @@ STRATEGIES: dict[str, Callable[..., Trial]] = {
     "optuna": with_optuna,
     "rule": rule_alone,
 }
+
+
+def check_strategy(strategy: str, trials: int | None) -> None:
+    """Raise ConfigError unless there is this strategy, and a number of trials has an effect on it."""
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    if strategy == "rule" and trials is not None:
+        raise ConfigError(f"trials={trials} has no effect with strategy='rule', which tries no schedules; leave it out")
