@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_tokenprune.plots import COLOURS
+from hf_tokenprune.pictures.curves import COLOURS
 
 
 def curve(result: dict[str, Any]) -> list[tuple[float, float]]:

@@ -25,7 +25,7 @@ from .methods.uniform import UniformConfig
 from .methods.visionzip import VisionZipConfig
 from .methods.zero_tprune import ZeroTPruneConfig
 from .presets import Preset, get_preset, list_presets
-from .pretrained import disable_auto, enable_auto, from_pretrained, save_pretrained
+from .sharing.pretrained import disable_auto, enable_auto, from_pretrained, save_pretrained
 from .recording import record
 from .registry import list_adapters, list_methods, register_adapter, register_method
 

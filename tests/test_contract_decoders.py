@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_tokenprune import from_pretrained, prune, pruned, record, save_pretrained, unprune
-from hf_tokenprune.adapters._cache import CACHE_NAME
+from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.engine import counts
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 from hf_tokenprune.recording import Record

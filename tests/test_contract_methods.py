@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_tokenprune import PruneConfig, list_methods
-from hf_tokenprune.adapters._carry import Carry
+from hf_tokenprune.adapters.vision._carry import Carry
 from hf_tokenprune.config import Where
 from hf_tokenprune.engine import options
 from hf_tokenprune.registry import get_method

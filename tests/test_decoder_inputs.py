@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_tokenprune import PruneConfig, TransPruneConfig, prune, record
-from hf_tokenprune.adapters._cache import CACHE_NAME
+from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
 from hf_tokenprune.registry import get_method
 

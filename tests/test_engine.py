@@ -42,7 +42,7 @@ from hf_tokenprune import (
     unprune,
 )
 from hf_tokenprune.adapters import vision
-from hf_tokenprune.adapters.vit import ViTAdapter
+from hf_tokenprune.adapters.vision.vit import ViTAdapter
 from hf_tokenprune.engine import current_config, find_adapter, plan
 from hf_tokenprune.errors import ConfigError, PruneStateError, UnsupportedModelError
 from hf_tokenprune.methods.layerwise import LayerwiseConfig

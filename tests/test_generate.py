@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from hf_tokenprune import prune, record, unprune
-from hf_tokenprune.adapters._cache import CACHE_NAME
+from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.errors import PruneStateError
 from hf_tokenprune.signals import Stage
 

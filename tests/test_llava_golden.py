@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_tokenprune import TransPruneConfig, prune, record, unprune
-from hf_tokenprune.adapters._cache import CACHE_NAME
+from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 
 from .decoder_families import lengths
 

@@ -23,7 +23,7 @@ from hf_tokenprune.methods.visionwise import VisionConfig
 from hf_tokenprune.registry import get_adapter, get_method, list_methods
 from hf_tokenprune.signals import ModelShape, Reduction, Signals, Stage
 from hf_tokenprune.tokens import merge_tokens
-from hf_tokenprune.vision_cost import model_cost
+from hf_tokenprune.cost.vision import model_cost
 
 from .families import images, inputs_for, refused, supported_classes, tiny_model
 from .reference_merging import Groups, naive_ats, naive_evit, naive_pitome, naive_salience_merge, naive_tome

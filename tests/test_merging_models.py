@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_tokenprune import PruneConfig, UnsupportedModelError, prune, record
-from hf_tokenprune.adapters._carry import Carry
+from hf_tokenprune.adapters.vision._carry import Carry
 from hf_tokenprune.engine import plan
 from hf_tokenprune.methods.tome import ToMeStage
 from hf_tokenprune.registry import get_adapter

@@ -40,7 +40,7 @@ from hf_tokenprune import (
     record,
     unprune,
 )
-from hf_tokenprune.adapters.vit import ViTAdapter
+from hf_tokenprune.adapters.vision.vit import ViTAdapter
 from hf_tokenprune.config import CONFIG_NAME
 from hf_tokenprune.engine import current_config
 from hf_tokenprune.errors import ConfigError, PruneStateError, UnsupportedModelError

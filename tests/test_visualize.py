@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import ViTForImageClassification
 
 from hf_tokenprune import RandomConfig, TokenPruneError, prune, record
-from hf_tokenprune.visualize import draw_kept, kept_sheet, to_image, visualize
+from hf_tokenprune.pictures.kept import draw_kept, kept_sheet, to_image, visualize
 
 from .families import images, inputs_for, supported_classes, tiny_model
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..config import PruneConfig
-from ..cost import config_for_macs, cost
+from ..cost.model import config_for_macs, cost
 from ..engine import prune, pruned, unprune
 from ..errors import TokenPruneError
-from ..evaluating import arms, macs_of
+from ..evaluation.run import arms, macs_of
 from ..evaluation import (
     AnswersReport,
     PairedReport,
@@ -29,10 +29,10 @@ from ..evaluation import (
 )
 from ..evaluation.questions import AskedSample
 from ..methods.decoderwise import Positions
-from ..pretrained import from_pretrained, save_pretrained
+from ..sharing.pretrained import from_pretrained, save_pretrained
 from ..recording import record
 from ..registry import get_method, list_methods
-from ..visualize import kept_sheet, visualize
+from ..pictures.kept import kept_sheet, visualize
 from .digits import MODEL_DIR, load_digits_split
 from .mosaics import CLIP_DIR, LLAVA_DIR, PATCH, SIDE, Mosaics, digit_pictures
 from .questions import KINDS, MosaicQuestions

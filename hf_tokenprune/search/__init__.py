@@ -18,7 +18,7 @@ from ..config import PruneConfig
 from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan
 from ..errors import ConfigError, PruneStateError
 from ..evaluation.loop import eval_mode
-from ..generation_cost import TEXT_TOKENS
+from ..cost.decoder import TEXT_TOKENS
 from ..signals import Shape
 from .answers import AnswerObjective
 from .free import Free, free_names

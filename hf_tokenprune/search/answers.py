@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..adapters._cache import CACHE_NAME
+from ..adapters.decoder._cache import CACHE_NAME
 from ..config import PruneConfig
 from ..engine import find_adapter, plan, pruned
 from ..errors import ConfigError, UnsupportedModelError

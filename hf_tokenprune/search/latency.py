@@ -24,11 +24,11 @@ import torch
 from ..config import PruneConfig
 from ..engine import find_adapter, pruned
 from ..errors import ConfigError
-from ..generation_benchmark import random_inputs
-from ..generation_cost import TEXT_TOKENS
+from ..benchmark.decoder import random_inputs
+from ..cost.decoder import TEXT_TOKENS
 from ..registry import get_method
 from ..signals import ENTRANCE
-from ..timing import seconds, settings
+from ..benchmark.timing import seconds, settings
 from .journal import Journal
 from .objective import skipped
 from .problem import Problem, Trial

@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import Any
 
 from ..config import PruneConfig
-from ..cost import counter, weakest
+from ..cost.model import counter, weakest
 from ..engine import counts
 from ..errors import ConfigError
-from ..generation_cost import TEXT_TOKENS, layer_macs
+from ..cost.decoder import TEXT_TOKENS, layer_macs
 from ..signals import VISION_TOWER, DecoderShape, ModelShape, Shape
-from ..vision_cost import block_macs, model_cost
+from ..cost.vision import block_macs, model_cost
 
 Schedule = tuple[int, ...]
 

@@ -1,0 +1,257 @@
+"""The hooks around a pruned language model: find image tokens, let tokens leave at the entrance, restore the length.
+
+All are instances of importable classes without state of their own, so that a pruned model can be copied and pickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PruneStateError, UnsupportedModelError
+from ...signals import Stage
+from ...tokens import gather_tokens
+from ._cache import (
+    CACHE_NAME,
+    PrunedDynamicCache,
+    Segment,
+    bind,
+    check_cache,
+    extended,
+    given_cache,
+    state_of,
+)
+from ._forward import Forward, View
+from ._layout import DROPPED, IMAGE, NEWLINE, PADDING, TEXT, read_layout
+
+ARGUMENT = "token_prune"
+"""Keyword argument in which the forward travels from hook to layers to hook; so no state is on the module."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where image tokens are in the input: ``mask`` (B, T) bool; ``owner``: the model with the newline embedding."""
+
+    mask: Tensor
+    owner: nn.Module
+
+
+@dataclass
+class FindImages:
+    """Forward pre-hook of the model around the language model. ``tokens``: placeholder ids by kind of visual input."""
+
+    tokens: dict[str, int]
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = self.placeholders(module, args[0] if args else kwargs.get("input_ids"), kwargs)
+        if mask is None:
+            return args, kwargs
+        features = kwargs.get("mm_encoder_outputs") or {}
+        if not any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")) and not any(
+            output is not None for output in features.values()
+        ):
+            raise UnsupportedModelError(
+                "the input has image placeholders but no pixel_values: a pruned model cannot tell their features. "
+                f"{CHUNKS}"
+            )
+        for output in features.values():  # of get_image_features, or cut into chunks by generate
+            if output is not None and output.get("last_hidden_state") is None and output.get("hidden_states") is None:
+                raise UnsupportedModelError(f"the image features come in chunks. {CHUNKS}")
+        return args, {**kwargs, ARGUMENT: Images(mask, module)}
+
+    def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, T) bool; None: no image in this input."""
+        cache = given_cache(kwargs)
+        embeds = kwargs.get("inputs_embeds")
+        given = input_ids if input_ids is not None else embeds
+        if given is None or (given.shape[1] == 1 and cache is not None and cache.get_seq_length()):
+            return None  # a decode step; asking the device would stall it
+        mask = torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
+        for token in self.tokens.values():
+            if input_ids is not None:
+                mask |= input_ids == token
+            else:
+                placeholder = module.get_input_embeddings()(torch.tensor(token, device=given.device))
+                mask |= (given == placeholder).all(-1)
+        if bool(mask.any()):
+            return mask
+        if input_ids is None:
+            raise UnsupportedModelError(
+                "inputs_embeds without image placeholders: a pruned model cannot tell which embeddings are of an "
+                "image. Pass input_ids and pixel_values, or unprune(model)"
+            )
+        return None
+
+
+CHUNKS = "Prefill in chunks is not supported: leave prefill_chunk_size out, or unprune(model)"
+
+
+class EnterDecoder:
+    """Forward pre-hook of the language model: what leaves at the entrance leaves, and layers are told of the rest."""
+
+    def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        images: Images | None = kwargs.pop(ARGUMENT, None)
+        state = decoder.token_prune
+        cache = given_cache(kwargs)
+        stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
+        starts = [0, *(layer + 1 for layer in stages)]
+        past = state_of(cache, starts)
+        if images is None and past is None:
+            return args, kwargs
+        embeds: Tensor = kwargs["inputs_embeds"]
+        check_mode(decoder, cache, kwargs.get("attention_mask"))
+        if past is not None:
+            cache.open = True
+        forward = begin(decoder, starts, embeds, kwargs, past)
+        if images is not None:
+            forward.stages, forward.recorder = stages, state.recorder
+            embeds = let_leave(forward, embeds, images, state)
+        view = forward.views[0]
+        mask = view.key_valid
+        if mask is None and any(stage.layer < 0 and stage.positions == "original" for stage in state.stages):
+            # Positions have gaps, which Transformers takes for packed sequences where there is no mask.
+            mask = embeds.new_ones(embeds.shape[0], forward.held[0] + embeds.shape[1], dtype=torch.bool)
+        kwargs |= {
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+            "position_ids": view.positions,
+            ARGUMENT: forward,
+        }
+        if images is None:
+            forward.views += later_views(forward, view)
+        return args, kwargs
+
+
+class LeaveDecoder:
+    """Forward hook of the language model: full length again, and the cache learns what it holds."""
+
+    def __call__(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        forward: Forward | None = kwargs.get(ARGUMENT)
+        cache = output.get(CACHE_NAME)
+        if isinstance(cache, PrunedDynamicCache):
+            cache.open = False
+        if forward is None or forward.layout is None:
+            return output
+        output.last_hidden_state = forward.restored(output.last_hidden_state, forward.views[-1])
+        if output.hidden_states is not None:
+            views = [forward.views[forward.segment(layer)] for layer in range(len(output.hidden_states) - 1)]
+            restored = [
+                None if states is None else forward.restored(states, view)
+                for states, view in zip(output.hidden_states[:-1], views, strict=True)
+            ]
+            output.hidden_states = (*restored, output.last_hidden_state)
+        if cache is not None and cache.get_seq_length():
+            bind(cache, forward.cache_state())
+        return output
+
+
+def check_mode(decoder: nn.Module, cache: Any, attention_mask: Any) -> None:
+    """Raise UnsupportedModelError in modes in which layers cannot see different tokens."""
+    check_cache(cache)
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+        raise UnsupportedModelError(
+            "a pruned model takes a (batch, length) attention_mask with an image, not one for every query: it has to "
+            "make masks of several lengths"
+        )
+    attention = decoder.config._attn_implementation  # type: ignore[union-attr]
+    if str(attention).startswith("paged"):
+        raise UnsupportedModelError(
+            f"attention {attention!r} (continuous batching) cannot hold layers of different lengths"
+        )
+
+
+def begin(decoder: Any, starts: list[int], embeds: Tensor, kwargs: dict[str, Any], past: Any) -> Forward:
+    """The forward with the first segment's view of all its tokens."""
+    cache: Any = given_cache(kwargs)
+    mask: Tensor | None = kwargs.get("attention_mask")
+    batch, length = embeds.shape[:2]
+    seen = 0 if cache is None else cache.get_seq_length()
+    mask = None if mask is None else mask.bool()
+    if mask is not None and length == 1 and bool(mask.all()):  # Transformers asks the same of a dense model
+        mask = None
+    held, segments = [], []
+    for i, first in enumerate(starts):
+        former = Segment(first, None, None) if past is None else past.segments[i]
+        known = 0 if past is None else past.lengths[i]
+        held.append(seen if past is None else cache.get_seq_length(first))
+        known_seen = 0 if past is None else past.seen
+        text = None if mask is None else mask[:, known_seen:seen]
+        segments.append(Segment(first, extended(former.valid, known, text, held[i] - known, embeds), former.shift))
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(seen, seen + length, device=embeds.device).unsqueeze(0)
+    positions = positions.expand(batch, -1)
+    valid = None if mask is None else mask[:, -length:]
+    slots = torch.arange(length, device=embeds.device).expand(batch, -1)
+    shift = segments[0].shift
+    view = View(
+        slots=slots,
+        take=slots,
+        valid=valid,
+        positions=positions if shift is None else positions - shift,
+        shift=shift,
+        key_valid=extended(segments[0].valid, held[0], valid, length, embeds),
+    )
+    return Forward(decoder, {}, starts, [view], held, segments, seen, cache)
+
+
+def later_views(forward: Forward, view: View) -> list[View]:
+    """Views of the other segments when nothing leaves: the same tokens, with other keys before them."""
+    base = 0 if view.shift is None else view.shift
+    views = []
+    for segment, held in zip(forward.past[1:], forward.held[1:], strict=True):
+        positions = view.positions + base - (0 if segment.shift is None else segment.shift)
+        key_valid = extended(segment.valid, held, view.valid, view.slots.shape[1], view.slots)
+        views.append(View(view.slots, view.slots, view.valid, positions, segment.shift, key_valid))
+    return views
+
+
+def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> Tensor:
+    """Take out what leaves before the first layer: (B, T, D) -> (B, L, D)."""
+    stages = {stage.where: stage for stage in state.stages if stage.layer < 0}
+    tower: Stage | None = stages.get("vision_tower")
+    everything = forward.views[0]
+    kinds = read_kinds(everything.valid, embeds, images, tower, state.stages[0].newlines == "protect")
+    forward.image_rank = torch.where(images.mask, images.mask.long().cumsum(1) - 1, -1)
+    forward.layout = read_layout(kinds, state.image_length)
+    if forward.recorder is not None:
+        forward.recorder.on_start()
+    if min(forward.layout.lengths) == kinds.shape[1]:
+        everything.valid = None
+    if tower is not None or not forward.layout.aligned:
+        forward.views = [forward.leave((kinds != PADDING) & (kinds != DROPPED), tower)]
+    if "entrance" in stages:
+        forward.views = [forward.select(stages["entrance"], taken(embeds, forward.views[0], everything))]
+    forward.originals = forward.layout.images
+    return taken(embeds, forward.views[0], everything)
+
+
+def taken(embeds: Tensor, view: View, everything: View) -> Tensor:
+    """(B, T, D) at the tokens of ``view``, without a copy where these are all."""
+    return embeds if view is everything else gather_tokens(embeds, view.slots)
+
+
+def read_kinds(
+    valid: Tensor | None, embeds: Tensor, images: Images, tower: Stage | None, protect_newlines: bool
+) -> Tensor:
+    """(B, T) uint8: what each token is."""
+    kinds = torch.full(images.mask.shape, TEXT, dtype=torch.uint8, device=embeds.device)
+    kinds[images.mask] = IMAGE
+    if hasattr(images.owner, "image_newline") and (protect_newlines or tower is not None):
+        embedding: Any = images.owner.image_newline  # only now: offloaded weights come with the forward
+        newline = images.mask & (embeds == embedding.to(embeds)).all(-1)
+        kinds[newline] = NEWLINE if protect_newlines else DROPPED
+    if tower is not None:
+        gone = images.mask & embeds[..., 0].isnan()
+        if not bool(gone.any()):
+            raise PruneStateError(
+                f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features "
+                "made by another model, or with another vision_feature_layer than the model's config names?"
+            )
+        kinds[gone] = DROPPED
+    if valid is not None:
+        kinds[~valid] = PADDING
+    return kinds

@@ -1,0 +1,72 @@
+"""LLaVA 1.5 and its kind: every image has as many tokens as its vision tower has patches."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...registry import register_adapter
+from ...signals import DecoderShape, ModelShape
+from ._tower import HAS_CLS
+from ._adapter import DecoderAdapter
+from ..vision._adapter import as_pair, linear_macs
+
+
+class LlavaFamilyAdapter(DecoderAdapter):
+    """Sizes, which all LLaVA families read from the same fields."""
+
+    def shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> DecoderShape:
+        inner, text = self.inner(model), self.inner(model).language_model.config
+        tower = tower_shape(inner.vision_tower)
+        tower_images, image_tokens, newline_tokens = self.image_tokens(model, image_size)
+        return DecoderShape(
+            depth=len(self.blocks(model)),
+            width=text.hidden_size,
+            mlp_width=text.intermediate_size,
+            num_heads=text.num_attention_heads,
+            num_key_value_heads=text.num_key_value_heads,
+            head_dim=self.blocks(model)[0].self_attn.head_dim,  # type: ignore[union-attr,arg-type]
+            vocab_size=text.vocab_size,
+            tower=tower,
+            tower_images=tower_images,
+            image_tokens=image_tokens,
+            projector_macs=linear_macs(inner.multi_modal_projector),
+            newline_tokens=newline_tokens,
+        )
+
+    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(images the tower encodes, tokens in the decoder, newlines among them) of one image; None: a usual size."""
+        raise NotImplementedError
+
+    def patch_tokens(self, model: PreTrainedModel) -> int:
+        """Features of one image of the tower."""
+        tower = tower_shape(self.inner(model).vision_tower)
+        has_cls = tower.has_cls and model.config.vision_feature_select_strategy == "full"
+        return tower.num_patches + has_cls
+
+
+@register_adapter("llava")
+class LlavaAdapter(LlavaFamilyAdapter):
+    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+        return 1, self.patch_tokens(model), 0
+
+    def image_length(self, model: PreTrainedModel) -> int:
+        return self.patch_tokens(model)
+
+
+def tower_shape(tower: Any) -> ModelShape:
+    """Sizes of a vision tower; its head is not used."""
+    config = tower.config
+    return ModelShape(
+        depth=len(next(module for module in tower.modules() if isinstance(module, nn.ModuleList))),
+        width=config.hidden_size,
+        mlp_width=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        image_size=as_pair(config.image_size),
+        patch_size=as_pair(config.patch_size),
+        num_channels=config.num_channels,
+        num_protected=int(HAS_CLS.get(config.model_type, False)),
+        has_cls=HAS_CLS.get(config.model_type, False),
+        head_macs=0,
+    )

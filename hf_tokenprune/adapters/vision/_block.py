@@ -1,0 +1,202 @@
+"""Blocks of image encoders that drop or merge tokens: the stock block in parts, and what goes on between them.
+
+Axes: B batch, T tokens that enter, P protected ones, n that stay, H heads, D width, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UnsupportedModelError
+from ...signals import Stage
+from ...tokens import gather_tokens, merge_tokens, with_protected
+from .._capture import CAPTURE_ARGUMENT, Capture
+from ._carry import Carry
+
+
+class Recorder(Protocol):
+    """Whoever wants to know what left; see ``hf_tokenprune.recording.Record``."""
+
+    def on_start(self) -> None: ...
+
+    def on_reduction(self, name: str, keep: Tensor) -> None: ...
+
+    def on_kept(self, name: str, kept: Tensor) -> None: ...
+
+    def on_block(self, layer: int, num_tokens: int) -> None: ...
+
+
+@dataclass
+class BlockState:
+    """What a pruned block knows. No tensors: it is copied, pickled and moved with the module.
+
+    Attributes:
+        stage: None for a block that drops nothing itself.
+        layer: index of the block.
+        proportional: whether sizes of merged tokens bias its attention.
+        exact: it is the last block, and computes for protected tokens only what the head reads.
+        restore: tokens are remembered, and the last block gives them all back.
+        config: of the whole model, set by the engine.
+    """
+
+    stage: Stage | None
+    num_protected: int
+    has_cls: bool
+    layer: int
+    is_last: bool
+    proportional: bool = False
+    exact: bool = False
+    restore: bool = False
+    config: Any = None
+    recorder: Recorder | None = field(default=None, compare=False)
+
+
+class Projections(NamedTuple):
+    """What the first half of a block is made of, where it has to run in parts.
+
+    Attributes:
+        norm: what stands in front of the attention.
+        query, key, value, output: linear layers.
+        head_dim, scaling, dropout: of the attention.
+    """
+
+    norm: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    head_dim: int
+    scaling: float
+    dropout: float
+
+
+class PrunedVisionBlock(nn.Module):
+    """Mixed in before a stock block class; the subclass adds the parts of that block."""
+
+    stock_class: ClassVar[type[nn.Module]]
+    no_mask: ClassVar[dict[str, None]] = {"attention_mask": None}
+    """What tells the stock block that there is no mask."""
+    token_prune: BlockState
+
+    def attention_half(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """First half of the block: (B, T, D) with attention and its residual added."""
+        raise NotImplementedError
+
+    def mlp_half(self, hidden_states: Tensor) -> Tensor:
+        """Second half of the block: (B, T, D) with the MLP and its residual added."""
+        raise NotImplementedError
+
+    def add_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
+        """How the first half ends: what the attention returned, (B, n, D), added to the states of the same tokens."""
+        raise NotImplementedError
+
+    def projections(self) -> Projections:
+        """The modules of the first half."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        token_prune_carry: Carry | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The stock block, with ``stage.num_kept`` of the prunable tokens going on: (B, T, D) -> (B, P + n, D)."""
+        refuse_mask(attention_mask)
+        state, carry = self.token_prune, token_prune_carry
+        num_prunable = hidden_states.shape[1] - state.num_protected
+        stage = state.stage if state.stage and state.stage.num_kept(num_prunable) < num_prunable else None
+        if carry is not None:
+            carry.on_block(state.layer)
+        bias = carry.bias(state.layer) if carry is not None and state.proportional else None
+        if state.exact and carry is not None and carry.exact:
+            return self._queries_of_few(hidden_states, None, bias, carry)
+        if stage is not None and stage.where == "queries":
+            tokens = self._queries_of_few(hidden_states, stage, bias, carry)
+        elif stage is None and bias is None:
+            tokens = super().forward(hidden_states, **self.no_mask, **kwargs)
+        else:
+            capture = Capture(stage.needs if stage else frozenset(), bias)
+            if capture.needs or bias is not None:  # a stock attention function may not know the argument
+                kwargs[CAPTURE_ARGUMENT] = capture
+            tokens = self.attention_half(hidden_states, **kwargs)
+            if stage is not None and stage.where == "mid_block":
+                tokens = self._reduce(stage, tokens, hidden_states, capture, carry)
+            tokens = self.mlp_half(tokens)
+            if stage is not None and stage.where == "after_block":
+                tokens = self._reduce(stage, tokens, hidden_states, capture, carry)
+        if state.restore and state.is_last and carry is not None:
+            return carry.restored(state.layer, tokens, state.num_protected)
+        return tokens
+
+    def _queries_of_few(
+        self, hidden_states: Tensor, stage: Stage | None, bias: Tensor | None, carry: Carry | None
+    ) -> Tensor:
+        """The block with keys and values of all tokens, and the rest for those that stay: (B, T, D) -> (B, P + n, D).
+
+        Without a ``stage`` the protected ones stay: then it is exactly the block, for those.
+        """
+        num_protected, parts = self.token_prune.num_protected, self.projections()
+        if stage is not None and carry is not None and carry.attentions:
+            raise UnsupportedModelError(
+                'output_attentions: with where="queries" no map of all tokens is computed; prune with where="mid_block"'
+            )
+
+        def heads(projection: nn.Module, states: Tensor) -> Tensor:
+            return projection(states).unflatten(-1, (-1, parts.head_dim)).transpose(1, 2)
+
+        states = parts.norm(hidden_states)
+        keys, values = heads(parts.key, states), heads(parts.value, states)
+        tokens, states = hidden_states[:, :num_protected], states[:, :num_protected]
+        if stage is not None:
+            capture = Capture(stage.needs, bias)
+            capture.store(heads(parts.query, states[:, :1]), keys, values, parts.scaling)
+            tokens = self._reduce(stage, hidden_states, hidden_states, capture, carry)
+            states = parts.norm(tokens)
+        mask = None if bias is None else bias.to(keys.dtype)
+        dropout = parts.dropout if self.training else 0.0
+        queries = heads(parts.query, states)
+        attended = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=parts.scaling)
+        return self.mlp_half(self.add_attention(tokens, parts.output(attended.transpose(1, 2).flatten(2))))
+
+    def _reduce(self, stage: Stage, tokens: Tensor, inputs: Tensor, capture: Capture, carry: Carry | None) -> Tensor:
+        state = self.token_prune
+        n_keep = stage.num_kept(tokens.shape[1] - state.num_protected)
+        sizes = carry.sizes.get(state.layer) if carry is not None else None
+        # Autocast would take the scores to half precision.
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            signals = capture.signals(tokens, inputs, state.num_protected, state.has_cls, sizes)
+            reduction = stage.reduce(signals, n_keep)
+        if state.recorder is not None:
+            state.recorder.on_reduction(stage.name, reduction.keep)
+        if carry is not None:
+            carry.on_reduction(state.layer, reduction, tokens, state.num_protected, state.restore)
+        if reduction.merged is not None and reduction.into is not None:
+            protected, prunable = tokens.split([state.num_protected, tokens.shape[1] - state.num_protected], dim=1)
+            merged = merge_tokens(prunable, reduction.keep, reduction.merged, reduction.into, reduction.weights)
+            return torch.cat([protected, merged], dim=1)
+        return gather_tokens(tokens, with_protected(reduction.keep, state.num_protected))
+
+
+def refuse_mask(attention_mask: Tensor | None) -> None:
+    """Masks are as long as the full sequence; one that masks nothing (all that ViTs make) can be left out."""
+    if attention_mask is None:
+        return
+    message = "a pruned vision model takes no attention_mask; call unprune(model) to use one"
+    if torch.compiler.is_compiling() and attention_mask.dim() == 4:  # the values are not known yet
+        require(attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0, message)
+        return
+    raise UnsupportedModelError(message)
+
+
+def require(visible: Tensor, message: str) -> None:
+    """Raise UnsupportedModelError with ``message`` unless all of ``visible`` is true; where it runs, if compiled."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(visible.all(), message)
+    elif not bool(visible.all()):
+        raise UnsupportedModelError(message)

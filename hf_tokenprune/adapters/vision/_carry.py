@@ -1,0 +1,114 @@
+"""What pruned blocks of one forward tell each other: sizes of merged tokens, and who stands for the patches that left.
+
+It travels as a keyword argument through the encoder, like the captured signals: no state on modules. Everything is kept
+by block, because gradient checkpointing runs blocks once more, last one first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...signals import Reduction
+from ...tokens import gather_tokens
+
+CARRY_ARGUMENT = "token_prune_carry"
+
+
+@dataclass
+class Carry:
+    """By block, what enters it.
+
+    Attributes:
+        exact: whether the last block may leave out what the head does not read.
+        attentions: whether the caller wants the maps of attention.
+        sizes: (B, P + N) float32, patches that each token stands for; no entry: one each.
+        owner: (B, M) int64, place among the N prunable tokens of the one that stands for each of the M original ones;
+            -1: it has left.
+        left: (B, M, D), last states of those that have left.
+    """
+
+    exact: bool
+    attentions: bool = False
+    sizes: dict[int, Tensor] = field(default_factory=dict)
+    owner: dict[int, Tensor] = field(default_factory=dict)
+    left: dict[int, Tensor] = field(default_factory=dict)
+
+    def bias(self, layer: int) -> Tensor | None:
+        """(B, 1, 1, P + N) float32 for the attention logits: a token of size s counts like s tokens (ToMe, eq. 1)."""
+        sizes = self.sizes.get(layer)
+        return None if sizes is None else sizes.log()[:, None, None]
+
+    def on_block(self, layer: int) -> None:
+        """A block in which nothing leaves: the next one is entered by the same tokens."""
+        for entries in (self.sizes, self.owner, self.left):
+            if layer in entries:
+                entries[layer + 1] = entries[layer]
+
+    def on_reduction(self, layer: int, reduction: Reduction, tokens: Tensor, num_protected: int, restore: bool) -> None:
+        """``tokens`` (B, P + N, D) are about to become those of ``reduction``."""
+        before = self.sizes.get(layer)
+        if reduction.merged is not None or before is not None:
+            sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if before is None else before
+            self.sizes[layer + 1] = torch.cat([sizes[:, :num_protected], _sums(sizes[:, num_protected:], reduction)], 1)
+        if restore:
+            self._remember(layer, reduction, tokens[:, num_protected:])
+
+    def _remember(self, layer: int, reduction: Reduction, tokens: Tensor) -> None:
+        batch, entering, width = tokens.shape
+        stands = _owner(reduction, entering)
+        owner, left = self.owner.get(layer), self.left.get(layer)
+        if owner is None or left is None:
+            owner = torch.arange(entering, device=tokens.device).expand(batch, -1)
+            left = tokens.new_zeros(batch, entering, width)
+        place = owner.clamp(min=0)
+        after = torch.where(owner >= 0, stands.gather(1, place), -1)
+        leaving = (owner >= 0) & (after < 0)
+        self.left[layer + 1] = torch.where(leaving.unsqueeze(-1), gather_tokens(tokens, place), left)
+        self.owner[layer + 1] = after
+
+    def restored(self, layer: int, tokens: Tensor, num_protected: int) -> Tensor:
+        """(B, P + N, D) that left ``layer`` as (B, P + M, D): every patch has the state of who stands for it, or its
+        own last one."""
+        owner = self.owner.get(layer + 1)
+        if owner is None:
+            return tokens
+        standing = gather_tokens(tokens[:, num_protected:], owner.clamp(min=0))
+        patches = torch.where((owner >= 0).unsqueeze(-1), standing, self.left[layer + 1])
+        return torch.cat([tokens[:, :num_protected], patches], dim=1)
+
+
+def _sums(sizes: Tensor, reduction: Reduction) -> Tensor:
+    """Sizes (B, N) of those that entered as sizes (B, n) of the survivors."""
+    kept = sizes.gather(1, reduction.keep)
+    if reduction.merged is None or reduction.into is None:
+        return kept
+    return kept.scatter_add(1, reduction.into, sizes.gather(1, reduction.merged))
+
+
+def _owner(reduction: Reduction, entering: int) -> Tensor:
+    """(B, N) int64: the survivor that stands for each token that entered; -1: none does."""
+    keep = reduction.keep
+    places = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    owner = torch.full((keep.shape[0], entering), -1, device=keep.device).scatter(1, keep, places)
+    if reduction.merged is None or reduction.into is None:
+        return owner
+    return owner.scatter(1, reduction.merged, reduction.into)
+
+
+class StartCarry:
+    """Forward pre-hook of the encoder: sends a :class:`Carry` along. Importable, so that a model can be pickled."""
+
+    def __call__(self, encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+
+        def wants(name: str) -> bool:
+            value = kwargs.get(name, getattr(encoder.config, name, None))
+            return value is not None and value is not False
+
+        attentions = wants("output_attentions")
+        # The exact last block serves neither request, and in training dropout would differ.
+        exact = not (encoder.training or attentions or wants("output_hidden_states"))
+        return args, {**kwargs, CARRY_ARGUMENT: Carry(exact, attentions)}

@@ -1,0 +1,252 @@
+"""What several commands of ``hf-tokenprune`` share: their options, and what these name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import CONFIG_NAME, PruneConfig
+from ..errors import ConfigError, TokenPruneError
+
+ModelArg = Annotated[str, typer.Argument(help="Folder of a checkpoint, or owner/name on the Hub.")]
+MethodOpt = Annotated[
+    list[str] | None, typer.Option("--method", "-m", help="Name of a method, its default config; see `list`.")
+]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", help="field=value for every --method; JSON values: -s where=mid_block -s 'layers=[2,5]'."
+    ),
+]
+MacsOpt = Annotated[
+    list[float] | None,
+    typer.Option("--gmacs", "-g", help="Scale the schedule to at most so many GMACs an image (prefill)."),
+]
+ConfigOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prune-config",
+        "-c",
+        help="prune_config.json (file, folder, Hub), or a preset: method/model@budget.",
+    ),
+]
+TextTokensOpt = Annotated[
+    int | None,
+    typer.Option(min=1, help="Vision-language models: tokens of the prompt besides those of its image. Default: 64."),
+]
+NewTokensOpt = Annotated[
+    int | None, typer.Option(min=2, help="Vision-language models: tokens to generate. Default: 32.")
+]
+ImagesArg = Annotated[
+    str, typer.Argument(help="Folder with labels.csv, folder of class folders, or a datasets repository.")
+]
+DataArg = Annotated[
+    str,
+    typer.Argument(
+        help="Images: folder with labels.csv, folder of class folders, or a datasets repository. For vision-language "
+        "models: folder with questions.jsonl, or a datasets repository with image, question, answer."
+    ),
+]
+PromptOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="Vision-language models: text with {} where the question goes. Default: the processor's chat template."
+    ),
+]
+QuestionOpt = Annotated[
+    list[str] | None,
+    typer.Option("--question", help="Vision-language models: asked of every image; may be repeated."),
+]
+GMacsOpt = Annotated[float | None, typer.Option("--gmacs", "-g", help="Budget in GMACs an image (prefill).")]
+MillisecondsOpt = Annotated[
+    float | None, typer.Option("--ms", help="Budget: a forward (prefill) of --latency-batch images.")
+]
+LatencyBatchOpt = Annotated[
+    int | None, typer.Option(min=1, help="Images a forward, for --speedup and --ms. Default: 1.")
+]
+GoalOpt = Annotated[
+    str | None,
+    typer.Option(help="geometric_kl (default), kl (of answers the default), agreement or accuracy."),
+]
+StrategyOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="dynamic (default), coordinate, monte_carlo or optuna; or rule: fields only (default of --synthetic)."
+    ),
+]
+TrialsOpt = Annotated[int | None, typer.Option(min=0, help="Schedules to measure: 100; dynamic, after its table: 30.")]
+FreeOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--free",
+        help="Field to choose beside the counts, or none. Repeatable. Default: the method's, except those of --set.",
+    ),
+]
+SplitOpt = Annotated[str | None, typer.Option(help="Split of a dataset, or subfolder.")]
+LimitOpt = Annotated[int | None, typer.Option(help="At most so many images, evenly spread.", min=1)]
+ClassNamesOpt = Annotated[
+    Path | None, typer.Option(help="For CLIP-like models: a text file with the name of class 0, 1, ... in its lines.")
+]
+TemplateOpt = Annotated[
+    list[str] | None,
+    typer.Option("--template", help="For CLIP-like models: text with {} where the class name goes. May be repeated."),
+]
+BatchSizesOpt = Annotated[
+    list[int] | None,
+    typer.Option("--batch-size", "-b", min=1, help="May be repeated. Default: 1, 8, 32; with a decoder 1, 4."),
+]
+ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+
+
+def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors that a user can act on are one line on stderr and exit code 1, not a traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (TokenPruneError, ImportError, OSError) as error:
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def show(as_json: bool, data: Any, text: str) -> None:
+    """The result of a command, for a program or for a person."""
+    typer.echo(json.dumps(data, indent=2) if as_json else text)
+
+
+def configs_for(
+    model: Any,
+    path: str,
+    methods: list[str] | None,
+    fields: list[str] | None,
+    gmacs: list[float] | None,
+    prune_configs: list[str] | None,
+    text_tokens: int | None = None,
+) -> dict[str, PruneConfig]:
+    """The configs that the options name, by a label for tables. With none named: the checkpoint's own.
+
+    Every config is combined with every MACs budget.
+    """
+    from ..cost.model import config_for_macs
+    from ..sharing.pretrained import choose_config
+
+    if fields and not methods:
+        raise ConfigError(f"--set {fields[0]} has no effect without --method")
+    chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
+    for source in prune_configs or []:
+        if "@" in source and not Path(source).exists():  # in no name on the Hub, in every preset's
+            chosen[source] = PruneConfig.preset(source)
+            continue
+        file = Path(source)
+        short = file.parent.name if file.name == CONFIG_NAME else file.stem if file.is_file() else file.name
+        chosen[source if not short or short in chosen else short] = PruneConfig.from_pretrained(source)
+    if not chosen:
+        own = choose_config(path, None, getattr(model.config, "prune_config", None), {})
+        if own is None:
+            raise ConfigError(f"{path!r} carries no prune config; give --method or --prune-config")
+        chosen = {own.method: own}
+    if not gmacs:
+        return chosen
+    return {
+        f"{name}@{budget:g}": config_for_macs(model, config, budget * 1e9, text_tokens=text_tokens)
+        for budget in gmacs
+        for name, config in chosen.items()
+    }
+
+
+def parse_fields(items: list[str]) -> dict[str, Any]:
+    """``field=value`` strings; a value that is not JSON is a string."""
+    fields = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {item!r}: expected field=value")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+def load_dense(path: str, device: str) -> Any:
+    """The stock model, whatever config the checkpoint carries."""
+    from transformers import AutoConfig
+
+    from ..sharing.pretrained import class_of
+
+    return class_of(AutoConfig.from_pretrained(path)).from_pretrained(path).to(device)
+
+
+def random_model(path: str) -> Any:
+    """The model with random weights, from its config alone."""
+    from transformers import AutoConfig
+
+    from ..sharing.pretrained import class_of
+
+    config = AutoConfig.from_pretrained(path)
+    return class_of(config)._from_config(config)
+
+
+def empty_model(path: str) -> Any:
+    """The model without memory for its weights: enough to know sizes."""
+    import torch
+
+    with torch.device("meta"):
+        return random_model(path)
+
+
+def new_folder(out: Path) -> Path:
+    """A folder that nothing would be overwritten in."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; choose another one")
+    return out
+
+
+def check_vision(path: str, command: str) -> None:
+    """Raise TokenPruneError for a vision-language model, which ``command`` is not about."""
+    if kind_of(empty_model(path)) != "vision":
+        raise TokenPruneError(
+            f"{path!r} is a vision-language model, and {command} measures image classification; `info` tells what "
+            "pruning it saves, `bench` how fast it gets"
+        )
+
+
+def check_effect(is_decoder: bool, options: dict[str, Any]) -> None:
+    """Raise ConfigError for options that do nothing for this kind of model."""
+    for option, value in options.items():
+        if value is not None:
+            kind = "a vision-language model" if is_decoder else "a model that answers no questions"
+            raise ConfigError(f"{option} has no effect on {kind}; leave it out")
+
+
+def kind_of(model: Any) -> str:
+    """What the model is to a method: a "vision" encoder or a "decoder"."""
+    from ..engine import find_adapter
+
+    return str(find_adapter(model).shape(model).kind)
+
+
+def save_processor(path: str, model: Any, out: Path) -> None:
+    """Copy what prepares the inputs of a checkpoint: the image processor, of a vision-language model the tokenizer too.
+
+    One that is not there, or that something is missing for, is said on stderr: a model can be used without.
+    """
+    from transformers import AutoProcessor
+
+    from ..evaluation import load_processor
+
+    load = load_processor if kind_of(model) == "vision" else AutoProcessor.from_pretrained
+    try:
+        load(path).save_pretrained(out)
+    except (ImportError, OSError, ValueError) as error:
+        typer.secho(f"note: no processor was copied to {out}: {error}", fg=typer.colors.YELLOW, err=True)
