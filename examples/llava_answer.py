@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_tokenprune import PruneConfig, list_methods, pruned, record
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cost import cost
 
 
 def first_token_seconds(model, inputs, rounds: int = 3) -> float:

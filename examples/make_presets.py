@@ -26,7 +26,7 @@ from hf_tokenprune import (
     TransPruneConfig,
     ZeroTPruneConfig,
 )
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cost import cost
 
 METHODS = (SalienceMergeConfig(), ToMeConfig(), ZeroTPruneConfig(where="mid_block"))
 PARTS = (0.88, 0.8, 0.68, 0.56)  # of the dense MACs; for DeiT-Tiny 1.10, 1.00, 0.85 and 0.70 G

@@ -16,7 +16,7 @@ from mosaic_sources import load_pictures
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_tokenprune import pruned
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.mosaics import LLAVA_DIR, TEST_SEED, Mosaics, Pictures, cells_of_several
 from hf_tokenprune.demo.questions import KINDS, MosaicQuestions, ask
 from hf_tokenprune.demo.run import decoder_configs

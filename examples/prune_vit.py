@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from hf_tokenprune import PruneConfig, from_pretrained, list_methods, prune, record, save_pretrained
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
 from hf_tokenprune.evaluation import load_images, load_processor
-from hf_tokenprune.pictures.kept import visualize
+from hf_tokenprune.pictures import visualize
 
 
 def main() -> None:

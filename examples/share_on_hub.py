@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoModelForImageClassification
 
 from hf_tokenprune import PruneConfig, list_methods, prune, save_pretrained
-from hf_tokenprune.cost.model import config_for_macs, cost
+from hf_tokenprune.cost import config_for_macs, cost
 from hf_tokenprune.demo.digits import MODEL_DIR
 from hf_tokenprune.evaluation import load_processor
 

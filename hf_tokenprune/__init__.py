@@ -25,9 +25,9 @@ from .methods.uniform import UniformConfig
 from .methods.visionzip import VisionZipConfig
 from .methods.zero_tprune import ZeroTPruneConfig
 from .presets import Preset, get_preset, list_presets
-from .sharing.pretrained import disable_auto, enable_auto, from_pretrained, save_pretrained
 from .recording import record
 from .registry import list_adapters, list_methods, register_adapter, register_method
+from .sharing import disable_auto, enable_auto, from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 

@@ -140,7 +140,7 @@ class PruneConfig:
         Raises:
             ConfigError: not exactly one budget, one out of range or out of reach, or a method without a schedule.
         """
-        from .cost.budget import config_within
+        from .cost import config_within
 
         return config_within(model, self, macs=macs, speedup=speedup, keep=keep, text_tokens=text_tokens)
 

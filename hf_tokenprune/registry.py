@@ -91,9 +91,9 @@ def _discover(kind: str) -> None:
     if kind in _discovered:
         return
     package = importlib.import_module(f"{__package__}.{kind}")
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.rpartition(".")[2].startswith("_"):
+            importlib.import_module(module.name)
     _discovered.add(kind)
     if "plugins" in _discovered:
         return

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.cache_utils import Cache
 
 from hf_tokenprune import PruneConfig, list_adapters
-from hf_tokenprune.adapters.decoder._adapter import LAYER_CLASSES, DecoderAdapter
+from hf_tokenprune.adapters.decoder import LAYER_CLASSES, DecoderAdapter
 from hf_tokenprune.engine import plan
 from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.signals import Stage

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_tokenprune import PruneConfig, UnsupportedModelError, list_adapters, list_methods
-from hf_tokenprune.adapters.vision._adapter import VisionAdapter
+from hf_tokenprune.adapters.vision import VisionAdapter
 from hf_tokenprune.engine import options, plan
 from hf_tokenprune.registry import get_adapter, get_method
 

@@ -20,33 +20,38 @@ MAX_LINES = 350
 
 CORE = {
     *("errors", "field_types", "config", "registry", "tokens", "signals", "methods", "adapters", "engine"),
-    *("recording", "pretrained", "vision_cost", "generation_cost", "cost", "budget", "presets"),
+    *("recording", "cost", "presets", "sharing"),
 }
 """Parts that everybody imports; the others (evaluation, command line, pictures, ...) may need more installed."""
 
+GROUND = {"errors", "registry", "tokens", "signals"}
 MAY_IMPORT = {
     "errors": set(),
     "registry": {"errors"},
     "field_types": set(),
-    "config": {"errors", "registry", "field_types", "budget", "presets"},  # the last two in methods, for convenience
-    "budget": {"config", "cost", "engine", "errors"},
-    "presets": {"config", "errors"},
+    "config": {"errors", "registry", "field_types", "signals", "cost", "presets"},  # see FACADES
     "tokens": {"errors"},
     "signals": set(),
-    "methods": {"config", "registry", "tokens", "signals", "errors", "methods"},
-    "adapters": {"registry", "tokens", "signals", "errors", "adapters"},
-    "engine": {"config", "registry", "tokens", "signals", "errors"},
+    "methods": GROUND | {"config", "methods"},
+    "adapters": GROUND | {"adapters"},
+    "engine": GROUND | {"config"},
     "recording": {"engine", "errors"},
-    "vision_cost": {"signals"},
-    "generation_cost": {"engine", "signals", "vision_cost"},
-    "cost": {"engine", "config", "errors", "signals", "vision_cost", "generation_cost"},
-    "pretrained": {"engine", "config", "errors"},
+    "cost": {"engine", "config", "errors", "signals", "cost"},
+    "presets": {"config", "errors"},
+    "sharing": {"engine", "config", "errors", "sharing"},
 }
 """Parts of the package each core part may import, in functions too. ``methods`` and ``adapters`` meet through the
 registry, so not even the engine names one."""
 
-ON_TOP = {"evaluation": {"methods", "adapters", "engine"}}
-"""What parts on top of the core must not import."""
+ROOMS = {"adapters.vision": {"adapters.decoder"}, "adapters.decoder": {"adapters.vision"}}
+"""What encoders and decoders do not share lies apart."""
+
+ON_TOP = {"evaluation": {"methods", "adapters", "engine", "config", "cost", "presets", "sharing"}}
+"""What parts on top of the core must not import, but for the files in KNOW_CONFIGS."""
+KNOW_CONFIGS = {"evaluation/run.py", "evaluation/compare.py"}
+
+FACADES = {("config", "cost"), ("config", "presets")}
+"""``PruneConfig.for_budget`` and ``.preset`` look upwards, inside the method: the only circles there are."""
 
 
 class Import(NamedTuple):
@@ -56,13 +61,17 @@ class Import(NamedTuple):
     eager: bool
 
 
-def imports(source: str, module: str, is_package: bool = False) -> set[Import]:
-    """All imports in a file but those under ``if TYPE_CHECKING``; ``from a import b`` counts as a and as a.b."""
+def imports(source: str, module: str, is_package: bool = False, types: bool = False) -> set[Import]:
+    """All imports in a file, with ``types`` those under ``if TYPE_CHECKING`` too; ``from a import b``: a and a.b."""
     package = module.split(".") if is_package else module.split(".")[:-1]
     found: set[Import] = set()
 
     def walk(node: ast.AST, eager: bool) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if (
+            not types
+            and isinstance(node, ast.If)
+            and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        ):
             for child in node.orelse:
                 walk(child, eager)
             return
@@ -135,6 +144,7 @@ class C:
 
 def test_every_part_is_known() -> None:
     assert set(MAY_IMPORT) == CORE <= PARTS
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= CORE | {"__init__"}, "a loose file wants a room"
 
 
 @every_file(*MAY_IMPORT)
@@ -144,7 +154,35 @@ def test_the_direction_of_imports(path: Path) -> None:
 
 @every_file(*ON_TOP)
 def test_parts_that_take_any_model_know_no_method(path: Path) -> None:
-    assert not parts_imported(path) & ON_TOP[part_of(module_name(path))]
+    if str(path.relative_to(PACKAGE)) not in KNOW_CONFIGS:
+        assert not parts_imported(path) & ON_TOP[part_of(module_name(path))]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_that_lie_apart(room: str) -> None:
+    within = [path for path in FILES if f"{module_name(path)}.".startswith(f"{PACKAGE.name}.{room}.")]
+    assert within
+    for path in within:
+        for other in ROOMS[room]:
+            assert not [found for found in IMPORTS[path] if found.module.startswith(f"{PACKAGE.name}.{other}")]
+
+
+def test_no_circles() -> None:
+    """Modules that import each other, for types or in functions too; the package's own ``__init__`` files aside."""
+    names = {module_name(path): path for path in FILES if path.name != "__init__.py"}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        everything = imports(path.read_text(), name, types=True)
+        graph[name] = {found.module for found in everything if found.module in names and found.module != name}
+    rooms = {name: set(found) for name, found in graph.items()}
+    while free := [name for name, found in rooms.items() if not found]:
+        rooms = {name: found - set(free) for name, found in rooms.items() if name not in free}
+    assert not rooms, f"in or above a circle: {sorted(rooms)}"
+    parts = {part: set().union(*(parts_imported(p) for p in FILES if part_of(module_name(p)) == part)) for part in CORE}
+    above = {part: {other for other in found - {part} if (part, other) not in FACADES} for part, found in parts.items()}
+    while free := [part for part, found in above.items() if not found]:
+        above = {part: found - set(free) for part, found in above.items() if part not in free}
+    assert not above, f"in or above a circle: {sorted(above)}"
 
 
 @every_file(*PARTS - {"adapters"}, "")

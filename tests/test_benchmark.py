@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel, ViTForImageClassification
 
 from hf_tokenprune import ConfigError, RandomConfig, ZeroTPruneConfig, prune, record
-from hf_tokenprune.benchmark.vision import benchmark
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.benchmark import benchmark
 from hf_tokenprune.benchmark.timing import Arms, Repeats, Timing, decision_share, peak_bytes
+from hf_tokenprune.cost import cost
 
 from .families import first_tensor, images, inputs_for, supported_classes, tiny_model
 

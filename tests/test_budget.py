@@ -24,7 +24,7 @@ from hf_tokenprune import (
     list_presets,
     prune,
 )
-from hf_tokenprune.cost.model import config_for_macs, cost
+from hf_tokenprune.cost import config_for_macs, cost
 from hf_tokenprune.engine import find_adapter, plan
 from hf_tokenprune.registry import get_method
 

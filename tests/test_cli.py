@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification, AutoProcessor, LlavaCo
 from typer.testing import CliRunner, Result
 
 from hf_tokenprune import PruneConfig, RandomConfig, from_pretrained, list_adapters, list_methods, record
-from hf_tokenprune.cli.main import app
+from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
 
 from .llava_checkpoint import save_tiny_llava

@@ -11,11 +11,11 @@ from transformers import CLIPVisionModel, SiglipVisionModel, ViTForImageClassifi
 from typer.testing import CliRunner, Result
 
 from hf_tokenprune import PruneConfig
-from hf_tokenprune.cli.main import app
-from hf_tokenprune.evaluation.compare import every_method
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cli import app
+from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
 from hf_tokenprune.errors import ConfigError
+from hf_tokenprune.evaluation.compare import every_method
 
 from .families import methods_for, tiny_model
 

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, ZeroTPruneConfig, list_methods, prune, unprune
-from hf_tokenprune.cost.model import config_for_macs, cost
+from hf_tokenprune.cost import config_for_macs, cost
+from hf_tokenprune.cost.vision import BlockCost, CostReport, ModelCost, model_cost
 from hf_tokenprune.engine import find_adapter, options, plan
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 from hf_tokenprune.registry import get_adapter, get_method
-from hf_tokenprune.cost.vision import BlockCost, CostReport, ModelCost, model_cost
 
 from .families import TINY, images, supported_classes, tiny_model
 

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import hf_tokenprune
 from hf_tokenprune import list_methods
-from hf_tokenprune.cli.main import app
+from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR
 from hf_tokenprune.registry import get_method
 

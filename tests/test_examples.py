@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from hf_tokenprune import DivPruneConfig, PruneConfig, ZeroTPruneConfig, from_pretrained, list_methods
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import CANVAS, MODEL_DIR, load_digits_split
 from hf_tokenprune.registry import get_method
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from hf_tokenprune import DivPruneConfig, RandomConfig, StackConfig, UniformConfig, prune, record
-from hf_tokenprune.benchmark.vision import benchmark
-from hf_tokenprune.cost.model import cost
-from hf_tokenprune.engine import find_adapter
-from hf_tokenprune.errors import ConfigError, UnsupportedModelError
+from hf_tokenprune.benchmark import benchmark
 from hf_tokenprune.benchmark.decoder import GenerationBenchmarkReport, GenerationRow, TokenClock, random_inputs
 from hf_tokenprune.benchmark.timing import Arms, GivenStage, Timing
+from hf_tokenprune.cost import cost
+from hf_tokenprune.engine import find_adapter
+from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 
 from .decoder_families import FAMILIES, IMAGE, SUPPORTED, VIDEO, Case, run, stages_of, tiny_vlm
 from .families import snapshot

@@ -13,14 +13,14 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, list_adapters, prune, unprune
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
-from hf_tokenprune.cost.model import config_for_macs, cost
+from hf_tokenprune.benchmark.decoder import random_inputs
+from hf_tokenprune.cost import config_for_macs, cost
+from hf_tokenprune.cost.decoder import GenerationCost, GenerationCostReport, generation_cost
+from hf_tokenprune.cost.vision import BlockCost
 from hf_tokenprune.engine import find_adapter, plan
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
-from hf_tokenprune.benchmark.decoder import random_inputs
-from hf_tokenprune.cost.decoder import GenerationCost, GenerationCostReport, generation_cost
 from hf_tokenprune.methods.divprune import divprune
 from hf_tokenprune.signals import DecoderShape
-from hf_tokenprune.cost.vision import BlockCost
 
 from .decoder_families import DEPTH, FAMILIES, SUPPORTED, Case, tiny_vlm
 

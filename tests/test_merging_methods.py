@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 
 from hf_tokenprune import PruneConfig, ZeroTPruneConfig, prune, record
+from hf_tokenprune.cost.vision import model_cost
 from hf_tokenprune.engine import options, plan
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 from hf_tokenprune.methods.ats import ATSConfig, ATSStage
@@ -23,7 +24,6 @@ from hf_tokenprune.methods.visionwise import VisionConfig
 from hf_tokenprune.registry import get_adapter, get_method, list_methods
 from hf_tokenprune.signals import ModelShape, Reduction, Signals, Stage
 from hf_tokenprune.tokens import merge_tokens
-from hf_tokenprune.cost.vision import model_cost
 
 from .families import images, inputs_for, refused, supported_classes, tiny_model
 from .reference_merging import Groups, naive_ats, naive_evit, naive_pitome, naive_salience_merge, naive_tome

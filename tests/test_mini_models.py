@@ -23,8 +23,8 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip in
 pytest.importorskip("accelerate")
 
 from hf_tokenprune import PruneConfig, TransPruneConfig, list_methods, pruned, record
-from hf_tokenprune.cli.main import app
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cli import app
+from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.mosaics import CLIP_DIR, EMPTY, LLAVA_DIR, Mosaics, digit_pictures
 from hf_tokenprune.demo.questions import KINDS, POSITIONS, MosaicQuestions, most_frequent, number_captions
 from hf_tokenprune.demo.run import decoder_configs

@@ -17,7 +17,7 @@ from hf_tokenprune import (
     ZeroTPruneConfig,
     prune,
 )
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cost import cost
 from hf_tokenprune.registry import get_adapter
 from hf_tokenprune.signals import Reduction, Signals, Stage
 

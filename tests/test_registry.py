@@ -23,7 +23,7 @@ from hf_tokenprune import (
     registry,
     unprune,
 )
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cost import cost
 from hf_tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from hf_tokenprune.registry import get_adapter, get_method
 

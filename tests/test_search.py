@@ -27,7 +27,7 @@ from hf_tokenprune import (
     pruned,
     record,
 )
-from hf_tokenprune.cost.model import cost
+from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import MODEL_DIR
 from hf_tokenprune.engine import current_config, find_adapter
 from hf_tokenprune.registry import get_method

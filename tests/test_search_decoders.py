@@ -27,9 +27,9 @@ from hf_tokenprune import (
     pruned,
     record,
 )
-from hf_tokenprune.cli.main import app
-from hf_tokenprune.cost.model import cost
 from hf_tokenprune.benchmark.decoder import random_inputs
+from hf_tokenprune.cli import app
+from hf_tokenprune.cost import cost
 from hf_tokenprune.search import AnswerObjective, SearchResult, Space, Trial, search
 from hf_tokenprune.search.space import prefill_costs
 from hf_tokenprune.search.strategies import STRATEGIES

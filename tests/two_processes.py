@@ -17,7 +17,7 @@ def alone_and_together(*arguments: object) -> tuple[dict[str, Any], dict[str, An
 
     accelerate starts several CPU processes under --multi_gpu only; ACCELERATE_USE_CPU keeps them on the CPU.
     """
-    command = ["-m", "hf_tokenprune.cli.main", *map(str, arguments), "--json"]
+    command = ["-m", "hf_tokenprune.cli", *map(str, arguments), "--json"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
     def printed(args: list[str]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cost import GenerationCostReport
 from ..engine import find_adapter
 from ..errors import UnsupportedModelError
-from ..cost.decoder import GenerationCostReport
 from .timing import Arms, Repeats, Timing, decision_share, peak_bytes, seconds
 
 PARTS = {"prefill": "prefill", "decode": "decode a token", "end_to_end": "end to end"}

@@ -137,7 +137,7 @@ def configs_for(
 
     Every config is combined with every MACs budget.
     """
-    from ..cost.model import config_for_macs
+    from ..cost import config_for_macs
     from ..sharing.pretrained import choose_config
 
     if fields and not methods:

@@ -1,6 +1,6 @@
-"""Multiply-adds (MACs) of a model, dense and pruned, from sizes alone; and the schedule that meets a budget of them.
+"""Multiply-adds (MACs) of a model, dense and pruned, from sizes alone.
 
-What is counted is said in ``vision_cost`` and ``generation_cost``.
+What is counted is said in ``cost.vision`` and ``cost.decoder``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from ..config import PruneConfig
 from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan
 from ..errors import ConfigError
-from .decoder import NEW_TOKENS, TEXT_TOKENS, GenerationCostReport, generation_cost
 from ..signals import DecoderShape, Shape, Stage
+from .decoder import NEW_TOKENS, TEXT_TOKENS, GenerationCostReport, generation_cost
 from .vision import CostReport, ModelCost, model_cost
 
 Count = Callable[..., Any]
@@ -55,84 +54,6 @@ def cost(
     if isinstance(shape, DecoderShape):
         return GenerationCostReport(dense, pruned, text_tokens or TEXT_TOKENS, new_tokens or NEW_TOKENS)
     return CostReport(dense, pruned)
-
-
-def config_for_macs(
-    model: nn.Module, config: ConfigLike, macs: float, *, text_tokens: int | None = None
-) -> PruneConfig:
-    """The config with its removals scaled (:meth:`PruneConfig.scaled`) so that one image costs at most ``macs``.
-
-    All are scaled alike; what whole tokens leave unused of the budget goes to ``keep_ratios``, where a config has them.
-
-    Args:
-        model: a model with an adapter.
-        config: gives method and shape of the schedule; a config, its dictionary, or where one is saved.
-        macs: budget for one image; of a vision-language model for the prefill.
-        text_tokens: as for :func:`cost`.
-
-    Returns:
-        The config nearest below the budget. Tokens are whole, so a little of it stays unused.
-
-    Raises:
-        ConfigError: the dense model is within the budget already, no strength of this schedule reaches it, or it has
-            none.
-    """
-    config = as_config(config)
-    shape, count = counter(model, None, text_tokens, None)
-    if shape.kind not in config.prunes:
-        plan(config, shape)  # raises, and says what the method works on
-    dense = count(()).macs
-    if not 0 < macs < dense:
-        raise ConfigError(f"macs={macs:.4g}: expected more than 0 and less than the dense model's {dense:.4g}")
-
-    def macs_of(candidate: PruneConfig) -> float:
-        return float(count(candidate.stages_for(shape), **options(candidate)).macs)
-
-    return weakest(config, config.scaled, macs_of, macs, "macs")
-
-
-def weakest(
-    config: PruneConfig,
-    at_strength: Callable[[float], PruneConfig],
-    measure: Callable[[PruneConfig], float],
-    limit: float,
-    name: str,
-) -> PruneConfig:
-    """The config of least strength whose ``measure`` is at most ``limit``; ``name`` is what an error calls it.
-
-    Raises:
-        ConfigError: no strength reaches it, or the method has no schedule to scale.
-    """
-    try:
-        at_strength(1.0)
-    except NotImplementedError as error:
-        raise ConfigError(f"{name}={limit:.4g}: {error}; set the fields of this config instead of a budget") from error
-
-    def least(candidate: Callable[[float], PruneConfig], high: float) -> float:
-        """The least strength up to ``high``, which is within the limit, that is within it too."""
-        low = 0.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (low, middle) if measure(candidate(middle)) <= limit else (middle, high)
-        return high
-
-    high = 1.0
-    while measure(at_strength(high)) > limit:
-        if high > 100:
-            raise ConfigError(
-                f"{name}={limit:.4g} is out of reach of this {config.method} schedule, which ends at "
-                f"{measure(at_strength(high)):.4g}; prune in more or earlier layers"
-            )
-        high *= 2
-    best = at_strength(least(at_strength, high))
-    if not hasattr(best, "keep_ratios"):
-        return best
-
-    def with_ratios_of(strength: float) -> PruneConfig:
-        return replace(best, keep_ratios=at_strength(strength).keep_ratios)  # type: ignore[attr-defined, call-arg]
-
-    # Counts that are the same in every layer (num_similar) come in large steps; the ratios fill what is left.
-    return with_ratios_of(least(with_ratios_of, high))
 
 
 def counter(

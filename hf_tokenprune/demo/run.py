@@ -11,10 +11,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..config import PruneConfig
-from ..cost.model import config_for_macs, cost
+from ..cost import config_for_macs, cost
 from ..engine import prune, pruned, unprune
 from ..errors import TokenPruneError
-from ..evaluation.run import arms, macs_of
 from ..evaluation import (
     AnswersReport,
     PairedReport,
@@ -28,11 +27,12 @@ from ..evaluation import (
     mean_text_tokens,
 )
 from ..evaluation.questions import AskedSample
+from ..evaluation.run import arms, macs_of
 from ..methods.decoderwise import Positions
-from ..sharing.pretrained import from_pretrained, save_pretrained
+from ..pictures import kept_sheet, visualize
 from ..recording import record
 from ..registry import get_method, list_methods
-from ..pictures.kept import kept_sheet, visualize
+from ..sharing import from_pretrained, save_pretrained
 from .digits import MODEL_DIR, load_digits_split
 from .mosaics import CLIP_DIR, LLAVA_DIR, PATCH, SIDE, Mosaics, digit_pictures
 from .questions import KINDS, MosaicQuestions

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..benchmark.vision import BenchmarkReport
+from ..benchmark import BenchmarkReport
 from ..config import PruneConfig
-from ..cost.model import config_for_macs
+from ..cost import config_for_macs
 from ..engine import find_adapter, options, plan
 from ..errors import ConfigError, TokenPruneError
+from ..registry import get_method, list_methods
 from . import PairedReport
 from .tables import filled, markdown, number, with_interval
-from ..registry import get_method, list_methods
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PruneConfig
-from ..cost.model import cost
+from ..cost import cost
 from ..engine import pruned
 from ..errors import ConfigError
 from . import (

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..benchmark.decoder import random_inputs
+from ..benchmark.timing import seconds, settings
 from ..config import PruneConfig
+from ..cost.decoder import TEXT_TOKENS
 from ..engine import find_adapter, pruned
 from ..errors import ConfigError
-from ..benchmark.decoder import random_inputs
-from ..cost.decoder import TEXT_TOKENS
 from ..registry import get_method
 from ..signals import ENTRANCE
-from ..benchmark.timing import seconds, settings
 from .journal import Journal
 from .objective import skipped
 from .problem import Problem, Trial

@@ -12,12 +12,13 @@ from functools import cached_property
 from typing import Any
 
 from ..config import PruneConfig
-from ..cost.model import counter, weakest
+from ..cost.budget import weakest
+from ..cost.decoder import TEXT_TOKENS, layer_macs
+from ..cost.model import counter
+from ..cost.vision import block_macs, model_cost
 from ..engine import counts
 from ..errors import ConfigError
-from ..cost.decoder import TEXT_TOKENS, layer_macs
 from ..signals import VISION_TOWER, DecoderShape, ModelShape, Shape
-from ..cost.vision import block_macs, model_cost
 
 Schedule = tuple[int, ...]
 

@@ -19,9 +19,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from ...errors import UnsupportedModelError
 from ...signals import DecoderShape, Stage
+from .._swap import check_swappable, swap_class
 from ._entrance import EnterDecoder, FindImages, LeaveDecoder
 from ._forward import Forward
-from .._swap import check_swappable, swap_class
 from ._tower import attach_tower, detach_tower, scoring_attention
 
 

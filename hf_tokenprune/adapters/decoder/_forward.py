@@ -134,10 +134,38 @@ class Forward:
         if len(self.views) == index + 1:  # else: recomputed for a backward, and decided already
             with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
                 text = None
-                if stage.text_rows is not None and "text_attention" in stage.needs:
-                    text = text_attention(self, stage, block, inputs, outputs)
+                if "text_attention" in stage.needs:
+                    text = self.text_attention(stage, block, inputs, outputs)
                 self.views.append(self.select(stage, outputs.detach(), text))
         return gather_tokens(outputs, self.views[index + 1].take)
+
+    def text_attention(self, stage: Stage, block: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention (B, H, R, L) float32 of the rows that ``stage.text_rows`` names, and which are text, (B, R) bool.
+
+        Args:
+            block: the decoder layer that the stage comes after.
+            inputs, outputs: (B, L, D) states that entered and left it.
+        """
+        assert stage.text_rows is not None and self.layout is not None
+        view = self.views[-1]
+        own = stage.text_rows.layer == "own"
+        layer: Any = block if own else self.decoder.layers[stage.layer + 1]  # type: ignore[index]
+        normed = layer.input_layernorm(inputs if own else outputs)
+        tails = torch.tensor([max(tail, 1) for tail in self.layout.tail], device=normed.device)
+        num_rows = 1 if stage.text_rows.rows == "last" else max(max(self.layout.tail), 1)
+        is_text = torch.arange(num_rows, 0, -1, device=normed.device) <= tails[:, None]
+
+        index: int = layer.self_attn.layer_idx
+        segment = self.segment(index)
+        held, cached = self.held[segment], None
+        if self.cache is not None and held:
+            keys: Any = self.cache.layers[index].keys
+            cached = keys[:, :, :held]
+        key_valid = view.key_valid
+        if not own:
+            key_valid = extended(self.past[segment].valid, held, view.valid, normed.shape[1], normed)
+        assert view.rotary is not None
+        return text_attention(layer.self_attn, normed, num_rows, view.rotary, cached, key_valid), is_text
 
     def select(self, stage: Stage, states: Tensor, text: tuple[Tensor, Tensor] | None = None) -> View:
         """Decide who stays of the tokens of the newest view, whose ``states`` are (B, L, D)."""

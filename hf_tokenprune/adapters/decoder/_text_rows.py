@@ -5,60 +5,46 @@ Recomputed from queries and keys of those rows (R × L instead of L × L), besid
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
-from ._cache import extended
-
-if TYPE_CHECKING:
-    from ...signals import Stage
-    from ._forward import Forward
-
 
 def text_attention(
-    forward: Forward, stage: Stage, block: Any, inputs: Tensor, outputs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Attention (B, H, R, L) float32 of the rows that ``stage.text_rows`` names, and which rows are text, (B, R) bool.
+    attention: Any,
+    normed: Tensor,
+    num_rows: int,
+    rotary: tuple[Tensor, Tensor],
+    cached: Tensor | None,
+    key_valid: Tensor | None,
+) -> Tensor:
+    """Attention (B, H, R, L) float32 of the last ``num_rows`` tokens, the share of each of the L tokens in it.
 
     Softmax over all keys a row may see: cached ones, and tokens of this forward that are not padding and not behind it.
 
     Args:
-        block: the decoder layer that the stage comes after.
-        inputs, outputs: (B, L, D) states that entered and left it.
+        attention: the attention module whose projections are used.
+        normed: (B, L, D) its input.
+        rotary: cos and sin, (B or 1, L, d), of these tokens.
+        cached: (B, key heads, K, d) keys before these tokens; None: there are none.
+        key_valid: (B, K + L) bool, False for padding; None: no padding.
     """
-    assert stage.text_rows is not None and forward.layout is not None
-    view = forward.views[-1]
-    own = stage.text_rows.layer == "own"
-    layer: Any = block if own else forward.decoder.layers[stage.layer + 1]  # type: ignore[index]
-    tails = [max(tail, 1) for tail in forward.layout.tail]
-    num_rows = 1 if stage.text_rows.rows == "last" else max(tails)
-    is_text = torch.arange(num_rows, 0, -1, device=inputs.device) <= torch.tensor(tails, device=inputs.device)[:, None]
-
-    attention: Any = layer.self_attn
-    normed = layer.input_layernorm(inputs if own else outputs)
-    assert view.rotary is not None
-    cos, sin = (part.expand(normed.shape[0], -1, -1) for part in view.rotary)
+    cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rotary)
     queries = _heads(attention.q_proj(normed[:, -num_rows:]), attention, cos[:, -num_rows:], sin[:, -num_rows:])
     keys = _heads(attention.k_proj(normed), attention, cos, sin)
-    held = forward.held[forward.segment(attention.layer_idx)]
-    if forward.cache is not None and held:
-        cached: Any = forward.cache.layers[attention.layer_idx].keys
-        keys = torch.cat([cached[:, :, :held].to(keys), keys], dim=2)
-
+    if cached is not None:
+        keys = torch.cat([cached.to(keys), keys], dim=2)
     grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (B, key heads, queries a key head, R, d)
     logits = grouped @ keys.float().unsqueeze(2).mT * attention.scaling
     num_keys = keys.shape[2]
     columns = torch.arange(num_keys, device=logits.device)
     visible = columns <= torch.arange(num_keys - num_rows, num_keys, device=logits.device)[:, None]  # (R, keys)
-    past = forward.past[forward.segment(attention.layer_idx)].valid
-    padding = view.key_valid if own else extended(past, held, view.valid, normed.shape[1], normed)
-    if padding is not None:
-        visible = visible & padding[:, None, None, None]
+    if key_valid is not None:
+        visible = visible & key_valid[:, None, None, None]
     probabilities = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()  # rows of filling see nothing
-    return probabilities.flatten(1, 2)[..., held:], is_text
+    return probabilities.flatten(1, 2)[..., num_keys - normed.shape[1] :]
 
 
 def _heads(projected: Tensor, attention: Any, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from ...registry import register_adapter
 from ...signals import DecoderShape, ModelShape
-from ._tower import HAS_CLS
+from .._sizes import as_pair, linear_macs
 from ._adapter import DecoderAdapter
-from ..vision._adapter import as_pair, linear_macs
+from ._tower import HAS_CLS
 
 
 class LlavaFamilyAdapter(DecoderAdapter):

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...signals import ModelShape, Stage
-from ._block import BlockState, PrunedVisionBlock, Recorder
 from .._capture import disable_capture, enable_capture
-from ._carry import StartCarry
 from .._swap import check_swappable, swap_class
+from ._block import BlockState, PrunedVisionBlock, Recorder
+from ._carry import StartCarry
 
 
 class VisionAdapter:
@@ -190,14 +190,3 @@ class VisionAdapter:
 def needs_carry(stages: tuple[Stage, ...], exact_last_block: bool, restore: bool) -> bool:
     """Whether blocks of one forward have something to tell each other."""
     return exact_last_block or restore or any(stage.merges or stage.where == "queries" for stage in stages)
-
-
-def linear_macs(*modules: nn.Module | None) -> int:
-    """Multiply-adds of applying the linear layers in ``modules`` to one token."""
-    layers = [m for module in modules if module is not None for m in module.modules() if isinstance(m, nn.Linear)]
-    return sum(layer.in_features * layer.out_features for layer in layers)
-
-
-def as_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    """A size in a config: one number stands for a square."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

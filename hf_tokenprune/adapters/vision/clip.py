@@ -8,9 +8,10 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPModel, 
 
 from ...registry import register_adapter
 from ...signals import ModelShape
-from ._block import Projections, PrunedVisionBlock
 from .._capture import CAPTURE_ARGUMENT
-from ._adapter import VisionAdapter, as_pair, linear_macs
+from .._sizes import as_pair, linear_macs
+from ._adapter import VisionAdapter
+from ._block import Projections, PrunedVisionBlock
 
 
 class CLIPHalves(PrunedVisionBlock):

@@ -13,8 +13,9 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 
 from ...registry import register_adapter
 from ...signals import ModelShape
+from .._sizes import as_pair, linear_macs
+from ._adapter import VisionAdapter
 from ._block import Projections, PrunedVisionBlock
-from ._adapter import VisionAdapter, as_pair, linear_macs
 
 FEATURE_MAPS = "it makes feature maps of several blocks, which need every patch"
 

@@ -8,8 +8,8 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from ...registry import register_adapter
 from ...signals import ModelShape
+from .._sizes import linear_macs
 from .clip import CLIPAdapter, CLIPHalves
-from ._adapter import linear_macs
 
 
 class PrunedSiglipEncoderLayer(CLIPHalves, SiglipEncoderLayer):

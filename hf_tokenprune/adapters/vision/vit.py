@@ -8,8 +8,9 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTF
 
 from ...registry import register_adapter
 from ...signals import ModelShape
+from .._sizes import as_pair, linear_macs
+from ._adapter import VisionAdapter
 from ._block import Projections, PrunedVisionBlock
-from ._adapter import VisionAdapter, as_pair, linear_macs
 
 
 class ViTHalves(PrunedVisionBlock):

@@ -10,8 +10,8 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining, V
 from ...errors import UnsupportedModelError
 from ...registry import register_adapter
 from ...signals import Stage
+from .._sizes import as_pair
 from ._block import require
-from ._adapter import as_pair
 from .vit import ViTAdapter, ViTHalves
 
 

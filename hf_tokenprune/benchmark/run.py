@@ -1,0 +1,75 @@
+"""The benchmark of any model: which arms are timed, at which batch sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..cost import GenerationCostReport, cost
+from ..engine import ConfigLike, as_config, current_config
+from ..errors import ConfigError
+from .decoder import GenerationBenchmarkReport, measure_generation
+from .timing import Arms, Repeats, dense, environment, settings
+from .vision import BenchmarkReport, measure_images
+
+
+def benchmark(
+    model: nn.Module,
+    config: ConfigLike | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    rounds: int = 15,
+    warmup: int = 2,
+    threads: int | None = None,
+    dtype: torch.dtype | None = None,
+    image_size: tuple[int, int] | None = None,
+    progress: bool = False,
+    *,
+    text_tokens: int | None = None,
+    new_tokens: int | None = None,
+) -> BenchmarkReport | GenerationBenchmarkReport:
+    """Time ``model`` dense and pruned on random images, on the device it is on.
+
+    Args:
+        model: a model with an adapter; left as it was.
+        config: None: the config the model is pruned with.
+        batch_sizes: images a forward; None: 1, 8 and 32, of a vision-language model 1 and 4.
+        rounds: measured rounds a batch size, each one run of every arm, after ``warmup`` unmeasured ones.
+        threads: CPU threads, for the measurement only; None: as they are.
+        dtype: None: the model's own; another one is measured on a copy.
+        image_size: (height, width) in pixels; other than the checkpoint's own it needs ``interpolate_pos_encoding``,
+            or a family that cuts images into crops.
+        progress: show a progress bar.
+        text_tokens: vision-language models: tokens of each prompt besides those of its one image; None: 64.
+        new_tokens: vision-language models: tokens to generate; None: 32.
+
+    Returns:
+        Of a vision encoder a ``BenchmarkReport``; of a vision-language model a ``GenerationBenchmarkReport``, which
+        splits prefill, decode and end to end.
+
+    Raises:
+        ConfigError: no config, or one that does not fit; counts that are too small, or have no effect on this model.
+        UnsupportedModelError: the model cannot be pruned, or is a vision-language model without a head.
+    """
+    config = current_config(model) if config is None else as_config(config)
+    if config is None:
+        raise ConfigError("this model is not pruned: give benchmark a config")
+    macs = cost(model, config, image_size, text_tokens=text_tokens, new_tokens=new_tokens)
+    if batch_sizes is None:
+        batch_sizes = (1, 4) if isinstance(macs, GenerationCostReport) else (1, 8, 32)
+    for name, counts in (("batch_sizes", batch_sizes), ("rounds", [rounds]), ("threads", [threads or 1])):
+        if not counts or min(counts) < 1:
+            raise ConfigError(f"{name}={counts}: expected numbers >= 1")
+    if dtype is not None and dtype != next(model.parameters()).dtype:
+        model = copy.deepcopy(model).to(dtype)
+    repeats = Repeats(rounds, warmup, progress)
+    with settings(model, threads), dense(model):
+        arms, where = Arms(model, config), environment(model)
+        if isinstance(macs, GenerationCostReport):
+            sizes = (macs.text_tokens, macs.new_tokens, image_size)
+            generated = (measure_generation(arms, batch_size, *sizes, repeats) for batch_size in batch_sizes)
+            return GenerationBenchmarkReport(tuple(generated), macs, rounds, where)
+        rows = (measure_images(arms, batch_size, image_size, repeats) for batch_size in batch_sizes)
+        return BenchmarkReport(tuple(rows), macs, rounds, where)

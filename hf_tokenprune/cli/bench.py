@@ -1,0 +1,68 @@
+"""``hf-tokenprune bench``: wall-clock time."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .options import (
+    BatchSizesOpt,
+    ConfigOpt,
+    DeviceOpt,
+    JsonOpt,
+    MacsOpt,
+    MethodOpt,
+    ModelArg,
+    NewTokensOpt,
+    SetOpt,
+    TextTokensOpt,
+    ThreadsOpt,
+    configs_for,
+    load_dense,
+    random_model,
+    readable_errors,
+    show,
+)
+
+
+@readable_errors
+def bench(
+    model: ModelArg,
+    method: MethodOpt = None,
+    set_: SetOpt = None,
+    gmacs: MacsOpt = None,
+    prune_config: ConfigOpt = None,
+    text_tokens: TextTokensOpt = None,
+    new_tokens: NewTokensOpt = None,
+    batch_size: BatchSizesOpt = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds for each batch size.")] = 15,
+    threads: ThreadsOpt = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: DeviceOpt = "cpu",
+    random_weights: Annotated[bool, typer.Option(help="Only the config is read; speed needs no weights.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Wall-clock time, dense (SDPA) against pruned, interleaved, beside the ideal and the cost of the decision.
+
+    Of a vision-language model prefill, decode and end to end, with one image a prompt.
+    """
+    import torch
+
+    from ..benchmark import benchmark
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
+    loaded = random_model(model) if random_weights else load_dense(model, "cpu")
+    loaded.to(device, getattr(torch, dtype)).eval()
+    variants = configs_for(loaded, model, method, set_, gmacs, prune_config, text_tokens)
+    measure = partial(
+        benchmark, batch_sizes=batch_size, rounds=rounds, threads=threads, progress=sys.stderr.isatty(),
+        text_tokens=text_tokens, new_tokens=new_tokens,
+    )  # fmt: skip
+    reports = {name: measure(loaded, config) for name, config in variants.items()}
+    data = {name: {"config": variants[name].to_dict(), **report.to_dict()} for name, report in reports.items()}
+    show(as_json, data, "\n\n".join(f"{name}\n{report.summary()}" for name, report in reports.items()))

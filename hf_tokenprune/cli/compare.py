@@ -1,0 +1,87 @@
+"""``hf-tokenprune compare``: methods side by side."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .options import (
+    ClassNamesOpt,
+    ConfigOpt,
+    ImagesArg,
+    JsonOpt,
+    LimitOpt,
+    MacsOpt,
+    MethodOpt,
+    ModelArg,
+    SetOpt,
+    SplitOpt,
+    ThreadsOpt,
+    check_vision,
+    configs_for,
+    load_dense,
+    new_folder,
+    readable_errors,
+    show,
+)
+
+
+@readable_errors
+def compare(
+    model: ModelArg,
+    images: ImagesArg,
+    out: Annotated[Path, typer.Option(help="Folder for table, picture and configs; must be new or empty.")],
+    gmacs: MacsOpt = None,
+    method: MethodOpt = None,
+    set_: SetOpt = None,
+    prune_config: ConfigOpt = None,
+    split: SplitOpt = None,
+    limit: LimitOpt = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of both, accuracy and timing.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of the timing.")] = 5,
+    threads: ThreadsOpt = None,
+    class_names: ClassNamesOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Methods side by side at equal work (-g): accuracy, KL and measured speed, as table (CSV, Markdown) and picture.
+
+    Without --method and --prune-config: every method that fits the model. Configs that are given without budgets
+    compare as they are: `search` writes such.
+    """
+    from ..benchmark import benchmark
+    from ..evaluation import load_images
+    from ..evaluation.compare import Comparison, every_method
+    from ..evaluation.optional import require
+    from ..evaluation.run import paired_report
+
+    check_vision(model, "compare")
+    new_folder(out)
+    require("matplotlib", "plot")
+    if not gmacs and (method or not prune_config):
+        raise ConfigError("methods compare at equal work: give budgets with --gmacs, such as -g 1.0 -g 0.85")
+    accelerator = require("accelerate").Accelerator()
+    dataset = load_images(images, limit=limit, split=split)
+    loaded = load_dense(model, "cpu")
+    if method or prune_config:
+        variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
+    else:
+        variants = every_method(loaded, gmacs or [])
+    accuracy = paired_report(
+        model, loaded, dataset, variants, class_names=class_names, batch_size=batch_size, accelerator=accelerator,
+        progress=not as_json,
+    )  # fmt: skip
+    loaded.to(accelerator.device).eval()
+    timing: dict[str, Any] = {}
+    for number, (name, config) in enumerate(variants.items(), 1):
+        if not as_json:
+            typer.echo(f"timing {number} of {len(variants)}: {name}", err=True)
+        timing[name] = benchmark(loaded, config, (batch_size,), rounds, threads=threads)
+    comparison = Comparison(accuracy, timing, variants)
+    if accelerator.is_main_process:
+        files = comparison.save(out, shlex.join(["hf-tokenprune", *sys.argv[1:]]))
+        show(as_json, comparison.to_dict(), "\n".join([f"{comparison.to_markdown()}\n", *map(str, files)]))

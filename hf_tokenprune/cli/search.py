@@ -1,0 +1,86 @@
+"""``hf-tokenprune search``: the schedule that changes least."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import PruneConfig
+from ..errors import ConfigError
+from .options import (
+    ClassNamesOpt,
+    DeviceOpt,
+    FreeOpt,
+    GMacsOpt,
+    GoalOpt,
+    JsonOpt,
+    LatencyBatchOpt,
+    MillisecondsOpt,
+    ModelArg,
+    PromptOpt,
+    QuestionOpt,
+    SetOpt,
+    SplitOpt,
+    StrategyOpt,
+    TrialsOpt,
+    check_effect,
+    empty_model,
+    kind_of,
+    load_dense,
+    parse_fields,
+    readable_errors,
+    show,
+)
+
+
+@readable_errors
+def search(
+    model: ModelArg,
+    out: Annotated[Path, typer.Option(help="Folder for prune_config.json, search.json and the journal.")],
+    method: Annotated[str, typer.Option("--method", "-m", help="Whose schedule to search; see `list`.")],
+    images: Annotated[str | None, typer.Argument(help="Data as for `eval`; labels are not needed.")] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="No images: make them from the classifier.")] = False,
+    set_: SetOpt = None,
+    gmacs: GMacsOpt = None,
+    speedup: Annotated[float | None, typer.Option(help="Budget: so many times faster, measured here.")] = None,
+    milliseconds: MillisecondsOpt = None,
+    latency_batch: LatencyBatchOpt = None,
+    strategy: StrategyOpt = None,
+    goal: GoalOpt = None,
+    free: FreeOpt = None,
+    trials: TrialsOpt = None,
+    seed: int = 0,
+    split: SplitOpt = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Images, evenly spread: 300; or made: 64.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 50; with a decoder 4.")] = None,
+    class_names: ClassNamesOpt = None,
+    question: QuestionOpt = None,
+    prompt: PromptOpt = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer, at most. Default: 16.")] = None,
+    device: DeviceOpt = "cpu",
+    as_json: JsonOpt = False,
+) -> None:
+    """The schedule that changes a model's answers least within a budget, found on images without labels.
+
+    Started again with the same arguments after an interruption, it goes on where it was.
+    """
+    from ..search.run import search_images
+
+    decoder = kind_of(empty_model(model)) != "vision"
+    no_effect = {"--question": question, "--prompt": prompt, "--new-tokens": new_tokens}
+    check_effect(decoder, {"--class-names": class_names, "--synthetic": synthetic or None} if decoder else no_effect)
+    if (images is None) != synthetic:
+        raise ConfigError("give IMAGES to search on, or --synthetic for images made from the model, one of the two")
+    given = parse_fields(set_ or [])
+    config = PruneConfig.for_method(method, **given)
+    budget = {"macs": gmacs and gmacs * 1e9, "seconds": milliseconds and milliseconds / 1000, "speedup": speedup}
+    loaded = load_dense(model, device).eval()
+    result, text = search_images(
+        model, loaded, images, config, out, budget, free=free, fixed=given,
+        split=split, limit=limit or (64 if synthetic else 300), batch_size=batch_size or (4 if decoder else 50),
+        class_names=class_names, questions=question, prompt=prompt, new_tokens=new_tokens, progress=not as_json,
+        strategy=strategy, goal=goal, trials=trials, seed=seed, latency_batch_size=latency_batch,
+    )  # fmt: skip
+    show(as_json, result.to_dict(), text)

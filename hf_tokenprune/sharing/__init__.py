@@ -1,0 +1,5 @@
+"""How a prune config travels with its checkpoint: loading, saving, and stock loading that knows of it."""
+
+from .pretrained import disable_auto, enable_auto, from_pretrained, save_pretrained
+
+__all__ = ["disable_auto", "enable_auto", "from_pretrained", "save_pretrained"]
