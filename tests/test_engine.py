@@ -41,7 +41,7 @@ from hf_tokenprune import (
     record,
     unprune,
 )
-from hf_tokenprune.adapters import vision
+from hf_tokenprune.adapters.vision import _adapter as vision
 from hf_tokenprune.adapters.vision.vit import ViTAdapter
 from hf_tokenprune.engine import current_config, find_adapter, plan
 from hf_tokenprune.errors import ConfigError, PruneStateError, UnsupportedModelError

@@ -551,6 +551,6 @@ def test_a_hub_repository(auto: None, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     hub_kwargs = {"revision": "v1", "token": "t", "cache_dir": "/c", "local_files_only": True, "subfolder": "s"}
-    chosen = hf_tokenprune.pretrained.choose_config("owner/name", None, None, hub_kwargs)
+    chosen = hf_tokenprune.sharing.pretrained.choose_config("owner/name", None, None, hub_kwargs)
     assert chosen == IN_FILE
     assert calls == [("owner/name", CONFIG_NAME, hub_kwargs)]
