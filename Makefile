@@ -1,4 +1,5 @@
 # `make demo` and `make test` do all set-up in an environment of their own; nothing is needed but Python >= 3.10.
+# `make test` runs a covering design of the tests (tests/covering.py), `make test-all` the whole product and slow tests.
 # TRANSFORMERS=5.17.0 tests another version, in an environment beside the first; TESTS="tests/test_engine.py ..." a part.
 PYTHON ?= python3
 TRANSFORMERS ?=
@@ -6,13 +7,16 @@ VENV ?= .venv$(if $(TRANSFORMERS),-$(TRANSFORMERS))
 PIP = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 VERSION = $(if $(TRANSFORMERS),"transformers==$(TRANSFORMERS)")
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/hf-tokenprune demo
 
 test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(TESTS)
+
+test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --all $(TESTS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

@@ -2,13 +2,15 @@
 
 import os
 from pathlib import Path
-from zlib import crc32
+from typing import Any
 
 # Before anything imports transformers: no test needs a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+from .covering import covering, factors_of
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, ten times as long on a busy machine
 
@@ -29,14 +31,25 @@ def _seed() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of tests with parameters, one in N, by name")
+    parser.addoption("--all", action="store_true", help="the whole cross product, and slow tests (make test-all)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Which ones differs from test to test, so that every pair of a family and a method is in some of the contract.
-    one_in = config.getoption("--one-in")
-    items[:] = [item for item in items if not hasattr(item, "callspec") or crc32(item.nodeid.encode()) % one_in == 0]
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    skips = {} if torch.cuda.is_available() else {"gpu": "no CUDA device"}
+    if not config.getoption("--all"):
+        skips["slow"] = "slow: run with --all"
+    skipped = []
+    for item in items:
+        for mark in filter(item.get_closest_marker, skips):
+            item.add_marker(pytest.mark.skip(reason=skips[mark]))
+            skipped.append(item)
+    if not config.getoption("--all"):
+        run = [item for item in items if item not in set(skipped)]  # a test that is skipped covers nothing
+        chosen = {run[i] for i in covering([factors_of(*named(item)) for item in run])} | set(skipped)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
+
+def named(item: pytest.Item) -> tuple[str, dict[str, Any]]:
+    """The test's function, and its parameters."""
+    return item.nodeid.partition("[")[0], item.callspec.params if hasattr(item, "callspec") else {}

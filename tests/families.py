@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -94,6 +95,15 @@ def refused(model: PreTrainedModel, config: PruneConfig) -> bool:
     except UnsupportedModelError:
         return True
     return False
+
+
+def fitting(
+    families: Iterable[tuple[str, type[PreTrainedModel]]], configs: Iterable[PruneConfig]
+) -> list[tuple[tuple[str, type[PreTrainedModel]], PruneConfig]]:
+    """Pairs of a model class with a config that it does not refuse: what is refused has tests of its own."""
+    configs = list(configs)
+    models = [(family, tiny_model(*family)) for family in families]
+    return [(family, config) for family, model in models for config in configs if not refused(model, config)]
 
 
 def images(batch: int = 2, size: int = TINY["image_size"]) -> torch.Tensor:

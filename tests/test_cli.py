@@ -169,6 +169,7 @@ def test_config_file_by_path(tmp_path: Path) -> None:
         assert report["config"]["keep_ratios"] == 0.5
 
 
+@pytest.mark.slow
 def test_two_processes_of_accelerate_give_the_same_numbers(folder: Path) -> None:
     alone, together = alone_and_together("eval", DIGITS, folder, "-m", "zero_tprune", "--batch-size", 3)
     measured = ("name", "n", "accuracy", "accuracy_interval", "top5_accuracy", "agreement", "macs")

@@ -5,6 +5,7 @@ import copy
 import io
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -86,6 +87,11 @@ KINDS = list({str(kind_of(config)): config for config in CONFIGS}.values())
 MECHANICS = [(family, config) for family in LARGEST for config in KINDS if fits(family, config)]
 
 
+def drops(config: PruneConfig) -> bool:
+    """Whether tokens just leave; where they are merged, tests/test_merging_methods.py."""
+    return not kind_of(config)[2] and config.method != "evit"
+
+
 def name_of(pair: Any) -> str:
     family, config = pair
     parts = (config.method, getattr(config, "where", "own place"), getattr(config, "salience", ""))
@@ -163,12 +169,10 @@ def test_protected_tokens_are_the_first_ones_and_stay(family, config) -> None:
     assert lengths == [*rec.tokens.values(), rec.kept[list(rec.kept)[-1]].shape[1] + protected]
 
 
-@every_pair
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if drops(pair[1])], ids=name_of)
 def test_equals_the_dense_model_with_dropped_tokens_masked(family, config) -> None:
     """Removing a token is masking it, as a key, in every later block."""
     dense, model = tiny_model(*family, attention="masked_oracle"), tiny_model(*family)
-    if kind_of(config)[2] or config.method == "evit":
-        pytest.skip("merged tokens do not just leave: tests/test_merging_methods.py")
     prune(model, config)
     with record(model) as rec:
         result = states_of(model).last_hidden_state  # some heads average all patches that are left
@@ -514,30 +518,38 @@ def test_accelerate_hooks(family, config, order: str) -> None:
     assert torch.equal(run(prune(model, config)), expected), "and prunes again"
 
 
-@every_kind
+def offload(model: nn.Module, kind: str, folder: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    if kind == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+
+
+def offloads(family: tuple[str, type[PreTrainedModel]]) -> bool:
+    """Whether accelerate can offload the stock model: its hooks do not reach into nn.MultiheadAttention."""
+    return not any(isinstance(module, nn.MultiheadAttention) for module in tiny_model(*family).modules())
+
+
+@pytest.mark.parametrize("pair", [pair for pair in MECHANICS if offloads(pair[0])], ids=name_of)
 @pytest.mark.parametrize("order", ["offload, then prune", "prune, then offload"])
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 def test_offload(family, config, order: str, kind: str, tmp_path) -> None:
-    accelerate = pytest.importorskip("accelerate")
     model = tiny_model(*family)
     expected = run(prune(copy.deepcopy(model), config))
-
-    def offload(model: nn.Module) -> None:
-        if kind == "cpu":
-            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-        else:
-            accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
-
-    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
-        offload(dense := tiny_model(*family))
-        with pytest.raises(RuntimeError, match="meta"):
-            run(dense)
-        pytest.skip("accelerate cannot offload the stock model: its hooks do not reach into nn.MultiheadAttention")
-    steps = [lambda: offload(model), lambda: prune(model, config)]
+    steps = [lambda: offload(model, kind, tmp_path), lambda: prune(model, config)]
     for step in steps if order.startswith("offload") else reversed(steps):
         step()
     assert next(blocks_of(model)[-1].parameters()).device.type == "meta", "the weights are not there"
     assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("family", [family for family in LARGEST if not offloads(family)], ids=lambda pair: pair[0])
+def test_stock_models_that_accelerate_cannot_offload(family, tmp_path) -> None:
+    """If this fails, test_offload can have them too."""
+    offload(dense := tiny_model(*family), "cpu", tmp_path)
+    with pytest.raises(RuntimeError, match="meta"):
+        run(dense)
 
 
 # -- a real accelerator ----------------------------------------------------------------------------------------------

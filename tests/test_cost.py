@@ -25,7 +25,7 @@ from hf_tokenprune.engine import find_adapter, options, plan
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 from hf_tokenprune.registry import get_adapter, get_method
 
-from .families import TINY, images, supported_classes, tiny_model
+from .families import TINY, fitting, images, supported_classes, tiny_model
 
 DEFAULTS = [get_method(name)() for name in list_methods("vision")]
 DROP_WITHOUT_LOOKING = [
@@ -240,15 +240,13 @@ def test_an_exact_last_block_costs_what_pytorch_counts(config: PruneConfig, cls:
 # -- cost() ----------------------------------------------------------------------------------------------------------
 
 
-@EVERY_CLASS
-@EVERY_METHOD
-def test_a_pruned_model_costs_what_its_config_does(family: str, cls: type, config: PruneConfig, tmp_path) -> None:
-    model = tiny_model(family, cls)
-    adapter = get_adapter(family)
-    try:
-        adapter.check(model, plan(config, adapter.shape(model)), **options(config))
-    except UnsupportedModelError as error:
-        pytest.skip(str(error))
+@pytest.mark.parametrize(
+    ("pair", "config"),
+    fitting(supported_classes(), DEFAULTS),
+    ids=lambda value: value[1].__name__ if isinstance(value, tuple) else value.method,
+)
+def test_a_pruned_model_costs_what_its_config_does(pair: Any, config: PruneConfig, tmp_path) -> None:
+    model = tiny_model(*pair)
     expected = cost(model, config)
     assert expected.pruned.macs < expected.dense.macs
     assert cost(model, config.to_dict()) == cost(model, config.save_pretrained(tmp_path)) == expected

@@ -260,6 +260,7 @@ def test_eval_of_llava_is_exact_match(folder: Path) -> None:
         assert refused.exit_code == 1 and words in refused.output
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_answers(folder: Path) -> None:
     alone, together = alone_and_together(
         "eval", LLAVA_DIR, folder, "-m", "divprune", "--batch-size", 3, "--new-tokens", 8

@@ -1,0 +1,44 @@
+"""The design that thins the cross product of tests."""
+
+from itertools import combinations, product
+
+from .covering import covering, factors_of
+
+AXES = {"method": "abcdef", "family": "uvwxyz", "where": "12"}
+
+
+def pairs_of(tests: list) -> set:
+    return {pair for test in tests for pair in combinations(sorted(test), 2)}
+
+
+def test_every_pair_stays_and_most_triples_go() -> None:
+    tests = [
+        factors_of(f"test_{number}", dict(zip(AXES, values, strict=True)))
+        for number in range(9)
+        for values in product(*AXES.values())
+    ]
+    chosen = covering(tests)
+    assert pairs_of([tests[i] for i in chosen]) == pairs_of(tests)
+    assert len(chosen) <= 2 * 9 * 6 and len(tests) == 648, "54 pairs of the two largest axes are the least there can be"
+
+
+def test_pairs_are_spread_over_the_functions() -> None:
+    """Else the first function would run the whole product of methods and families, and the others nearly nothing."""
+    tests = [
+        factors_of(f"test_{number}", {"pair": (family, method)})
+        for number in range(6)
+        for family, method in product(AXES["family"], AXES["method"])
+    ]
+    chosen = covering(tests)
+    share = [sum(1 for i in chosen if tests[i][0][1] == f"test_{number}") for number in range(6)]
+    assert max(share) <= 2 * min(share) and sum(share) < len(tests) / 2
+
+
+def test_a_test_that_is_asked_for_alone_is_run() -> None:
+    assert covering([factors_of("test_it", {})]) == [0]
+    assert covering([factors_of("test_it", {"method": "a", "family": "u"})]) == [0]
+
+
+def test_values_are_told_apart_by_name_and_place() -> None:
+    first, second = factors_of("f", {"pair": (("vit", int), 1)}), factors_of("f", {"pair": (("vit", float), 1)})
+    assert first[:2] == second[:2] and first[2] == ("pair.0.1", "int") and second[2] == ("pair.0.1", "float")
