@@ -7,18 +7,18 @@ out of range is an error, never a default, because a dropped field changes accur
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 from .field_types import convert, describe, few_values, field_types
-from .registry import get_method
+from .registry import get_method, list_methods
 
 if TYPE_CHECKING:
     from .signals import Stage
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 CONFIG_NAME = "prune_config.json"
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 1 << 20  # a config is a few hundred bytes; a larger file is not one
+ALSO_IN, MODEL_CONFIG_NAME = "also_in", "config.json"
+"""``"also_in": "config.json"`` stands in a file that was saved with a pruned model, whose config.json says the same."""
 
 Where = Literal["after_block", "mid_block", "queries"]
 C = TypeVar("C", bound="PruneConfig")
@@ -178,6 +180,8 @@ class PruneConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"a prune config is an object with a 'method', got {type(data).__name__}: {data!r:.80}")
         fields = dict(data)
+        if (place := fields.pop(ALSO_IN, MODEL_CONFIG_NAME)) != MODEL_CONFIG_NAME:  # about the file, not the config
+            raise ConfigError(f"{ALSO_IN}={place!r}: expected {MODEL_CONFIG_NAME!r}, or leave it out")
         version = fields.pop("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise ConfigError(f"format_version={version!r}: expected the integer {FORMAT_VERSION}")
@@ -195,16 +199,20 @@ class PruneConfig:
         known = [f.name for f in dataclasses.fields(config_class)]
         for field in fields:
             if field not in known:
-                close = difflib.get_close_matches(str(field), known, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(field, known)
                 raise ConfigError(f"method {name!r} has no field {field!r} (has: {', '.join(known)}){hint}")
         return config_class(**fields)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
-        """Write ``prune_config.json`` (sorted, indented) into a folder, made if need be; returns its path."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, also_in_model: bool = False) -> Path:
+        """Write ``prune_config.json`` (sorted, indented) into a folder, made if need be; returns its path.
+
+        Args:
+            also_in_model: say in the file that the ``config.json`` there, of a pruned model, has the same config. Where
+                it no longer has, another model was saved over this one, and loading says so.
+        """
         path = Path(save_directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._to_json_text(), encoding="utf-8")
+        path.write_text(self._to_json_text(**({ALSO_IN: MODEL_CONFIG_NAME} if also_in_model else {})), encoding="utf-8")
         return path
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None, **kwargs: Any) -> str:
@@ -228,24 +236,48 @@ class PruneConfig:
         Raises:
             ConfigError: there is no such file, or it is not a valid config.
         """
+        name = os.fspath(path_or_repo)
+        if re.fullmatch(r"[\w.-]{1,96}", name) and not os.path.exists(name):  # not on the Hub, which has owner/name
+            hint = did_you_mean(name, list_methods())
+            if name in list_methods():
+                hint = f"; {name!r} is a method: PruneConfig.for_method({name!r})"
+            raise ConfigError(f"no {CONFIG_NAME} in {name!r}: not here, and a Hub repository is owner/name{hint}")
         path = find_config_file(path_or_repo, **hub_kwargs)
         if path is None:
             unknown = "; no such folder is here, and the Hub or (offline) its cache has no such file"
             hint = "" if os.path.isdir(path_or_repo) else unknown
-            raise ConfigError(f"no {CONFIG_NAME} in {str(path_or_repo)!r}{hint}")
+            raise ConfigError(f"no {CONFIG_NAME} in {name!r}{hint}")
         try:
-            return cls.from_dict(_read_json(path))
+            return cls.from_dict(read_json(path))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    def _to_json_text(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+    def _to_json_text(self, **about: str) -> str:
+        return json.dumps({**self.to_dict(), **about}, indent=2, sort_keys=True) + "\n"
 
 
 def as_config(value: PruneConfig | dict[str, Any] | str | os.PathLike[str], **hub_kwargs: Any) -> PruneConfig:
-    """A config, a dictionary, or a path or Hub repository that holds one, as a :class:`PruneConfig`."""
+    """A config, a dictionary, or what a string stands for, as a :class:`PruneConfig`.
+
+    A string is the name of a method (with its defaults), else that of a preset, else a path or ``owner/name`` on the
+    Hub that holds a ``prune_config.json``. So a name wins over a folder called like it; ``./tome`` is the folder.
+
+    Args:
+        hub_kwargs: for the Hub, see :meth:`PruneConfig.from_pretrained`.
+    """
     if isinstance(value, PruneConfig):
         return value
+    if isinstance(value, type) and issubclass(value, PruneConfig):
+        raise ConfigError(f"{value.__name__} is a class of configs; give one of it: {value.__name__}()")
+    if isinstance(value, str):
+        if value in list_methods():
+            return PruneConfig.for_method(value)
+        if "@" in value:  # in every preset's name, in no repository's
+            try:
+                return PruneConfig.preset(value)
+            except ConfigError:
+                if not os.path.exists(value):
+                    raise
     if isinstance(value, (str, os.PathLike)):
         return PruneConfig.from_pretrained(value, **hub_kwargs)
     return PruneConfig.from_dict(value)
@@ -261,18 +293,28 @@ def find_config_file(
     if os.path.isdir(path):
         path = path / (subfolder or "") / CONFIG_NAME
         return path if path.is_file() else None
+    name = str(path_or_repo)
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith(("/", ".json")):
+        raise ConfigError(f"{name!r} is neither a local path nor a Hub repository: no such file or folder is here")
+    from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(path_or_repo), CONFIG_NAME, subfolder=subfolder or None, **hub_kwargs))
-    except EntryNotFoundError:  # also what an offline machine gets for a file that is not in its cache
+        return Path(hf_hub_download(name, CONFIG_NAME, subfolder=subfolder or None, **hub_kwargs))
+    except hub.EntryNotFoundError:  # also what an offline machine gets for a file that is not in its cache
         return None
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise ConfigError(f"{str(path_or_repo)!r} is neither a local path nor a Hub repository: {error}") from error
+    except (hub.HFValidationError, hub.RepositoryNotFoundError) as error:
+        raise ConfigError(f"{name!r} is neither a local path nor a Hub repository: {error}") from error
+    except hub.RevisionNotFoundError as error:
+        raise ConfigError(f"the repository {name!r} has no revision={hub_kwargs.get('revision')!r}: {error}") from error
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What is in a small JSON file.
+
+    Raises:
+        ConfigError: it is too large, not JSON, has a key twice, or a number that is none.
+    """
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ConfigError(f"{path.stat().st_size} bytes; a prune config has at most {MAX_FILE_BYTES}")
     try:

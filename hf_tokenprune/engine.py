@@ -18,9 +18,20 @@ from .signals import DecoderShape, Shape, Stage
 Model = TypeVar("Model", bound=nn.Module)
 KINDS = {"vision": "vision encoders", "decoder": "vision-language models with a decoder"}
 ConfigLike = PruneConfig | dict[str, Any] | str | os.PathLike[str]
+WRAPPERS = ("module", "_orig_mod", "base_model", "model")
+"""Where DataParallel, ``torch.compile``, PEFT and others keep the model that they wrap."""
+WHAT_TO_TAKE: dict[str, tuple[dict[str, Any], ...]] = {
+    "vision": (
+        {"method": "salience_merge"},
+        {"method": "salience_merge", "exact_last_block": False},  # the head reads patches
+        {"method": "salience_merge", "exact_last_block": False, "salience": "contrast"},  # there is no CLS token
+    ),
+    "decoder": ({"method": "divprune", "keep_ratio": 1 / 3},),
+}
+"""What a model without a config of its own is pruned with: the first that it can take. docs/methods.md says why."""
 
 
-def prune(model: Model, config: ConfigLike) -> Model:
+def prune(model: Model, config: ConfigLike | None = None) -> Model:
     """Prune a stock Transformers model in place and return it.
 
     Object, class and ``state_dict`` stay; ``model.config.prune_config`` is set so that stock saving carries it. If this
@@ -28,17 +39,18 @@ def prune(model: Model, config: ConfigLike) -> Model:
 
     Args:
         model: a ``PreTrainedModel`` of a family with an adapter (:func:`list_adapters`), not pruned.
-        config: a :class:`PruneConfig`, its dictionary, or a path or Hub repository that holds a ``prune_config.json``.
+        config: a :class:`PruneConfig`, its dictionary, the name of a method or preset, or a path or Hub repository that
+            holds a ``prune_config.json``. None: what the checkpoint carries, else what to take, :func:`default_config`.
 
     Raises:
         ConfigError: the config is invalid, does not fit this model, or would prune nothing.
         UnsupportedModelError: there is no adapter, or the model's head needs every token.
         PruneStateError: the model is already pruned.
     """
-    config = as_config(config)
     adapter = find_adapter(model)
     if adapter.states(model):
         raise PruneStateError(f"this model is already pruned by {current_config(model)}; call unprune(model) first")
+    config = default_config(model) if config is None else as_config(config)
     stages = plan(config, adapter.shape(model))
     adapter.check(model, stages, **options(config))
     try:
@@ -68,9 +80,9 @@ def unprune(model: Model) -> Model:
 
 
 @contextmanager
-def pruned(model: Model, config: ConfigLike) -> Iterator[Model]:
+def pruned(model: Model, config: ConfigLike | None = None) -> Iterator[Model]:
     """Prune for the length of a ``with`` block. A model that was pruned before gets its former config back."""
-    config = as_config(config)
+    config = default_config(model) if config is None else as_config(config)
     former, carried = current_config(model), getattr(model.config, "prune_config", None)
     if former is not None:
         unprune(model)
@@ -85,6 +97,31 @@ def pruned(model: Model, config: ConfigLike) -> Iterator[Model]:
             prune(model, former)
         elif carried is not None:  # by a dense model that stock from_pretrained loaded
             model.config.prune_config = carried  # type: ignore[union-attr]
+
+
+def default_config(model: nn.Module) -> PruneConfig:
+    """What ``prune(model)`` takes: the config that the checkpoint carries, else the method that loses least by far.
+
+    That is ``salience_merge`` for vision encoders, about 0.6 of the multiply-adds, and for vision-language models
+    ``divprune`` with a third of the image tokens.
+
+    Raises:
+        ConfigError: what ``model.config.prune_config`` says is no valid config.
+        UnsupportedModelError: there is no adapter, or the model cannot be pruned; the message says why.
+    """
+    adapter = find_adapter(model)
+    carried = getattr(model.config, "prune_config", None)
+    if carried is not None:
+        return as_config(carried)
+    shape = adapter.shape(model)
+    for fields in WHAT_TO_TAKE[shape.kind]:
+        config = PruneConfig.from_dict(fields)
+        try:
+            adapter.check(model, plan(config, shape), **options(config))
+            return config
+        except UnsupportedModelError as error:
+            reason = error
+    raise reason
 
 
 def current_config(model: nn.Module) -> PruneConfig | None:
@@ -102,9 +139,8 @@ def find_adapter(model: nn.Module) -> Any:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        wrappers = ("module", "_orig_mod", "base_model", "model")
-        inner = next((name for name in wrappers if isinstance(getattr(model, name, None), nn.Module)), "")
-        hint = f"; pass model.{inner}, or prune before wrapping" if inner else ""
+        inner = _way_to_the_model(model)
+        hint = f"; pass {inner}, or prune before wrapping" if inner else ""
         raise UnsupportedModelError(f"expected a transformers PreTrainedModel, got {type(model).__name__}{hint}")
     try:
         return get_adapter(model.config.model_type)
@@ -114,6 +150,23 @@ def find_adapter(model: nn.Module) -> Any:
                 hint = f"or pass model.{name} instead: {part.config.model_type!r} has an adapter"
                 raise UnsupportedModelError(f"{error}, {hint}") from None
         raise
+
+
+def _way_to_the_model(wrapper: nn.Module) -> str:
+    """How to get at the model inside wrappers, such as ``"model.module"``; empty if there is none."""
+    from transformers import PreTrainedModel
+
+    way, module = "model", wrapper
+    while not isinstance(module, PreTrainedModel):
+        if callable(getattr(module, "get_base_model", None)):  # PEFT, whose attributes lead past the model's head
+            return f"{way}.get_base_model()"
+        own = getattr(module, "__dict__", {})  # not by getattr, which a wrapper may send on to what it wraps
+        children = {**own, **own.get("_modules", {})}
+        name = next((name for name in WRAPPERS if isinstance(children.get(name), nn.Module)), None)
+        if name is None:
+            return ""
+        way, module = f"{way}.{name}", children[name]
+    return way
 
 
 def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from .errors import ConfigError, TokenPruneError, UnsupportedModelError
+from .errors import DOCS, ConfigError, TokenPruneError, UnsupportedModelError, did_you_mean
 
 T = TypeVar("T", bound=type[Any])
 
@@ -49,7 +49,8 @@ def register_adapter(name: str) -> Callable[[T], T]:
 def get_method(name: str) -> Any:
     """The config class of a method; an unknown name raises :class:`ConfigError` that lists the known ones."""
     if name not in list_methods():
-        raise ConfigError(f"method={name!r}: no such method (have: {', '.join(list_methods())})")
+        hint = did_you_mean(name, list_methods())
+        raise ConfigError(f"method={name!r}: no such method (have: {', '.join(list_methods())}){hint}")
     return _METHODS[name]
 
 
@@ -58,7 +59,7 @@ def get_adapter(model_type: str) -> Any:
     if model_type not in list_adapters():
         raise UnsupportedModelError(
             f"no adapter for model_type={model_type!r} (have: {', '.join(list_adapters())}). "
-            "Write one: docs/add_a_family.md"
+            f"Write one: {DOCS}/add_a_family.md"
         )
     return _ADAPTERS[model_type]
 

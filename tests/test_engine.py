@@ -329,7 +329,7 @@ def test_a_block_that_somebody_else_has_changed(change: Any, text: str) -> None:
     assert torch.equal(run(model), expected)
 
 
-@pytest.mark.parametrize("bad", [None, 3, [], object()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("bad", [3, [], object()], ids=lambda value: type(value).__name__)
 def test_something_that_is_no_config(bad: Any) -> None:
     model = vit()
     before = snapshot(model)

@@ -46,6 +46,7 @@ from hf_tokenprune.engine import current_config
 from hf_tokenprune.errors import ConfigError, PruneStateError, UnsupportedModelError
 from hf_tokenprune.methods.layerwise import LayerwiseConfig
 from hf_tokenprune.registry import get_adapter, get_method
+from hf_tokenprune.sharing.pretrained import choose_config
 
 from .families import first_tensor, images, supported_classes, tiny_model
 
@@ -103,8 +104,10 @@ class Uploads:
         self.files: dict[str, bytes] = {}
         self.commits: list[dict] = []
         monkeypatch.setattr(HfApi, "create_repo", self.create_repo)
+        self.branches: list[tuple[str, str]] = []
         monkeypatch.setattr(HfApi, "create_commit", self.create_commit)
         monkeypatch.setattr(HfApi, "upload_file", self.upload_file)
+        monkeypatch.setattr(HfApi, "create_branch", self.create_branch)
 
     def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
         self.repos.append((repo_id, kwargs))
@@ -116,6 +119,9 @@ class Uploads:
                 self.files[f"{repo_id}/{operation.path_in_repo}"] = file.read()
         self.commits.append({"repo_id": repo_id, **kwargs})
         return types.SimpleNamespace(oid="1", commit_url="https://hub/1")
+
+    def create_branch(self, repo_id: str, branch: str, **kwargs: Any) -> None:
+        self.branches.append((repo_id, branch))
 
     def upload_file(self, path_or_fileobj: bytes, path_in_repo: str, repo_id: str, **kwargs: Any) -> str:
         self.files[f"{repo_id}/{path_in_repo}"] = path_or_fileobj
@@ -204,7 +210,6 @@ PRESENT = [
     ("key",),
     ("argument", "file"),
     ("argument", "key"),
-    ("file", "key"),
     tuple(SOURCES),
 ]
 
@@ -353,9 +358,24 @@ def test_our_push_uploads_model_and_config_where_and_how_it_was_told(uploads: Up
     assert uploads.repos[0][0] == "pruned"
     assert uploads.repos[0][1]["private"] is True
     assert uploads.repos[0][1]["token"] == "t"
-    assert all(commit["create_pr"] is True for commit in uploads.commits)
+    assert [commit["create_pr"] for commit in uploads.commits] == [True]  # two would be two pull requests
     hf_tokenprune.save_pretrained(model, tmp_path / "pruned", push_to_hub=True, repo_id="org/other")
     assert uploads.names("org/other") == {"README.md", "config.json", "model.safetensors", CONFIG_NAME}
+
+
+@pytest.mark.parametrize(("revision", "made"), [("dev", [("me/a", "dev")]), ("refs/pr/3", []), (None, [])])
+def test_model_and_config_go_to_one_revision_with_the_message_and_tags_given(
+    uploads: Uploads, revision: str | None, made: list, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("not of the model")
+    described = {"commit_message": "mine", "commit_description": "why", "revision": revision}
+    hub = {"push_to_hub": True, "repo_id": "me/a", "tags": ["pruned"], **described}
+    hf_tokenprune.save_pretrained(prune(vit(), ARGUMENT), tmp_path, **hub)
+    (commit,) = uploads.commits
+    assert {name: commit[name] for name in described} == described
+    assert uploads.branches == made
+    assert uploads.names("me/a") == {"README.md", "config.json", "model.safetensors", CONFIG_NAME}
+    assert b"- pruned" in uploads.files["me/a/README.md"]
 
 
 def test_nothing_is_pushed_unasked(uploads: Uploads, tmp_path: Path) -> None:
@@ -551,6 +571,6 @@ def test_a_hub_repository(auto: None, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     hub_kwargs = {"revision": "v1", "token": "t", "cache_dir": "/c", "local_files_only": True, "subfolder": "s"}
-    chosen = hf_tokenprune.sharing.pretrained.choose_config("owner/name", None, None, hub_kwargs)
+    chosen = choose_config("owner/name", None, None, hub_kwargs)
     assert chosen == IN_FILE
     assert calls == [("owner/name", CONFIG_NAME, hub_kwargs)]

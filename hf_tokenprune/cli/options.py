@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import CONFIG_NAME, PruneConfig
+from ..config import CONFIG_NAME, PruneConfig, as_config
 from ..errors import ConfigError, TokenPruneError
 
 ModelArg = Annotated[str, typer.Argument(help="Folder of a checkpoint, or owner/name on the Hub.")]
@@ -32,7 +32,7 @@ ConfigOpt = Annotated[
     typer.Option(
         "--prune-config",
         "-c",
-        help="prune_config.json (file, folder, Hub), or a preset: method/model@budget.",
+        help="prune_config.json (file, folder, Hub), a preset (method/model@budget) or a method.",
     ),
 ]
 TextTokensOpt = Annotated[
@@ -144,12 +144,9 @@ def configs_for(
         raise ConfigError(f"--set {fields[0]} has no effect without --method")
     chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
     for source in prune_configs or []:
-        if "@" in source and not Path(source).exists():  # in no name on the Hub, in every preset's
-            chosen[source] = PruneConfig.preset(source)
-            continue
-        file = Path(source)
+        config, file = as_config(source), Path(source)
         short = file.parent.name if file.name == CONFIG_NAME else file.stem if file.is_file() else file.name
-        chosen[source if not short or short in chosen else short] = PruneConfig.from_pretrained(source)
+        chosen[source if "@" in source or not short or short in chosen else short] = config
     if not chosen:
         own = choose_config(path, None, getattr(model.config, "prune_config", None), {})
         if own is None:

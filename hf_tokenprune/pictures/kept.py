@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ..engine import find_adapter
-from ..errors import TokenPruneError
+from ..errors import TokenPruneError, UnsupportedModelError
 from ..recording import Record, record
 
 CAPTION_HEIGHT = 14
@@ -49,7 +49,10 @@ def kept_sheet(images: Sequence[Image.Image], rec: Record, grid: tuple[int, int]
     kept = rec.kept
     if not kept or next(iter(kept.values())).shape[0] != len(images):
         recorded = next(iter(kept.values())).shape[0] if kept else 0
-        raise TokenPruneError(f"{len(images)} images but {recorded} recorded; call the model on them inside record()")
+        raise TokenPruneError(
+            f"{len(images)} images but {recorded} recorded; call the model on them inside record(), pruned by a method "
+            "that lets tokens leave"
+        )
     patches = grid[0] * grid[1]
     captions = [f"input: {patches}", *(f"{_place(name)}: {keep.shape[1]}" for name, keep in kept.items())]
     everything = torch.arange(patches)
@@ -84,9 +87,16 @@ def visualize(model: nn.Module, pixel_values: Tensor, processor: object | None =
 
     Raises:
         PruneStateError: the model is not pruned.
+        UnsupportedModelError: it is a vision-language model, whose image tokens are no grid of patches everywhere.
     """
     adapter = find_adapter(model)
     shape = adapter.shape(model)
+    if shape.kind != "vision":
+        raise UnsupportedModelError(
+            f"visualize draws the patches of a vision encoder, and {type(model).__name__} is a vision-language model; "
+            "record(model) says which of its image tokens stay, and draw_kept(image, kept, grid) draws those of an "
+            "image that is cut into one grid"
+        )
     with record(model) as rec, torch.no_grad():
         adapter.encoder(model)(**adapter.image_inputs(model, pixel_values))
     rows, columns = (n // p for n, p in zip(pixel_values.shape[-2:], shape.patch_size, strict=True))

@@ -1,12 +1,14 @@
-"""Loading and saving a model together with its prune config, on the Hub or on disk.
+"""Loading a model together with its prune config, from the Hub or from disk.
 
-Where a checkpoint says more than once how it is pruned, the order is: argument, ``prune_config.json``, then the key
-``prune_config`` in ``config.json`` (which stock ``save_pretrained``, ``Trainer`` and ``push_to_hub`` write).
+A checkpoint says how it is pruned in ``prune_config.json``, in the key ``prune_config`` of ``config.json`` (which stock
+``save_pretrained``, ``Trainer`` and ``push_to_hub`` write), or in both. An argument overrides them; without one the two
+have to agree, because stock code that saves into a used folder writes the key and leaves the file.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,13 +17,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ..config import CONFIG_NAME, PruneConfig, as_config, find_config_file
-from ..engine import ConfigLike, current_config, prune
-from ..errors import ConfigError, PruneStateError
+from ..config import ALSO_IN, CONFIG_NAME, MODEL_CONFIG_NAME, PruneConfig, as_config, find_config_file, read_json
+from ..engine import ConfigLike, prune
+from ..errors import ConfigError
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+OF_ONE_REPOSITORY = ("revision", "subfolder")
+"""Those that say something about the checkpoint's repository; the others are about the machine and its user."""
 
 _originals: dict[type, Any] = {}
 _part_of_a_load: ContextVar[bool] = ContextVar("part_of_a_load", default=False)
@@ -37,7 +39,10 @@ def from_pretrained(
 
     Args:
         path_or_repo: local folder, or ``owner/name`` on the Hub.
-        prune_config: a config, its dictionary, or a path or repository that holds one. None: the checkpoint's own.
+        prune_config: a config, its dictionary, the name of a method or preset, or a path or repository that holds one.
+            None: the checkpoint's own. ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` hold for
+            its repository too; ``revision`` and ``subfolder`` are those of the checkpoint. For others give
+            ``PruneConfig.from_pretrained("owner/name", revision=...)``.
         auto_class: such as ``AutoModelForImageClassification``. None: the class named in the checkpoint's
             ``architectures``, if it is one of Transformers' own, else ``AutoModel``.
         kwargs: for ``auto_class.from_pretrained``.
@@ -47,7 +52,8 @@ def from_pretrained(
         same pair as there).
 
     Raises:
-        ConfigError: no config was given and the checkpoint has none, or the config is invalid or does not fit.
+        ConfigError: no config was given and the checkpoint has none, or two that disagree; or the config is invalid or
+            does not fit.
         UnsupportedModelError: the model cannot be pruned.
     """
     from transformers import AutoConfig
@@ -56,7 +62,15 @@ def from_pretrained(
     remote = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
     model_config = kwargs.get("config") or path_or_repo
     if isinstance(model_config, (str, os.PathLike)):
-        model_config = AutoConfig.from_pretrained(model_config, **hub_kwargs, **remote)
+        try:
+            model_config = AutoConfig.from_pretrained(model_config, **hub_kwargs, **remote)
+        except (OSError, ValueError) as error:
+            if _holds_a_config_alone(path_or_repo, hub_kwargs):
+                raise ConfigError(
+                    f"{str(path_or_repo)!r} holds a {CONFIG_NAME} and no model; give it beside a checkpoint: "
+                    f"from_pretrained(checkpoint, {str(path_or_repo)!r})"
+                ) from error
+            raise
     chosen = choose_config(path_or_repo, prune_config, getattr(model_config, "prune_config", None), hub_kwargs)
     if chosen is None:
         raise ConfigError(
@@ -67,35 +81,6 @@ def from_pretrained(
         loaded = (auto_class or class_of(model_config)).from_pretrained(path_or_repo, **kwargs)  # type: ignore[union-attr]
     prune(_model_of(loaded), chosen)
     return loaded
-
-
-def save_pretrained(
-    model: nn.Module,
-    save_directory: str | os.PathLike[str],
-    push_to_hub: bool = False,
-    repo_id: str | None = None,
-    token: str | None = None,
-    **kwargs: Any,
-) -> None:
-    """Save a pruned model as a stock checkpoint with ``prune_config.json`` beside it.
-
-    Args:
-        push_to_hub: upload both as well, the config in a commit of its own, to ``repo_id`` (None: the folder's name).
-        token: of the Hub; None: the one you are logged in with.
-        kwargs: for ``model.save_pretrained``; with ``push_to_hub`` also ``private``, ``commit_message``, ``create_pr``.
-
-    Raises:
-        PruneStateError: the model is not pruned.
-    """
-    config = current_config(model)
-    if config is None:
-        raise PruneStateError("this model is not pruned; call prune first, or save it with model.save_pretrained")
-    repo_id = repo_id or Path(save_directory).resolve().name
-    hub = {"push_to_hub": True, "repo_id": repo_id, "token": token} if push_to_hub else {}
-    model.save_pretrained(save_directory, **hub, **kwargs)  # type: ignore[operator]
-    config.save_pretrained(save_directory)
-    if push_to_hub:
-        config.push_to_hub(repo_id, token=token, create_pr=kwargs.get("create_pr", False))
 
 
 def enable_auto() -> None:
@@ -126,25 +111,64 @@ def choose_config(
     config_key: Any,
     hub_kwargs: dict[str, Any],
 ) -> PruneConfig | None:
-    """The prune config that counts for a checkpoint, or None. Two that disagree make a warning that names both."""
-    found: list[tuple[str, PruneConfig]] = []
-    if argument is not None:
-        found.append(("the argument prune_config", as_config(argument)))
+    """The prune config that counts for a checkpoint, or None. An argument that overrides another makes a warning.
+
+    Args:
+        config_key: the key ``prune_config`` of the model's config.
+        hub_kwargs: of the checkpoint, those of :data:`HUB_KWARGS`.
+
+    Raises:
+        ConfigError: there is no argument, and file and key disagree; or a config is invalid.
+    """
     file = None if path_or_repo is None else find_config_file(path_or_repo, **hub_kwargs)
+    found: list[tuple[str, PruneConfig]] = []
     if file is not None:
         found.append((f"its {CONFIG_NAME}", PruneConfig.from_pretrained(file)))
     if config_key is not None:
-        found.append(("the key prune_config of its config.json", as_config(config_key)))
-    if not found:
-        return None
-    (source, chosen), *others = found
-    for other_source, other in others:
-        if other != chosen:
-            warnings.warn(
-                f"{str(path_or_repo)!r}: {source} ({chosen}) and {other_source} ({other}) disagree; using the former",
-                stacklevel=3,
-            )
-    return chosen
+        found.append((f"the key prune_config of its {MODEL_CONFIG_NAME}", as_config(config_key)))
+    if argument is not None:
+        same = str(argument) == str(path_or_repo)  # then all that is said of the checkpoint's repository is said of it
+        own = {name: value for name, value in hub_kwargs.items() if same or name not in OF_ONE_REPOSITORY}
+        given = as_config(argument, **own)
+        for source, other in found:
+            if other != given:
+                warnings.warn(
+                    f"{str(path_or_repo)!r}: the argument prune_config ({given}) and {source} ({other}) disagree; "
+                    "using the former",
+                    stacklevel=3,
+                )
+        return given
+    if file is not None:
+        _check_that_the_folder_is_true(path_or_repo, file, dict(found))
+    return found[0][1] if found else None
+
+
+def _check_that_the_folder_is_true(where: Any, file: Path, said: dict[str, PruneConfig]) -> None:
+    """Raise ConfigError where ``config.json`` says something else than the file: it was saved anew, or by hand."""
+    beside = file.with_name(MODEL_CONFIG_NAME)
+    if len(said) == 1 and ALSO_IN in read_json(file) and beside.is_file() and "prune_config" not in _keys(beside):
+        against = f"it was saved with a {MODEL_CONFIG_NAME} that said so too, and the one beside it is of a dense model"
+    elif len(set(said.values())) > 1:
+        against = " and ".join(f"{source} says {config}" for source, config in list(said.items())[1:])
+    else:
+        return
+    raise ConfigError(
+        f"{str(where)!r}: its {CONFIG_NAME} says {next(iter(said.values()))}, but {against}. {MODEL_CONFIG_NAME} is "
+        f"written whenever a model is saved, so {CONFIG_NAME} is probably left from a model that was here before: then "
+        "delete it. Otherwise save the pruned model with hf_tokenprune.save_pretrained, which writes both. To load it "
+        "as it is, give prune_config=..."
+    )
+
+
+def _keys(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _holds_a_config_alone(path_or_repo: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> bool:
+    try:
+        return find_config_file(path_or_repo, **hub_kwargs) is not None
+    except ConfigError:
+        return False
 
 
 def _model_of(loaded: Any) -> Any:

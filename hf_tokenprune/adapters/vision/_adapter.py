@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModelError
+from ...errors import DOCS, UnsupportedModelError
 from ...signals import ModelShape, Stage
 from .._capture import disable_capture, enable_capture
 from .._swap import check_swappable, swap_class
@@ -77,7 +77,7 @@ class VisionAdapter:
                 raise UnsupportedModelError(
                     f"{type(stage).__name__} needs {', '.join(sorted(missing))}, which the adapter for "
                     f"{model.config.model_type!r} does not provide{reason} (it provides: "
-                    f"{', '.join(sorted(self.provides))}); docs/methods.md lists the methods for each family"
+                    f"{', '.join(sorted(self.provides))}); {DOCS}/methods.md lists the methods for each family"
                 )
         if exact_last_block and type(model) not in self.protected_heads:
             names = ", ".join(sorted(head.__name__ for head in self.protected_heads)) or "none of this family"
