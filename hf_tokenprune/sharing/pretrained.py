@@ -87,12 +87,17 @@ def enable_auto() -> None:
     """Let stock ``AnyModel.from_pretrained`` and ``pipeline(model=path)`` prune by themselves, from now on.
 
     They then take ``prune_config=`` and follow the config that a checkpoint carries; checkpoints without one load dense
-    as ever. Calling it twice changes nothing; :func:`disable_auto` undoes it.
+    as ever. A ``Trainer`` made from now on warns where it resumes with a model that is pruned otherwise. Calling it
+    twice changes nothing; :func:`disable_auto` undoes it.
     """
     from transformers import AutoConfig, PreTrainedModel
+    from transformers.trainer import DEFAULT_CALLBACKS
+
+    from .resume import PruningCallback
 
     if _originals:
         return
+    DEFAULT_CALLBACKS.append(PruningCallback)
     for cls, wrap in ((PreTrainedModel, _pruning_loader), (AutoConfig, _argument_keeper)):
         _originals[cls] = cls.__dict__["from_pretrained"]
         cls.from_pretrained = classmethod(wrap(_originals[cls].__func__))
@@ -100,6 +105,12 @@ def enable_auto() -> None:
 
 def disable_auto() -> None:
     """Give Transformers its own ``from_pretrained`` back. Models loaded before stay as they are."""
+    from transformers.trainer import DEFAULT_CALLBACKS
+
+    from .resume import PruningCallback
+
+    if _originals:
+        DEFAULT_CALLBACKS.remove(PruningCallback)
     for cls, original in _originals.items():
         cls.from_pretrained = original  # type: ignore[attr-defined]
     _originals.clear()

@@ -1,0 +1,137 @@
+"""Checkpoints of the stock ``Trainer``: another pruning than before is said, and weights come back as documented."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTForImageClassification
+
+from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, disable_auto, enable_auto, prune
+from hf_tokenprune.sharing.resume import PruningCallback
+
+from .families import tiny_model
+
+pytest.importorskip("accelerate")
+A, B = UniformConfig(layers=(0,), keep_ratios=0.5), RandomConfig(layers=(0,), keep_ratios=0.5)
+DATA = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 3} for i in range(4)]
+
+
+def vit(config: PruneConfig | None = None) -> PreTrainedModel:
+    model = tiny_model("vit", ViTForImageClassification, num_hidden_layers=2)
+    return model if config is None else prune(model, config)
+
+
+def trainer(model: PreTrainedModel, folder: Path, steps: int, **more: Any) -> Trainer:
+    callbacks = more.pop("callbacks", None)
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=4,
+        max_steps=steps,
+        save_strategy="steps",
+        save_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+        **more,
+    )
+    return Trainer(model, arguments, train_dataset=DATA, eval_dataset=DATA, callbacks=callbacks)
+
+
+def said(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in found if "pruned" in str(warning.message)]
+
+
+@pytest.fixture(params=["callback", "enable_auto"])
+def callbacks(request: pytest.FixtureRequest) -> Iterator[list[Any] | None]:
+    if request.param == "callback":
+        yield [PruningCallback]
+        return
+    enable_auto()
+    yield None
+    disable_auto()
+
+
+def words(config: PruneConfig | None) -> str:
+    return "dense" if config is None else f"pruned by {config}"
+
+
+@pytest.mark.parametrize(("then", "now"), [(A, None), (A, B), (None, A), (A, A), (None, None)], ids=str)
+def test_going_on_with_another_pruning_is_said(
+    then: PruneConfig | None, now: PruneConfig | None, callbacks: list[Any] | None, tmp_path: Path
+) -> None:
+    assert said(lambda: trainer(vit(then), tmp_path, 1, callbacks=callbacks).train()) == []
+    resumed = trainer(vit(now), tmp_path, 2, callbacks=callbacks)
+    messages = said(lambda: resumed.train(resume_from_checkpoint=True))
+    if then == now:
+        assert messages == []
+    else:
+        (message,) = messages
+        assert str(tmp_path / "checkpoint-1") in message
+        assert f"it was {words(then)}, and is now {words(now)}" in message
+
+
+def test_a_checkpoint_that_lies_elsewhere(tmp_path: Path) -> None:
+    trainer(vit(A), tmp_path / "first", 1).train()
+    where = str(tmp_path / "first" / "checkpoint-1")
+    resumed = trainer(vit(), tmp_path / "second", 2, callbacks=[PruningCallback], resume_from_checkpoint=where)
+    (message,) = said(lambda: resumed.train(resume_from_checkpoint=where))
+    assert where in message
+
+
+def test_a_dense_model_whose_config_says_otherwise(callbacks: list[Any] | None, tmp_path: Path) -> None:
+    model = vit()
+    model.config.prune_config = A.to_dict()
+    (message,) = said(lambda: trainer(model, tmp_path, 1, callbacks=callbacks).train())
+    assert f"its config says that it is pruned by {A}" in message
+
+
+def test_after_disable_auto_no_trainer_has_it(tmp_path: Path) -> None:
+    enable_auto(), enable_auto(), disable_auto()
+    handler = trainer(vit(), tmp_path, 1).callback_handler
+    assert not [callback for callback in handler.callbacks if isinstance(callback, PruningCallback)]
+
+
+# -- what docs/troubleshooting.md says of stock checkpoints ------------------------------------------------------------
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("config", [None, A], ids=["dense", "pruned"])
+def test_the_best_model_is_loaded_with_from_pretrained(config: PruneConfig | None, tmp_path: Path) -> None:
+    run = trainer(vit(config), tmp_path, 2, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1)
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    save = run._save_checkpoint
+
+    def keep(model: PreTrainedModel, trial: Any) -> None:
+        save(model, trial)
+        kept[f"{tmp_path}/checkpoint-{run.state.global_step}"] = weights(model)
+
+    run._save_checkpoint = keep
+    run.train()
+    best = run.state.best_model_checkpoint
+    assert same(weights(ViTForImageClassification.from_pretrained(best)), kept[best])
+
+
+@pytest.mark.parametrize("config", [None, A], ids=["dense", "pruned"])
+def test_resuming_with_a_model_loaded_from_the_checkpoint(config: PruneConfig | None, tmp_path: Path) -> None:
+    first = vit(config)
+    trainer(first, tmp_path, 1).train()
+    model = ViTForImageClassification.from_pretrained(tmp_path / "checkpoint-1")
+    if config is not None:
+        prune(model)  # as the checkpoint says
+    run = trainer(model, tmp_path, 2)
+    run._load_from_checkpoint(str(tmp_path / "checkpoint-1"))  # what train(resume_from_checkpoint=...) begins with
+    assert same(weights(model), weights(first))
