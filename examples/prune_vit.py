@@ -1,7 +1,7 @@
 """Prune a vision transformer, see which patches stay, save it with its config and load it again.
 
     python examples/prune_vit.py
-    python examples/prune_vit.py --model facebook/deit-small-patch16-224 --images photos/ --method zero_tprune
+    python examples/prune_vit.py --model facebook/deit-small-patch16-224 --images photos/ --method tome
 
 Without arguments it runs offline, on the digits model that comes with the package (needs scikit-learn).
 """
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder, or owner/name on the Hub")
     parser.add_argument("--images", help="folder of images; default: the packaged digits")
-    parser.add_argument("--method", default="zero_tprune", choices=list_methods("vision"))
+    parser.add_argument("--method", default="salience_merge", choices=list_methods("vision"))
     parser.add_argument("--limit", type=int, default=4, help="number of images")
     parser.add_argument("--out", type=Path, default=Path("prune_vit_output"))
     args = parser.parse_args()

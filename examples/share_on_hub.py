@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repo_id", help="owner/name on the Hub")
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder, or owner/name on the Hub")
-    parser.add_argument("--method", default="zero_tprune", choices=list_methods("vision"))
+    parser.add_argument("--method", default="salience_merge", choices=list_methods("vision"))
     parser.add_argument("--macs-ratio", type=float, default=0.7, help="fraction of the dense multiply-adds to spend")
     parser.add_argument("--out", type=Path, help="folder to write; default: the name in repo_id")
     parser.add_argument("--private", action="store_true")

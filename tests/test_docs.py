@@ -10,6 +10,8 @@ What follows ``python`` on the line that opens a fenced block tells what is done
 ``console`` blocks are ``hf-tokenprune`` commands behind a ``$`` with their output, run from the root of the repository.
 """
 
+import ast
+import builtins
 import dataclasses
 import os
 import re
@@ -19,14 +21,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
+from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
 import hf_tokenprune
 from hf_tokenprune import list_methods
 from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR
+from hf_tokenprune.engine import counts, find_adapter, plan
+from hf_tokenprune.errors import DOCS
 from hf_tokenprune.registry import get_method
 
 from . import support_table
@@ -35,11 +41,14 @@ from .llava_checkpoint import save_photo, save_tiny_llava
 
 ROOT = Path(__file__).resolve().parents[1]
 OUR_METHODS = [name for name in list_methods() if get_method(name).__module__.startswith("hf_tokenprune.")]
+METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("## For vision encoders")[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 CLIP = '"openai/clip-vit-base-patch32"'
 VIT, LLAVA = '"facebook/deit-small-patch16-224"', '"llava-hf/llava-1.5-7b-hf"'
 OLDER = Version(transformers.__version__) < Version("5.23")
 END = "\x1e"  # printed behind every block that runs
+REPOSITORY = DOCS.removesuffix("docs")
+"""Of the files of this repository on the web. A package page renders README.md, where relative links are dead."""
 
 
 class Block(NamedTuple):
@@ -108,6 +117,76 @@ def test_code_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path, tin
                 assert output == following.code, f"output of the block in line {block.line}"
 
 
+class Names(NamedTuple):
+    """Of a block: names that it imports, those that it makes otherwise, and those that it reads."""
+
+    imported: set[str]
+    made: set[str]
+    read: set[str]
+
+
+def names_of(block: Block) -> Names:
+    tree = ast.parse("\n".join(block.code))
+    walk = list(ast.walk(tree))
+    imported = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in walk
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    loose = [node for node in walk if isinstance(node, ast.Name)]
+    made = {node.id for node in loose if not isinstance(node.ctx, ast.Load)}
+    made |= {node.name for node in walk if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    made |= {node.arg for node in walk if isinstance(node, ast.arg)}
+    read = {node.id for node in loose if isinstance(node.ctx, ast.Load)}
+    return Names(imported, made, read - imported - set(dir(builtins)))
+
+
+@pytest.mark.parametrize("page", pages_with(lambda block: block.runs))
+def test_a_block_that_can_be_read_alone_imports_what_it_uses(page: Path) -> None:
+    """Blocks run as one program, where an import further up does. A reader copies one that goes on with nothing."""
+    imported: set[str] = set()
+    made: set[str] = set()
+    for block in blocks(page):
+        if block.runs:
+            names = names_of(block)
+            borrowed = (names.read - names.made) & imported
+            goes_on = (names.read & made) - names.made
+            assert goes_on or not borrowed, f"{name_of(page)}:{block.line} uses {sorted(borrowed)} without an import"
+            imported |= names.imported
+            made |= names.made
+
+
+def test_a_missing_import_is_seen() -> None:
+    alone = Block("python", "", 1, ["x = torch.ones(2)", "print([y for y in x])"])
+    assert names_of(alone) == (set(), {"x", "y"}, {"torch", "x", "y"})
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES])
+def test_a_page_that_speaks_of_pipelines_runs_one(page: Path) -> None:
+    """A comment that says what would work is no proof: README's checkpoint had no processor."""
+    code = "\n".join(line for block in blocks(page) if block.runs for line in block.code)
+    assert "pipeline(model=path)" not in code or "pipeline(" in re.sub(r"#.*", "", code)
+
+
+@pytest.mark.parametrize("method", [name for name in OUR_METHODS if "vision" in get_method(name).prunes])
+def test_the_blocks_in_the_table_of_methods_count_as_layers_does(method: str) -> None:
+    row = next(row for row in METHODS_PAGE.splitlines() if row.startswith(f"| [`{method}`]"))
+    said = re.search(r"blocks? (\d+(?:, \d+)*)(?: to (\d+))?", row)
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig())
+    shape = find_adapter(model).shape(model)
+    stages = plan(get_method(method)(), shape)
+    layers = [stage.layer for stage in stages]
+    if said:
+        first = [int(number) for number in said[1].split(", ")]
+        assert layers == (list(range(first[0], int(said[2]) + 1)) if said[2] else first)
+    else:
+        assert layers in ([], list(range(shape.depth))), "not where they are, so in every block"
+    if arrow := re.search(r"196 → (\d+)", row):
+        assert int(arrow[1]) == [left for _, _, left in counts(stages, shape)][-1]
+
+
 def python(*args: object, cwd: Path, path: Path = ROOT) -> subprocess.CompletedProcess:
     """Run Python on one thread, without a network, with this repository and ``path`` to import from."""
     env = {
@@ -157,10 +236,12 @@ def test_commands_print_what_the_page_says(page: Path, monkeypatch: pytest.Monke
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith(("http://", "https://", "mailto:")):
+        ours = target.startswith(REPOSITORY)
+        if target.startswith(("http://", "https://", "mailto:")) and not ours:
             continue
-        path, _, anchor = target.partition("#")
-        there = (page.parent / path).resolve() if path else page
+        path, _, anchor = target.removeprefix(REPOSITORY).partition("#")
+        there = ((ROOT if ours else page.parent) / path).resolve() if path else page
+        assert page.name != "README.md" or ours or not path, f"{target} is dead where a package page renders README.md"
         assert there.exists(), f"{name_of(page)} links to {target}"
         if anchor:
             assert anchor in anchors(there), f"{name_of(page)} links to {target}; anchors there: {anchors(there)}"
@@ -175,9 +256,9 @@ def anchors(page: Path) -> list[str]:
 def test_the_readme_leads_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in ROOT.glob("docs/*.md"):
-        assert f"({name_of(page)})" in readme, f"README.md does not link to {name_of(page)}"
+        assert f"({REPOSITORY}{name_of(page)})" in readme, f"README.md does not link to {name_of(page)}"
     for example in ROOT.glob("examples/*.py"):
-        assert f"({name_of(example)})" in readme, f"README.md does not link to {name_of(example)}"
+        assert f"({REPOSITORY}{name_of(example)})" in readme, f"README.md does not link to {name_of(example)}"
 
 
 @pytest.mark.parametrize("method", OUR_METHODS)

@@ -25,7 +25,7 @@ Sampling = Literal["top_k", "inverse_transform"]
 @register_method("ats")
 @dataclass(frozen=True)
 class ATSConfig(LayerwiseConfig):
-    """ATS with a fixed number of tokens. By default 70 % stay after blocks 3, 6 and 9 of 12.
+    """ATS with a fixed number of tokens. By default 70 % stay after blocks 2, 5 and 8 of 0 to 11.
 
     Args:
         sampling: "top_k": the tokens of greatest significance. "inverse_transform": the paper's sampling at even

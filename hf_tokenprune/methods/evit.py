@@ -23,7 +23,7 @@ from .merging import everything, joined
 @register_method("evit")
 @dataclass(frozen=True)
 class EViTConfig(LayerwiseConfig):
-    """EViT. By default 70 % stay in blocks 4, 7 and 10 of 12, and one token more: the fused others.
+    """EViT. By default 70 % stay in blocks 3, 6 and 9 of 0 to 11, and one token more: the fused others.
 
     Args:
         fuse: the tokens that CLS attends to least become one, their sum weighted with that attention, in the place of

@@ -12,7 +12,7 @@ from .layerwise import BaselineConfig
 @register_method("random")
 @dataclass(frozen=True)
 class RandomConfig(BaselineConfig):
-    """Keep a random subset at each layer. By default 70 % after blocks 3, 6 and 9 of 12; in a decoder 9.8 %, at once.
+    """Keep a random subset at each layer. By default 70 % after blocks 2, 5, 8 of 0 to 11; in a decoder 9.8 %, at once.
 
     The subset depends on ``seed``, the layer and the number of tokens, not on the image or its place in the batch, so
     that runs repeat and a batch equals its samples alone. Average over seeds for a figure.

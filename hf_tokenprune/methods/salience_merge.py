@@ -36,7 +36,7 @@ Salience = Literal["cls", "contrast"]
 @register_method("salience_merge")
 @dataclass(frozen=True)
 class SalienceMergeConfig(MergingConfig):
-    """Salience-weighted merging in the later blocks. By default 70 % of the patches are merged in blocks 4 to 11 of 12.
+    """Salience-weighted merging in later blocks. By default 70 % of patches are merged in blocks 3 to 10 of 0 to 11.
 
     Args:
         salience: "cls": what a token adds to CLS, attention times the norm of its value. "contrast", for families
@@ -44,7 +44,7 @@ class SalienceMergeConfig(MergingConfig):
         similarity: of two tokens: "per_head", the cosine of their keys, averaged over heads; or "mean_key", the cosine
             of their keys averaged over heads, as in ToMe.
         layers: 0-based blocks, ascending. None: with a fraction ``r``, those of ``spread``; with counts or an even
-            spread, from block 4 of 12 to the last but one.
+            spread, from block 3 of 0 to 11 to the last but one.
         exact_last_block: as everywhere, but on by default. For a head that reads patches set it to False.
     """
 

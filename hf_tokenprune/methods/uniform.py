@@ -16,7 +16,7 @@ from .layerwise import BaselineConfig
 class UniformConfig(BaselineConfig):
     """Keep evenly spaced tokens (in raster order) at each layer.
 
-    By default 70 % after blocks 3, 6 and 9 of 12; in a decoder 9.8 %, at once.
+    By default 70 % after blocks 2, 5 and 8 of 0 to 11; in a decoder 9.8 %, at once.
     """
 
     default_blocks: ClassVar[tuple[int, ...]] = (3, 6, 9)
