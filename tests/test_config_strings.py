@@ -1,5 +1,6 @@
 """Strings that stand for a config: names of methods and presets, paths, repositories; and what is said of others."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers import ViTForImageClassification
+from typer.testing import CliRunner
 
 import hf_tokenprune
 from hf_tokenprune import (
@@ -20,11 +22,13 @@ from hf_tokenprune import (
     prune,
     pruned,
 )
+from hf_tokenprune.cli import app
 from hf_tokenprune.config import CONFIG_NAME, as_config
 from hf_tokenprune.cost import cost
 from hf_tokenprune.engine import current_config
 from hf_tokenprune.errors import ConfigError
 from hf_tokenprune.registry import get_method
+from hf_tokenprune.sharing.pretrained import choose_config
 
 from .families import tiny_model
 
@@ -78,6 +82,8 @@ def test_every_place_that_takes_a_config_takes_a_name(tmp_path: Path) -> None:
         "from_pretrained": lambda: current_config(hf_tokenprune.from_pretrained(tmp_path, "tome")),
     }
     assert {name: place() for name, place in places.items()} == dict.fromkeys(places, ToMeConfig())
+    told = CliRunner().invoke(app, ["info", str(tmp_path), "-c", "tome", "--json"])
+    assert told.exit_code == 0 and "tome" in json.loads(told.stdout)
     model = vit()
     with pruned(model, "tome"):
         assert current_config(model) == ToMeConfig()
@@ -152,8 +158,14 @@ def test_what_is_said_of_machine_and_user_holds_for_the_repository_of_the_config
 def test_an_argument_that_names_the_checkpoints_own_repository(no_hub: list, tmp_path: Path) -> None:
     no_hub.append({"file": str(UniformConfig().save_pretrained(tmp_path))})
     arguments = {"revision": "v1", "subfolder": "s", "token": "t"}
-    hf_tokenprune.sharing.pretrained.choose_config("owner/name", "owner/name", None, arguments)
+    choose_config("owner/name", "owner/name", None, arguments)
     assert no_hub[1:] == [{"repo_id": "owner/name", **arguments}] * 2
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nope", "a/b/c", "owner/nome"])
+def test_a_checkpoint_that_is_not_there_is_no_malformed_repository(path: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{path}' is neither a local path nor a Hub repository"):
+        hf_tokenprune.from_pretrained(path, "tome")
 
 
 def test_a_config_alone_is_no_checkpoint(tmp_path: Path) -> None:

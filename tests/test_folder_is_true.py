@@ -31,8 +31,9 @@ from hf_tokenprune import (
 )
 from hf_tokenprune.config import CONFIG_NAME
 from hf_tokenprune.engine import current_config
-from hf_tokenprune.errors import ConfigError
+from hf_tokenprune.errors import ConfigError, PruneStateError
 from hf_tokenprune.registry import get_method
+from hf_tokenprune.sharing.pretrained import choose_config
 
 from .families import first_tensor, images, tiny_model
 
@@ -114,6 +115,11 @@ def test_a_model_pruned_otherwise_saved_over_a_pruned_one(save: Any, old: Path, 
     assert current_config(load(old)) == NEW
 
 
+def test_saving_a_dense_model_with_this_package_says_what_to_delete(old: Path) -> None:
+    with pytest.raises(PruneStateError, match=rf"with model\.save_pretrained, and delete the {CONFIG_NAME} in"):
+        hf_tokenprune.save_pretrained(vit(), old)
+
+
 def test_saving_with_this_package_leaves_nothing_old(old: Path, load: Load) -> None:
     hf_tokenprune.save_pretrained(prune(vit(), NEW), old)
     assert current_config(load(old)) == NEW
@@ -142,7 +148,7 @@ def test_on_the_hub_the_same(old: Path, load: Load, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **kwargs: str(old / name))
     monkeypatch.setattr("hf_tokenprune.config.os.path.isdir", lambda path: False)
     with pytest.raises(ConfigError, match="is of a dense model"):
-        hf_tokenprune.sharing.pretrained.choose_config("owner/name", None, None, {})
+        choose_config("owner/name", None, None, {})
 
 
 @pytest.mark.parametrize("method", list_methods())

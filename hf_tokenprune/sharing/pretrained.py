@@ -52,8 +52,8 @@ def from_pretrained(
         same pair as there).
 
     Raises:
-        ConfigError: no config was given and the checkpoint has none, or two that disagree; or the config is invalid or
-            does not fit.
+        ConfigError: there is no such folder or repository; no config was given and the checkpoint has none, or two that
+            disagree; or the config is invalid or does not fit.
         UnsupportedModelError: the model cannot be pruned.
     """
     from transformers import AutoConfig
@@ -62,15 +62,16 @@ def from_pretrained(
     remote = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
     model_config = kwargs.get("config") or path_or_repo
     if isinstance(model_config, (str, os.PathLike)):
+        where = model_config
         try:
-            model_config = AutoConfig.from_pretrained(model_config, **hub_kwargs, **remote)
+            model_config = AutoConfig.from_pretrained(where, **hub_kwargs, **remote)
         except (OSError, ValueError) as error:
-            if _holds_a_config_alone(path_or_repo, hub_kwargs):
-                raise ConfigError(
-                    f"{str(path_or_repo)!r} holds a {CONFIG_NAME} and no model; give it beside a checkpoint: "
-                    f"from_pretrained(checkpoint, {str(path_or_repo)!r})"
-                ) from error
-            raise
+            if find_config_file(where, **hub_kwargs) is None:  # raises for a path or repository that is not there
+                raise
+            raise ConfigError(
+                f"{str(where)!r} holds a {CONFIG_NAME} and no model; give it beside a checkpoint: "
+                f"from_pretrained(checkpoint, {str(where)!r})"
+            ) from error
     chosen = choose_config(path_or_repo, prune_config, getattr(model_config, "prune_config", None), hub_kwargs)
     if chosen is None:
         raise ConfigError(
@@ -173,13 +174,6 @@ def _check_that_the_folder_is_true(where: Any, file: Path, said: dict[str, Prune
 
 def _keys(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _holds_a_config_alone(path_or_repo: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> bool:
-    try:
-        return find_config_file(path_or_repo, **hub_kwargs) is not None
-    except ConfigError:
-        return False
 
 
 def _model_of(loaded: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config import CONFIG_NAME
 from ..engine import current_config
 from ..errors import PruneStateError
 
@@ -34,10 +35,12 @@ def save_pretrained(
     Raises:
         PruneStateError: the model is not pruned.
     """
-    config = current_config(model)
+    config, folder = current_config(model), Path(save_directory)
     if config is None:
-        raise PruneStateError("this model is not pruned; call prune first, or save it with model.save_pretrained")
-    folder = Path(save_directory)
+        left = f", and delete the {CONFIG_NAME} in {folder}" if (folder / CONFIG_NAME).exists() else ""
+        raise PruneStateError(
+            f"this model is not pruned; call prune first, or save it with model.save_pretrained{left}"
+        )
     hub = {name: kwargs.pop(name) for name in (*OF_THE_COMMIT, *OF_THE_REPOSITORY) if name in kwargs and push_to_hub}
     before = _times(folder)
     model.save_pretrained(save_directory, **kwargs)  # type: ignore[operator]
