@@ -276,7 +276,7 @@ def as_config(value: PruneConfig | dict[str, Any] | str | os.PathLike[str], **hu
             try:
                 return PruneConfig.preset(value)
             except ConfigError:
-                if not os.path.exists(value):
+                if not (os.path.exists(value) or _is_path(value)):
                     raise
     if isinstance(value, (str, os.PathLike)):
         return PruneConfig.from_pretrained(value, **hub_kwargs)
@@ -294,7 +294,7 @@ def find_config_file(
         path = path / (subfolder or "") / CONFIG_NAME
         return path if path.is_file() else None
     name = str(path_or_repo)
-    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith(("/", ".json")):
+    if _is_path(name):
         raise ConfigError(f"{name!r} is neither a local path nor a Hub repository: no such file or folder is here")
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
@@ -307,6 +307,10 @@ def find_config_file(
         raise ConfigError(f"{name!r} is neither a local path nor a Hub repository: {error}") from error
     except hub.RevisionNotFoundError as error:
         raise ConfigError(f"the repository {name!r} has no revision={hub_kwargs.get('revision')!r}: {error}") from error
+
+
+def _is_path(name: str) -> bool:
+    return os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith(("/", ".json"))
 
 
 def read_json(path: Path) -> Any:

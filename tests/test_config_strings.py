@@ -99,6 +99,7 @@ def test_every_place_that_takes_a_config_takes_a_name(tmp_path: Path) -> None:
         ("/no/such/folder", ["'/no/such/folder'", "no such file or folder"]),
         ("./owner/name", ["'./owner/name'", "no such file or folder"]),
         ("~/name", ["'~/name'", "no such file or folder"]),
+        ("./runs/a@1", ["'./runs/a@1'", "no such file or folder"]),
         ("a/b/c", ["'a/b/c'", "no such file or folder"]),
         (f"runs/{CONFIG_NAME}", ["no such file or folder"]),
     ],
