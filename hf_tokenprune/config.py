@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from .config_files import CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file, is_path, read_json
+from .config_files import MAX_FILE_BYTES as MAX_FILE_BYTES
 from .errors import ConfigError, did_you_mean
 from .field_types import convert, describe, few_values, field_types
 from .registry import get_method, list_methods
@@ -23,10 +25,8 @@ from .registry import get_method, list_methods
 if TYPE_CHECKING:
     from .signals import Stage
 
-CONFIG_NAME = "prune_config.json"
 FORMAT_VERSION = 1
-MAX_FILE_BYTES = 1 << 20  # a config is a few hundred bytes; a larger file is not one
-ALSO_IN, MODEL_CONFIG_NAME = "also_in", "config.json"
+ALSO_IN = "also_in"
 """``"also_in": "config.json"`` stands in a file that was saved with a pruned model, whose config.json says the same."""
 
 Where = Literal["after_block", "mid_block", "queries"]
@@ -276,72 +276,11 @@ def as_config(value: PruneConfig | dict[str, Any] | str | os.PathLike[str], **hu
             try:
                 return PruneConfig.preset(value)
             except ConfigError:
-                if not (os.path.exists(value) or _is_path(value)):
+                if not (os.path.exists(value) or is_path(value)):
                     raise
     if isinstance(value, (str, os.PathLike)):
         return PruneConfig.from_pretrained(value, **hub_kwargs)
     return PruneConfig.from_dict(value)
-
-
-def find_config_file(
-    path_or_repo: str | os.PathLike[str], subfolder: str | None = None, **hub_kwargs: Any
-) -> Path | None:
-    """Where ``prune_config.json`` is, downloaded from the Hub if need be; None if there is none."""
-    path = Path(path_or_repo)
-    if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long for a file
-        return path
-    if os.path.isdir(path):
-        path = path / (subfolder or "") / CONFIG_NAME
-        return path if path.is_file() else None
-    name = str(path_or_repo)
-    if _is_path(name):
-        raise ConfigError(f"{name!r} is neither a local path nor a Hub repository: no such file or folder is here")
-    from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, CONFIG_NAME, subfolder=subfolder or None, **hub_kwargs))
-    except hub.EntryNotFoundError:  # also what an offline machine gets for a file that is not in its cache
-        return None
-    except (hub.HFValidationError, hub.RepositoryNotFoundError) as error:
-        raise ConfigError(f"{name!r} is neither a local path nor a Hub repository: {error}") from error
-    except hub.RevisionNotFoundError as error:
-        raise ConfigError(f"the repository {name!r} has no revision={hub_kwargs.get('revision')!r}: {error}") from error
-
-
-def _is_path(name: str) -> bool:
-    return os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith(("/", ".json"))
-
-
-def read_json(path: Path) -> Any:
-    """What is in a small JSON file.
-
-    Raises:
-        ConfigError: it is too large, not JSON, has a key twice, or a number that is none.
-    """
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ConfigError(f"{path.stat().st_size} bytes; a prune config has at most {MAX_FILE_BYTES}")
-    try:
-        return json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
-        )
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, an integer of thousands of digits; too deep
-        raise ConfigError(f"not valid JSON ({error}); write it again with PruneConfig.save_pretrained") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ConfigError(f"{name} is not a JSON number; expected a finite one")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in unique:
-            raise ConfigError(f"field {key!r} stands twice; keep one")
-        unique[key] = value
-    return unique
 
 
 def _to_json(value: Any) -> Any:

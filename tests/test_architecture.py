@@ -19,7 +19,18 @@ PACKAGE = Path(hf_tokenprune.__file__).parent
 MAX_LINES = 350
 
 CORE = {
-    *("errors", "field_types", "config", "registry", "tokens", "signals", "methods", "adapters", "engine"),
+    *(
+        "errors",
+        "field_types",
+        "config_files",
+        "config",
+        "registry",
+        "tokens",
+        "signals",
+        "methods",
+        "adapters",
+        "engine",
+    ),
     *("recording", "cost", "presets", "sharing"),
 }
 """Parts that everybody imports; the others (evaluation, command line, pictures, ...) may need more installed."""
@@ -29,7 +40,8 @@ MAY_IMPORT = {
     "errors": set(),
     "registry": {"errors"},
     "field_types": set(),
-    "config": {"errors", "registry", "field_types", "signals", "cost", "presets"},  # see FACADES
+    "config_files": {"errors"},
+    "config": {"errors", "registry", "field_types", "config_files", "signals", "cost", "presets"},  # see FACADES
     "tokens": {"errors"},
     "signals": set(),
     "methods": GROUND | {"config", "methods"},
@@ -38,7 +50,7 @@ MAY_IMPORT = {
     "recording": {"engine", "errors"},
     "cost": {"engine", "config", "errors", "signals", "cost"},
     "presets": {"config", "errors"},
-    "sharing": {"engine", "config", "errors", "sharing"},
+    "sharing": {"engine", "config", "config_files", "errors", "sharing"},
 }
 """Parts of the package each core part may import, in functions too. ``methods`` and ``adapters`` meet through the
 registry, so not even the engine names one."""

@@ -17,7 +17,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from ..config import ALSO_IN, CONFIG_NAME, MODEL_CONFIG_NAME, PruneConfig, as_config, find_config_file, read_json
+from ..config import ALSO_IN, PruneConfig, as_config
+from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file, read_json
 from ..engine import ConfigLike, prune
 from ..errors import ConfigError
 

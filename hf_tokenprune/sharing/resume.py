@@ -10,7 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..config import MODEL_CONFIG_NAME, PruneConfig, as_config
+from ..config import PruneConfig, as_config
+from ..config_files import MODEL_CONFIG_NAME
 from ..engine import current_config
 from ..errors import UnsupportedModelError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import CONFIG_NAME
+from ..config_files import CONFIG_NAME
 from ..engine import current_config
 from ..errors import PruneStateError
 
