@@ -1,10 +1,14 @@
 """Changing the class of one block and back.
 
 A swapped class survives deepcopy, pickle, gradient checkpointing and torch.compile, which instance forwards and
-closures do not. accelerate, though, keeps a bound ``forward`` on the instance; it has to follow the class.
+closures do not. accelerate, though, keeps a bound ``forward`` on the instance; it has to follow the class. And FSDP2
+makes of a block's class another one that mixes ``FSDPModule`` in before it; so does what takes its place.
 """
 
+import sys
+from functools import cache
 from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +17,7 @@ from ..errors import UnsupportedModelError
 
 def check_swappable(block: nn.Module, stock_class: type[nn.Module], place: str) -> None:
     """Raise UnsupportedModelError unless ``block`` is a plain ``stock_class`` whose forward nobody has replaced."""
-    if type(block) is not stock_class:
+    if _own_class(block) is not stock_class:
         raise UnsupportedModelError(
             f"{place} is a {type(block).__module__}.{type(block).__qualname__}, expected {stock_class.__qualname__}: "
             "undo other changes to the model (or unwrap it) before pruning"
@@ -25,13 +29,33 @@ def check_swappable(block: nn.Module, stock_class: type[nn.Module], place: str) 
 
 
 def swap_class(block: nn.Module, new_class: type[nn.Module]) -> None:
-    """Make ``block`` a ``new_class`` in place; its parameters, hooks and attributes stay."""
+    """Make ``block`` a ``new_class`` in place; parameters, hooks and attributes stay, and what ``fully_shard`` did."""
     forward = block.__dict__.get("forward")
     if forward is not None and _is_own_forward(block, forward):
         del block.__dict__["forward"]  # what accelerate's remove_hook_from_module leaves behind
-    block.__class__ = new_class
+    mixin: Any = _mixed_in(type(block))
+    wanted: Any = new_class
+    block.__class__ = wanted if mixin is None else _mixed(mixin, wanted, type(block).__dict__["__deepcopy__"])
     if "_old_forward" in block.__dict__:
-        block.__dict__["_old_forward"] = MethodType(new_class.forward, block)
+        block.__dict__["_old_forward"] = MethodType(type(block).forward, block)
+
+
+def _own_class(block: nn.Module) -> type:
+    """The class of a block without what FSDP2 mixes in before it."""
+    return type(block) if _mixed_in(type(block)) is None else type(block).__bases__[1]
+
+
+def _mixed_in(block_class: type) -> type | None:
+    """The class that FSDP2 has mixed in; None: it has not. Nothing of it is here before somebody has imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = fsdp is not None and issubclass(block_class, fsdp.FSDPModule) and len(block_class.__bases__) == 2
+    return block_class.__bases__[0] if sharded else None
+
+
+@cache
+def _mixed(mixin: type, block_class: type, deepcopy: object) -> type:
+    """A class as ``fully_shard`` makes it."""
+    return type(f"FSDP{block_class.__name__}", (mixin, block_class), {"__deepcopy__": deepcopy})
 
 
 def _is_own_forward(block: nn.Module, forward: object) -> bool:

@@ -20,7 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from ...errors import UnsupportedModelError
 from ...signals import DecoderShape, Stage
 from .._swap import check_swappable, swap_class
-from ._entrance import EnterDecoder, FindImages, LeaveDecoder
+from ._entrance import CountProposals, EnterDecoder, FindImages, LeaveDecoder
 from ._forward import Forward
 from ._tower import attach_tower, detach_tower, scoring_attention
 
@@ -57,17 +57,17 @@ class PrunedDecoderLayer(nn.Module):
         if token_prune is None:
             return super().forward(hidden_states, **kwargs)
         layer: Any = self.self_attn.layer_idx
+        hidden_states = token_prune.arrive(self, layer, hidden_states, kwargs)
         kwargs = token_prune.layer_inputs(layer, hidden_states, kwargs)
         if token_prune.recorder is not None and token_prune.layout is not None:
             token_prune.recorder.on_block(layer, hidden_states.shape[1])
+        token_prune.look(self, layer, hidden_states, kwargs)
         observer = token_prune.observers(layer)
         if observer is None:
-            outputs: Tensor = super().forward(hidden_states, **kwargs)
-        else:
-            outputs, parts = self.in_parts(hidden_states, **kwargs)
-            token_prune.observe(observer, layer, parts)
-        stage = token_prune.stages.get(layer)
-        return outputs if stage is None else token_prune.prune(stage, self, hidden_states, outputs)
+            return super().forward(hidden_states, **kwargs)
+        outputs, parts = self.in_parts(hidden_states, **kwargs)
+        token_prune.observe(observer, layer, parts)
+        return outputs
 
     def in_parts(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The stock layer, with input and output of its attention and of its MLP beside the result."""
@@ -180,6 +180,8 @@ class DecoderAdapter:
             decoder.register_forward_pre_hook(EnterDecoder(), with_kwargs=True),
             decoder.register_forward_hook(LeaveDecoder(), with_kwargs=True),
         ]
+        if model is not inner:
+            state.handles.append(model.register_forward_pre_hook(CountProposals(), with_kwargs=True))
         for stage in stages:
             if stage.where == "vision_tower":
                 state.handles += attach_tower(

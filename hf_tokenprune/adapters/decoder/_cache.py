@@ -36,6 +36,11 @@ class Segment:
     valid: Tensor | None
     shift: Tensor | None
 
+    def on(self, device: torch.device) -> Segment:
+        """The same with its tensors on ``device``."""
+        valid, shift = (rows if rows is None else rows.to(device) for rows in (self.valid, self.shift))
+        return Segment(self.first, valid, shift)
+
 
 @dataclass
 class CacheState:
@@ -46,12 +51,14 @@ class CacheState:
         segments: by segment, what its layers hold of them.
         lengths: how many that are.
         tail: how many of the last ones are text in every sample, which all layers hold.
+        cropped: more than these were taken away, so nobody knows what is left.
     """
 
     seen: int
     segments: list[Segment]
     lengths: list[int]
     tail: int
+    cropped: bool = False
 
     def without_last(self, count: int) -> CacheState:
         """The state before the last ``count`` <= tail tokens came."""
@@ -93,7 +100,9 @@ class PrunedDynamicCache(DynamicCache):
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         super().crop(tokens_to_remove)
         excess = self.token_prune.lengths[0] - self.get_seq_length(0)
-        if 0 < excess <= self.token_prune.tail:  # assisted decoding feeds candidates with the prompt
+        if excess > self.token_prune.tail:
+            self.token_prune = replace(self.token_prune, cropped=True)
+        elif excess > 0:  # assisted decoding feeds candidates with the prompt
             self.token_prune = self.token_prune.without_last(excess)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -106,7 +115,7 @@ class PrunedDynamicCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._map_rows(lambda rows: rows[indices])
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
 
     def _map_rows(self, change: Any) -> None:
         state = self.token_prune
@@ -140,20 +149,36 @@ def state_of(cache: Cache | None, starts: list[int]) -> CacheState | None:
     """What former forwards left on ``cache``; None where it holds no pruned tokens.
 
     Raises:
-        PruneStateError: the cache was filled under another config, or cut inside a pruned prompt.
+        PruneStateError: the cache was filled under another config, cropped inside a pruned prompt, or changed by
+            something that does not know what its layers hold.
     """
     if not isinstance(cache, PrunedDynamicCache):
         return None
     state = cache.token_prune
     if [segment.first for segment in state.segments] != starts:
         raise PruneStateError("this cache was filled by a model pruned in other layers; start with a new DynamicCache")
-    cut = [s.first for s, n in zip(state.segments, state.lengths, strict=True) if cache.get_seq_length(s.first) < n]
-    if cut:
+    if state.cropped:
         raise PruneStateError(
-            f"this cache was cropped inside a prompt whose image tokens were pruned (layer {cut[0]}); "
-            "start with a new DynamicCache"
+            "this cache was cropped inside a prompt whose image tokens were pruned; start with a new DynamicCache"
         )
+    check_lengths(cache, state)
     return state
+
+
+def check_lengths(cache: PrunedDynamicCache, state: CacheState) -> None:
+    """Raise PruneStateError unless every layer has as many tokens more than its prompt left there as the first one."""
+    grown = cache.get_seq_length(0) - state.lengths[0]
+    ends = [*(segment.first for segment in state.segments[1:]), len(cache.layers)]
+    for segment, end, length in zip(state.segments, ends, state.lengths, strict=True):
+        for layer in range(segment.first, end):
+            held = cache.get_seq_length(layer)
+            if grown < 0 or held != length + grown:
+                raise PruneStateError(
+                    f"layer {layer} of this cache holds {held} tokens, where the pruned prompt left {length}"
+                    f"{f' and {grown} came behind it' if grown > 0 else ''}: something other than the model and "
+                    "cache.crop changed the cache, such as a method that compresses or evicts keys, or a forward that "
+                    "was interrupted. Use either that or pruning; start with a new DynamicCache, or unprune(model)"
+                )
 
 
 def bind(cache: Cache, state: CacheState) -> None:
@@ -163,9 +188,15 @@ def bind(cache: Cache, state: CacheState) -> None:
 
 
 def extended(valid: Tensor | None, length: int, new: Tensor | None, num_new: int, like: Tensor) -> Tensor | None:
-    """(B, length + num_new) bool: ``valid`` (B, length), then ``new`` (B, num_new); None: no padding in either."""
+    """(B, length + num_new) bool: ``valid`` (B, length), then ``new`` (B, num_new); None: no padding in either.
+
+    It has batch and device of ``like``.
+    """
     if valid is None and new is None:
         return None
     batch = like.shape[0]
-    parts = [(valid, length), (new, num_new)]
-    return torch.cat([like.new_ones(batch, n, dtype=torch.bool) if v is None else v for v, n in parts], dim=1)
+    parts = [
+        like.new_ones(batch, n, dtype=torch.bool) if part is None else part.to(like.device)
+        for part, n in ((valid, length), (new, num_new))
+    ]
+    return torch.cat(parts, dim=1)

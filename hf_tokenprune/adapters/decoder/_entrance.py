@@ -5,7 +5,7 @@ All are instances of importable classes without state of their own, so that a pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,19 +24,39 @@ from ._cache import (
     given_cache,
     state_of,
 )
-from ._forward import Forward, View
+from ._forward import Forward
 from ._layout import DROPPED, IMAGE, NEWLINE, PADDING, TEXT, read_layout
+from ._packed import read_packed, unpacked_arguments
+from ._view import View
 
 ARGUMENT = "token_prune"
 """Keyword argument in which the forward travels from hook to layers to hook; so no state is on the module."""
+PROPOSED = "token_prune_proposed"
+"""Keyword argument from hook to hook: tokens at the end that are candidates."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Where image tokens are in the input: ``mask`` (B, T) bool; ``owner``: the model with the newline embedding."""
+    """Where image tokens are in the input: ``mask`` (B, T) bool; ``owner``: the model with the newline embedding;
+    ``proposed``: how many tokens at the end :class:`CountProposals` has found to be candidates."""
 
     mask: Tensor
     owner: nn.Module
+    proposed: int = 0
+
+
+class CountProposals:
+    """Forward pre-hook of the model with the head: assisted decoding lets it check candidates behind the prompt.
+
+    It asks for the logits of one token more than there are candidates, and always gives a cache, from which it takes
+    the rejected ones again. They are not part of the prompt, so they must not choose image tokens.
+    """
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        logits = kwargs.get("logits_to_keep")
+        if given_cache(kwargs) is None or not isinstance(logits, int) or logits <= 1:
+            return args, kwargs
+        return args, {**kwargs, PROPOSED: logits - 1}
 
 
 @dataclass
@@ -46,29 +66,30 @@ class FindImages:
     tokens: dict[str, int]
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        proposed = kwargs.pop(PROPOSED, 0)
         mask = self.placeholders(module, args[0] if args else kwargs.get("input_ids"), kwargs)
         if mask is None:
-            return args, kwargs
+            return args, {**kwargs, ARGUMENT: None}
         features = kwargs.get("mm_encoder_outputs") or {}
         if not any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")) and not any(
             output is not None for output in features.values()
         ):
             raise UnsupportedModelError(
                 "the input has image placeholders but no pixel_values: a pruned model cannot tell their features. "
-                f"{CHUNKS}"
+                f"{CHUNKS}. generate gives an assistant_model no images: unprune(assistant_model)"
             )
         for output in features.values():  # of get_image_features, or cut into chunks by generate
             if output is not None and output.get("last_hidden_state") is None and output.get("hidden_states") is None:
                 raise UnsupportedModelError(f"the image features come in chunks. {CHUNKS}")
-        return args, {**kwargs, ARGUMENT: Images(mask, module)}
+        return args, {**kwargs, ARGUMENT: Images(mask, module, proposed)}
 
     def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, T) bool; None: no image in this input."""
         cache = given_cache(kwargs)
         embeds = kwargs.get("inputs_embeds")
         given = input_ids if input_ids is not None else embeds
-        if given is None or (given.shape[1] == 1 and cache is not None and cache.get_seq_length()):
-            return None  # a decode step; asking the device would stall it
+        if given is None or is_decode_step(given, cache):
+            return None  # asking the device would stall it
         mask = torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
         for token in self.tokens.values():
             if input_ids is not None:
@@ -89,39 +110,53 @@ class FindImages:
 CHUNKS = "Prefill in chunks is not supported: leave prefill_chunk_size out, or unprune(model)"
 
 
+def is_decode_step(tokens: Tensor, cache: Any) -> bool:
+    """Whether (B, T, ...) ``tokens`` are one a sample, behind others: then there is no image among them."""
+    return tokens.shape[1] == 1 and cache is not None and bool(cache.get_seq_length())
+
+
 class EnterDecoder:
     """Forward pre-hook of the language model: what leaves at the entrance leaves, and layers are told of the rest."""
 
     def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = given_cache(kwargs)
+        embeds: Tensor | None = kwargs.get("inputs_embeds")
+        if ARGUMENT not in kwargs and embeds is not None and not is_decode_step(embeds, cache):
+            raise UnsupportedModelError(
+                "inputs_embeds were given to the language model itself: a pruned model cannot tell which embeddings "
+                "are of an image. Call the whole model with input_ids and pixel_values, or unprune(model)"
+            )
         images: Images | None = kwargs.pop(ARGUMENT, None)
         state = decoder.token_prune
-        cache = given_cache(kwargs)
         stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
         starts = [0, *(layer + 1 for layer in stages)]
         past = state_of(cache, starts)
         if images is None and past is None:
             return args, kwargs
-        embeds: Tensor = kwargs["inputs_embeds"]
         check_mode(decoder, cache, kwargs.get("attention_mask"))
         if past is not None:
             cache.open = True
-        forward = begin(decoder, starts, embeds, kwargs, past)
-        if images is not None:
+        if images is None:
+            tokens = embeds if embeds is not None else args[0] if args else kwargs["input_ids"]
+            forward = begin(decoder, starts, tokens, kwargs, past)
+            forward.views += later_views(forward, forward.views[0])
+        else:
+            assert embeds is not None
+            use_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+            packed = read_packed(kwargs, cache, use_cache, embeds)
+            kwargs = unpacked_arguments(packed, kwargs)
+            if packed is not None:
+                embeds, images = packed.unpack(embeds), replace(images, mask=packed.unpack(images.mask) & packed.valid)
+            forward = begin(decoder, starts, embeds, kwargs, past)
             forward.stages, forward.recorder = stages, state.recorder
-            embeds = let_leave(forward, embeds, images, state)
+            forward.packed, forward.proposed = packed, images.proposed
+            kwargs["inputs_embeds"] = tokens = let_leave(forward, embeds, images, state)
         view = forward.views[0]
         mask = view.key_valid
         if mask is None and any(stage.layer < 0 and stage.positions == "original" for stage in state.stages):
             # Positions have gaps, which Transformers takes for packed sequences where there is no mask.
-            mask = embeds.new_ones(embeds.shape[0], forward.held[0] + embeds.shape[1], dtype=torch.bool)
-        kwargs |= {
-            "inputs_embeds": embeds,
-            "attention_mask": mask,
-            "position_ids": view.positions,
-            ARGUMENT: forward,
-        }
-        if images is None:
-            forward.views += later_views(forward, view)
+            mask = tokens.new_ones(tokens.shape[0], forward.held[0] + tokens.shape[1], dtype=torch.bool)
+        kwargs |= {"attention_mask": mask, "position_ids": view.positions, ARGUMENT: forward}
         return args, kwargs
 
 
@@ -137,10 +172,9 @@ class LeaveDecoder:
             return output
         output.last_hidden_state = forward.restored(output.last_hidden_state, forward.views[-1])
         if output.hidden_states is not None:
-            views = [forward.views[forward.segment(layer)] for layer in range(len(output.hidden_states) - 1)]
             restored = [
-                None if states is None else forward.restored(states, view)
-                for states, view in zip(output.hidden_states[:-1], views, strict=True)
+                None if states is None else forward.restored_input(states, layer)
+                for layer, states in enumerate(output.hidden_states[:-1])
             ]
             output.hidden_states = (*restored, output.last_hidden_state)
         if cache is not None and cache.get_seq_length():
@@ -163,29 +197,29 @@ def check_mode(decoder: nn.Module, cache: Any, attention_mask: Any) -> None:
         )
 
 
-def begin(decoder: Any, starts: list[int], embeds: Tensor, kwargs: dict[str, Any], past: Any) -> Forward:
-    """The forward with the first segment's view of all its tokens."""
+def begin(decoder: Any, starts: list[int], tokens: Tensor, kwargs: dict[str, Any], past: Any) -> Forward:
+    """The forward with the first segment's view of all its ``tokens``: ids (B, T) or embeddings (B, T, D)."""
     cache: Any = given_cache(kwargs)
     mask: Tensor | None = kwargs.get("attention_mask")
-    batch, length = embeds.shape[:2]
+    (batch, length), device = tokens.shape[:2], tokens.device
     seen = 0 if cache is None else cache.get_seq_length()
-    mask = None if mask is None else mask.bool()
+    mask = None if mask is None else mask.to(device, torch.bool)
     if mask is not None and length == 1 and bool(mask.all()):  # Transformers asks the same of a dense model
         mask = None
     held, segments = [], []
     for i, first in enumerate(starts):
-        former = Segment(first, None, None) if past is None else past.segments[i]
+        former = Segment(first, None, None) if past is None else past.segments[i].on(device)
         known = 0 if past is None else past.lengths[i]
         held.append(seen if past is None else cache.get_seq_length(first))
         known_seen = 0 if past is None else past.seen
         text = None if mask is None else mask[:, known_seen:seen]
-        segments.append(Segment(first, extended(former.valid, known, text, held[i] - known, embeds), former.shift))
+        segments.append(Segment(first, extended(former.valid, known, text, held[i] - known, tokens), former.shift))
     positions = kwargs.get("position_ids")
     if positions is None:
-        positions = torch.arange(seen, seen + length, device=embeds.device).unsqueeze(0)
-    positions = positions.expand(batch, -1)
+        positions = torch.arange(seen, seen + length, device=device).unsqueeze(0)
+    positions = positions.to(device).expand(batch, -1)
     valid = None if mask is None else mask[:, -length:]
-    slots = torch.arange(length, device=embeds.device).expand(batch, -1)
+    slots = torch.arange(length, device=device).expand(batch, -1)
     shift = segments[0].shift
     view = View(
         slots=slots,
@@ -193,7 +227,7 @@ def begin(decoder: Any, starts: list[int], embeds: Tensor, kwargs: dict[str, Any
         valid=valid,
         positions=positions if shift is None else positions - shift,
         shift=shift,
-        key_valid=extended(segments[0].valid, held[0], valid, length, embeds),
+        key_valid=extended(segments[0].valid, held[0], valid, length, tokens),
     )
     return Forward(decoder, {}, starts, [view], held, segments, seen, cache)
 

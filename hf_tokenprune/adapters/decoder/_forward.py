@@ -1,7 +1,9 @@
 """One forward of a decoder whose image tokens leave on the way: who is still there, and what each layer must be given.
 
 Layers between two pruning stages form a segment: they see the same tokens, so they share positions and mask. Tokens
-that a stage drops leave their sample; samples are then aligned at the end again, with padding in front.
+that a stage drops leave their sample where the layer behind it begins; samples are then aligned at the end again, with
+padding in front. Inside a layer's forward its weights are there and its states are on its device, which neither is
+sure outside (offloading, sharding, models over several devices).
 """
 
 from __future__ import annotations
@@ -20,31 +22,9 @@ from ...signals import Signals, Stage, Transition
 from ...tokens import gather_tokens
 from ._cache import CACHE_NAME, CacheState, Segment, extended
 from ._layout import Layout
+from ._packed import Packed
 from ._text_rows import text_attention
-
-
-@dataclass
-class View:
-    """The tokens of this forward that one segment sees: L of the T that came in.
-
-    Attributes:
-        slots: (B, L) int64, where they stood among the T.
-        take: (B, L) int64, where they stood in the view before.
-        valid: (B, L) bool, False for padding; None: no padding.
-        positions: (B, L) int64 for the rotary embedding.
-        shift: (B, 1) int64, how far positions behind them move down; None: not at all.
-        key_valid: (B, K + L) bool, ``valid`` with that of the K keys in the cache before it; None: no padding.
-        rotary, mask: what the layers of the segment are given; made when the first of them asks.
-    """
-
-    slots: Tensor
-    take: Tensor
-    valid: Tensor | None
-    positions: Tensor
-    shift: Tensor | None
-    key_valid: Tensor | None
-    rotary: tuple[Tensor, Tensor] | None = None
-    mask: Any = None
+from ._view import View, moved
 
 
 @dataclass
@@ -62,6 +42,11 @@ class Forward:
         layout: of the newest view; None where no image is in the input.
         image_rank: (B, T) int64, of each image token its number in the sample; -1 for others.
         originals: for each sample, image tokens of each image that entered the first layer.
+        proposed: how many of the last tokens only stand there to be checked (assisted decoding); they stay, and have no
+            say in what else does.
+        packed: how several samples stood in one row; None: they did not.
+        observed: (B, L) float32 scores of the layers observed so far, of the tokens of the newest view.
+        text: what the next stage reads of the text's attention, see :meth:`text_attention`.
     """
 
     decoder: nn.Module
@@ -76,28 +61,34 @@ class Forward:
     image_rank: Tensor | None = None
     originals: tuple[tuple[int, ...], ...] = ()
     recorder: Any = None
+    proposed: int = 0
+    packed: Packed | None = None
     observed: dict[int, Tensor] = field(default_factory=dict)
+    text: tuple[Tensor, Tensor] | None = None
 
     def segment(self, layer: int) -> int:
         """Index of the segment that a layer belongs to."""
         return bisect_right(self.starts, layer) - 1
 
+    def view(self, index: int, device: torch.device) -> View:
+        """What a segment sees, on the device of one of its layers."""
+        view = self.views[index] = self.views[index].on(device)
+        return view
+
     def layer_inputs(self, layer: int, states: Tensor, stock: dict[str, Any]) -> dict[str, Any]:
-        """Mask, positions and rotary embedding for a layer: ``stock`` ones in the first segment."""
+        """Mask and rotary embedding for a layer, where its ``states`` are: ``stock`` ones in the first segment.
+
+        No ``position_ids``: FlashAttention would take their gaps for packed samples.
+        """
         index = self.segment(layer)
-        view = self.views[index]
+        if index == 0:
+            return {**stock, "position_ids": None}
+        view = self.view(index, states.device)
         if view.rotary is None:
-            if index == 0:
-                view.rotary, view.mask = stock["position_embeddings"], stock["attention_mask"]
-            else:
-                rotary: Any = self.decoder.rotary_emb
-                view.rotary, view.mask = rotary(states, view.positions), self._mask(view, layer, states)
-        return {
-            **stock,
-            "attention_mask": view.mask,
-            "position_ids": view.positions,
-            "position_embeddings": view.rotary,
-        }
+            rotary: Any = self.decoder.rotary_emb
+            view.rotary = moved(rotary(states, view.positions), states.device)
+            view.mask = self._mask(view, layer, states)
+        return {**stock, "attention_mask": view.mask, "position_ids": None, "position_embeddings": view.rotary}
 
     def _mask(self, view: View, layer: int, states: Tensor) -> Any:
         if view.key_valid is None and states.shape[1] == 1:
@@ -114,6 +105,42 @@ class Forward:
 
     # -- pruning -----------------------------------------------------------------------------------------------------
 
+    def arrive(self, block: Any, layer: int, states: Tensor, stock: dict[str, Any]) -> Tensor:
+        """The ``states`` (B, L, D) that the layer before gave, without the tokens that the stage behind that one drops.
+
+        Args:
+            block: the decoder layer that is about to run, the one called ``layer``.
+            stock: the arguments it was given.
+        """
+        index = self.segment(layer)
+        if self.layout is None or index == 0 or layer != self.starts[index]:
+            return states
+        if len(self.views) == index:  # else: recomputed for a backward, and decided already
+            stage = self.stages[layer - 1]
+            with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+                self.follow(states.device)
+                if reads_text(stage, "next"):
+                    rotary = self.layer_inputs(layer - 1, states, stock)["position_embeddings"]
+                    self.text = self.text_attention(stage, block, layer, states, rotary)
+                self.views.append(self.select(stage, states.detach()))
+                self.text = None
+        return gather_tokens(states, self.view(index, states.device).take)
+
+    def look(self, block: Any, layer: int, states: Tensor, given: dict[str, Any]) -> None:
+        """Before a layer runs: read of its attention what the stage behind it wants to see of it.
+
+        Args:
+            block: the decoder layer that is about to run, the one called ``layer``.
+            states: (B, L, D) what enters it.
+            given: the other arguments it gets.
+        """
+        stage = self.stages.get(layer)
+        if stage is None or not reads_text(stage, "own") or len(self.views) > self.segment(layer) + 1:
+            return
+        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+            self.follow(states.device)
+            self.text = self.text_attention(stage, block, layer, states, given["position_embeddings"])
+
     def observers(self, layer: int) -> Stage | None:
         """The stage that wants a score of this layer's transition, if one does."""
         return next((stage for stage in self.stages.values() if layer in stage.observes), None)
@@ -122,55 +149,58 @@ class Forward:
         """Let ``stage`` score what a layer did: ``parts`` are input and output of attention and MLP, (B, L, D) each."""
         if layer in self.observed:  # recomputed for a backward
             return
+        self.follow(parts[0].device)
         assert self.layout is not None
         valid = self.views[-1].valid
-        valid = torch.ones(parts[0].shape[:2], dtype=torch.bool, device=parts[0].device) if valid is None else valid
+        valid = parts[0].new_ones(parts[0].shape[:2], dtype=torch.bool) if valid is None else valid.clone()
+        valid[:, valid.shape[1] - self.proposed :] = False
         with torch.no_grad(), torch.autocast(parts[0].device.type, enabled=False):
             self.observed[layer] = stage.observe(Transition(*parts, valid=valid, image=self.layout.is_image))
 
-    def prune(self, stage: Stage, block: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Take the tokens that ``stage`` drops after ``block`` out of its ``outputs`` (B, L, D)."""
-        index = self.segment(stage.layer)
-        if len(self.views) == index + 1:  # else: recomputed for a backward, and decided already
-            with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
-                text = None
-                if "text_attention" in stage.needs:
-                    text = self.text_attention(stage, block, inputs, outputs)
-                self.views.append(self.select(stage, outputs.detach(), text))
-        return gather_tokens(outputs, self.views[index + 1].take)
+    def follow(self, device: torch.device) -> None:
+        """Bring what decisions are made from to the device that the states have come to."""
+        assert self.layout is not None and self.image_rank is not None
+        if self.layout.is_image.device == device:
+            return
+        self.layout = replace(self.layout, is_image=self.layout.is_image.to(device))
+        self.image_rank = self.image_rank.to(device)
+        self.observed = {layer: score.to(device) for layer, score in self.observed.items()}
+        self.text = moved(self.text, device)
+        self.past = [past.on(device) for past in self.past]
+        self.views[-1] = self.views[-1].on(device)
 
-    def text_attention(self, stage: Stage, block: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    def text_attention(
+        self, stage: Stage, block: Any, layer: int, states: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Attention (B, H, R, L) float32 of the rows that ``stage.text_rows`` names, and which are text, (B, R) bool.
 
         Args:
-            block: the decoder layer that the stage comes after.
-            inputs, outputs: (B, L, D) states that entered and left it.
+            block: the decoder layer whose attention is read, the one called ``layer``.
+            states: (B, L, D) what enters it.
+            rotary: cos and sin, (B or 1, L, d), of these tokens.
         """
         assert stage.text_rows is not None and self.layout is not None
-        view = self.views[-1]
-        own = stage.text_rows.layer == "own"
-        layer: Any = block if own else self.decoder.layers[stage.layer + 1]  # type: ignore[index]
-        normed = layer.input_layernorm(inputs if own else outputs)
-        tails = torch.tensor([max(tail, 1) for tail in self.layout.tail], device=normed.device)
-        num_rows = 1 if stage.text_rows.rows == "last" else max(max(self.layout.tail), 1)
-        is_text = torch.arange(num_rows, 0, -1, device=normed.device) <= tails[:, None]
+        behind = [max(tail - self.proposed, 1) for tail in self.layout.tail]
+        num_rows = 1 if stage.text_rows.rows == "last" else max(behind)
+        tails = torch.tensor(behind, device=states.device)
+        is_text = torch.arange(num_rows, 0, -1, device=states.device) <= tails[:, None]
 
-        index: int = layer.self_attn.layer_idx
-        segment = self.segment(index)
+        segment = self.segment(layer)
         held, cached = self.held[segment], None
         if self.cache is not None and held:
-            keys: Any = self.cache.layers[index].keys
+            keys: Any = self.cache.layers[layer].keys
             cached = keys[:, :, :held]
-        key_valid = view.key_valid
-        if not own:
-            key_valid = extended(self.past[segment].valid, held, view.valid, normed.shape[1], normed)
-        assert view.rotary is not None
-        return text_attention(layer.self_attn, normed, num_rows, view.rotary, cached, key_valid), is_text
+        length = states.shape[1] - self.proposed  # no row of text sees what stands behind it
+        key_valid = extended(self.past[segment].valid, held, self.views[-1].valid, states.shape[1], states)
+        key_valid = None if key_valid is None else key_valid[:, : held + length]
+        cos, sin = (part[:, :length] for part in rotary)
+        normed = block.input_layernorm(states[:, :length])
+        return text_attention(block.self_attn, normed, num_rows, (cos, sin), cached, key_valid), is_text
 
-    def select(self, stage: Stage, states: Tensor, text: tuple[Tensor, Tensor] | None = None) -> View:
+    def select(self, stage: Stage, states: Tensor) -> View:
         """Decide who stays of the tokens of the newest view, whose ``states`` are (B, L, D)."""
         assert self.layout is not None
-        layout, count = self.layout, self.counter(stage)
+        layout, count, text = self.layout, self.counter(stage), self.text
         keep = ~layout.is_image
         scores = [self.observed[layer] for layer in stage.observes] if "layer_scores" in stage.needs else []
         for group in layout.groups(count, stage.budget):
@@ -230,7 +260,8 @@ class Forward:
             total = dropped.long().cumsum(1)
             positions = positions - total
             shift = total[:, -1:] + (0 if shift is None else shift)
-        self.layout = _moved(self.layout, take, valid)
+        is_image = self.layout.is_image.gather(1, take)
+        self.layout = replace(self.layout, is_image=is_image if valid is None else is_image & valid)
         self.observed = {layer: score.gather(1, take) for layer, score in self.observed.items()}
         view = View(
             slots=before.slots.gather(1, take),
@@ -260,13 +291,22 @@ class Forward:
 
         So logits, labels and losses keep their places.
         """
-        batch, length = view.slots.shape
         assert self.image_rank is not None
+        view = view.on(states.device)
+        batch, length = view.slots.shape
         present = torch.zeros(batch, self.image_rank.shape[1], dtype=torch.long, device=states.device)
         ones = torch.ones_like(view.slots) if view.valid is None else view.valid.long()
-        number = present.scatter_add_(1, view.slots.to(states.device), ones.to(states.device)).cumsum(1)
+        number = present.scatter_add_(1, view.slots, ones).cumsum(1)
         first = length - number[:, -1:]
-        return gather_tokens(states, first + (number - 1).clamp(min=0))
+        full = gather_tokens(states, first + (number - 1).clamp(min=0))
+        return full if self.packed is None else self.packed.pack(full)
+
+    def restored_input(self, states: Tensor, layer: int) -> Tensor:
+        """:meth:`restored` for what the layer before ``layer`` gave: without the tokens that leave in this one."""
+        index = self.segment(layer)
+        view = self.views[index].on(states.device)
+        arriving = layer > 0 and layer == self.starts[index]
+        return self.restored(gather_tokens(states, view.take) if arriving else states, view)
 
     def cache_state(self) -> CacheState:
         """What the next forward with this cache must know."""
@@ -286,6 +326,6 @@ def _columns(attention: Tensor, index: Tensor) -> Tensor:
     return attention.gather(3, index[:, None, None].expand(-1, attention.shape[1], attention.shape[2], -1))
 
 
-def _moved(layout: Layout, take: Tensor, valid: Tensor | None) -> Layout:
-    is_image = layout.is_image.gather(1, take)
-    return replace(layout, is_image=is_image if valid is None else is_image & valid)
+def reads_text(stage: Stage, layer: str) -> bool:
+    """Whether a stage reads the text's attention of its "own" layer, or of the "next" one."""
+    return "text_attention" in stage.needs and stage.text_rows is not None and stage.text_rows.layer == layer

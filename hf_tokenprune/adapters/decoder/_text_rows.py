@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
+from ...errors import UnsupportedModelError
+
 
 def text_attention(
     attention: Any,
@@ -23,6 +25,7 @@ def text_attention(
     """Attention (B, H, R, L) float32 of the last ``num_rows`` tokens, the share of each of the L tokens in it.
 
     Softmax over all keys a row may see: cached ones, and tokens of this forward that are not padding and not behind it.
+    Of all heads, also where this process works out a part of them only (tensor parallelism).
 
     Args:
         attention: the attention module whose projections are used.
@@ -44,7 +47,31 @@ def text_attention(
     if key_valid is not None:
         visible = visible & key_valid[:, None, None, None]
     probabilities = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()  # rows of filling see nothing
-    return probabilities.flatten(1, 2)[..., num_keys - normed.shape[1] :]
+    return all_heads(probabilities.flatten(1, 2)[..., num_keys - normed.shape[1] :], attention)
+
+
+def all_heads(attention_of_mine: Tensor, attention: Any) -> Tensor:
+    """(B, h, R, L) of the heads of this process as (B, H, R, L) of all: ranks must not choose by different heads.
+
+    Raises:
+        UnsupportedModelError: nothing tells which processes have the others.
+    """
+    num_heads, weight = attention.config.num_attention_heads, attention.q_proj.weight
+    if attention_of_mine.shape[1] == num_heads:
+        return attention_of_mine
+    if not hasattr(weight, "device_mesh"):
+        raise UnsupportedModelError(
+            f"q_proj gives {attention_of_mine.shape[1]} of {num_heads} heads and its weight is no DTensor: a method "
+            "that reads attention cannot tell which processes have the others. Use one that does not, such as divprune"
+        )
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    batch, _, rows, length = attention_of_mine.shape
+    placements = [Shard(1) if placement.is_shard() else Replicate() for placement in weight.placements]
+    shape, stride = torch.Size((batch, num_heads, rows, length)), (num_heads * rows * length, rows * length, length, 1)
+    mine = attention_of_mine.contiguous()
+    split = DTensor.from_local(mine, weight.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+    return split.full_tensor()
 
 
 def _heads(projected: Tensor, attention: Any, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,47 @@
+"""What one segment of a decoder sees in one forward, on the device of the layer that asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class View:
+    """The tokens of this forward that one segment sees: L of the T that came in.
+
+    Attributes:
+        slots: (B, L) int64, where they stood among the T.
+        take: (B, L) int64, where they stood in the view before.
+        valid: (B, L) bool, False for padding; None: no padding.
+        positions: (B, L) int64 for the rotary embedding.
+        shift: (B, 1) int64, how far positions behind them move down; None: not at all.
+        key_valid: (B, K + L) bool, ``valid`` with that of the K keys in the cache before it; None: no padding.
+        rotary, mask: what the layers of the segment are given, unless it is the first one, which is given what stock
+            Transformers made; made when the first of them asks.
+    """
+
+    slots: Tensor
+    take: Tensor
+    valid: Tensor | None
+    positions: Tensor
+    shift: Tensor | None
+    key_valid: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None = None
+    mask: Any = None
+
+    def on(self, device: torch.device) -> View:
+        """This view with everything on ``device``: layers of one segment may be spread over several."""
+        if self.slots.device == device:
+            return self
+        return replace(self, **{field.name: moved(getattr(self, field.name), device) for field in fields(self)})
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor, a mask or a tuple of them on ``device``; None stays None."""
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    return None if value is None else value.to(device)
