@@ -201,22 +201,6 @@ def test_beam_search_is_the_reference(pair) -> None:
 
 
 @each_once
-def test_prompt_lookup_is_greedy(pair) -> None:
-    """Candidates are checked several at a time, the first ones in the forward that prunes; wrong ones are cropped."""
-    two = pruned_pair(*pair)
-    inputs = sample(two.dense, ONE_IMAGE)
-    ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -6:]], 1)  # it looks up what stood there twice
-    inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    expected = greedy(two.model, inputs, 12)
-    output = greedy(two.model, inputs, 12, prompt_lookup_num_tokens=3)
-    assert output.sequences.shape == expected.sequences.shape
-    assert lengths(output[CACHE_NAME])[-1] < output.sequences.shape[1] - 1
-    if not guided(two.stages):  # else the first candidates had a say in what was kept
-        assert torch.equal(output.sequences, expected.sequences)
-        close(torch.cat(output.logits), torch.cat(expected.logits))
-
-
-@each_once
 def test_streaming(pair) -> None:
     class Collect(BaseStreamer):
         def __init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Decoders whose layers are spread over two devices (``device_map``), emulated: every layer computes on its own one, and
-what comes out is what one device gives."""
+"""Decoders whose layers are spread over two devices (``device_map``), emulated: every layer computes on its own one,
+and what comes out is what one device gives."""
 
 from collections.abc import Iterator
 from typing import Any

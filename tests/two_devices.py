@@ -1,8 +1,8 @@
 """Devices that are not there: tensors that say they are on one, and an error where tensors of two meet.
 
-All of them lie in the memory of the CPU. Inside :class:`Devices` a tensor has the device that it was put on; results are
-where their inputs are; ``to`` moves; anything else that mixes devices raises, as CUDA would. :func:`spread` puts modules on
-devices and moves what they are given, as accelerate does for a ``device_map``.
+All of them lie in the memory of the CPU. Inside :class:`Devices` a tensor has the device that it was put on; results
+are where their inputs are; ``to`` moves; anything else that mixes devices raises, as CUDA would. :func:`spread` puts
+modules on devices and moves what they are given, as accelerate does for a ``device_map``.
 """
 
 from typing import Any
@@ -69,7 +69,7 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def send(value: Any, device: torch.device) -> Any:
-    """Tensors in tuples, lists and dictionaries on ``device``, copied where they were on another, as accelerate has it."""
+    """Tensors in tuples, lists and dictionaries on ``device``, new ones where they were on another."""
     return tree_map_only(Tensor, lambda t: t if device_of(t) == device else put(t.view_as(t), device), value)
 
 

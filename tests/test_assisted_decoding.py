@@ -1,0 +1,75 @@
+"""Assisted decoding gives the tokens of greedy decoding: candidates behind the prompt choose no image tokens."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_tokenprune import prune, record
+from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.errors import UnsupportedModelError
+
+from .decoder_families import ONCE, Case, Inputs, lengths, run, sample, tiny_vlm
+from .test_contract_decoders import ONE_IMAGE, close, id_of
+from .test_generate import greedy, pruned_pair
+
+each_once = pytest.mark.parametrize("pair", ONCE, ids=id_of)
+STEPS = 8
+
+
+def repeating(inputs: Inputs) -> Inputs:
+    """A prompt whose last words stood there before, for look-up."""
+    ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -6:-2]], 1)
+    return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("how", ["look-up", "assistant"])
+@each_once
+def test_assisted_decoding_is_greedy(pair: tuple[str, Case], how: str) -> None:
+    two = pruned_pair(*pair)
+    for seed in range(2):
+        inputs = repeating(sample(two.dense, ONE_IMAGE, seed))
+        more: dict = {"prompt_lookup_num_tokens": 3}
+        if how == "assistant":
+            more = {"assistant_model": copy.deepcopy(two.dense)}
+        with record(two.model) as rec:
+            expected = greedy(two.model, inputs, STEPS)
+        kept = {name: sets.tolist() for name, sets in rec.kept.items()}
+        with record(two.model) as rec:
+            output = greedy(two.model, inputs, STEPS, **more)
+        assert {name: sets.tolist() for name, sets in rec.kept.items()} == kept
+        assert torch.equal(output.sequences, expected.sequences)
+        close(torch.cat(output.logits), torch.cat(expected.logits))
+        assert lengths(output[CACHE_NAME])[-1] < output.sequences.shape[1] - 1
+
+
+@each_once
+def test_candidates_behind_a_prompt_choose_nothing(pair: tuple[str, Case]) -> None:
+    """Whatever they are; and all other text has its say, however many logits are asked for."""
+    family, case = pair
+    model = tiny_vlm(family)
+    prompt = sample(model, ONE_IMAGE)
+    prune(model, case.config(model))
+    before = run(model, prompt).logits
+    for seed in range(3):
+        words = torch.randint(1, 50, (1, 4), generator=torch.Generator().manual_seed(seed))
+        ids = torch.cat([prompt["input_ids"], words], 1)
+        inputs = {**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        logits = run(model, inputs, logits_to_keep=5, **{CACHE_NAME: DynamicCache()}).logits
+        close(logits[:, :1], before[:, -1:])
+        with record(model) as rec:
+            whole = run(model, inputs).logits
+        kept = {name: sets.tolist() for name, sets in rec.kept.items()}
+        with record(model) as rec:
+            last = run(model, inputs, logits_to_keep=5).logits
+        assert {name: sets.tolist() for name, sets in rec.kept.items()} == kept
+        assert torch.equal(last, whole[:, -5:])
+
+
+def test_a_pruned_assistant_is_refused_with_the_reason() -> None:
+    model = tiny_vlm("llava")
+    inputs = sample(model, ONE_IMAGE)
+    draft = prune(copy.deepcopy(model), Case("divprune").config(model))
+    with pytest.raises(UnsupportedModelError, match=r"no images: unprune\(assistant_model\)"):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, assistant_model=draft)

@@ -1,0 +1,138 @@
+"""Several samples in one row, as padding-free collators make them: each is what it is alone, whatever the method."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_tokenprune import prune, record
+from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.errors import UnsupportedModelError
+
+from .decoder_families import FAMILIES, ONCE, Case, Inputs, lengths, run, sample, tiny_vlm
+from .test_contract_decoders import close, id_of
+
+each_once = pytest.mark.parametrize("pair", ONCE, ids=id_of)
+PROMPTS = ("..I...", "I..", "....", ".I.I.....")
+
+
+def samples(model: PreTrainedModel) -> list[Inputs]:
+    return [sample(model, parts, seed) for seed, parts in enumerate(PROMPTS)]
+
+
+def packed(alone: list[Inputs]) -> Inputs:
+    """One behind the other in one row."""
+    row = {
+        "input_ids": torch.cat([inputs["input_ids"] for inputs in alone], 1),
+        "position_ids": torch.cat([torch.arange(inputs["input_ids"].shape[1]) for inputs in alone])[None],
+    }
+    for name in {name for inputs in alone for name in inputs} - {"input_ids", "attention_mask"}:
+        row[name] = torch.cat([inputs[name] for inputs in alone if name in inputs])
+    return row
+
+
+def ends_of(alone: list[Inputs]) -> dict[str, Any]:
+    """What collators give attention kernels."""
+    counts = torch.tensor([0, *(inputs["input_ids"].shape[1] for inputs in alone)])
+    ends, longest = counts.cumsum(0).int(), int(counts.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def parted(row: Tensor, alone: list[Inputs]) -> list[Tensor]:
+    return list(row[0].split([inputs["input_ids"].shape[1] for inputs in alone]))
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+@each_once
+def test_each_sample_is_what_it_is_alone(pair: tuple[str, Case], positions: str) -> None:
+    """Logits, hidden states and kept sets; with a cache left to its default, too, and with ends of samples."""
+    family, case = pair
+    model = tiny_vlm(family, "qwen2")
+    alone = samples(model)
+    prune(model, case.config(model, positions=positions))
+    row, expected = packed(alone), []
+    for inputs in alone:
+        with record(model) as rec:
+            expected.append((run(model, inputs, output_hidden_states=True), rec.kept))
+    for more in ({"use_cache": False}, {}, {**ends_of(alone), "use_cache": False}):
+        with record(model) as rec:
+            output = run(model, row, output_hidden_states=True, **more)
+        assert output.get(CACHE_NAME) is None
+        parts = zip(expected, parted(output.logits, alone), parted(output.hidden_states[4], alone), strict=True)
+        for i, ((single, kept), logits, states) in enumerate(parts):
+            close(logits, single.logits[0])
+            close(states, single.hidden_states[4][0])
+            for name, sets in kept.items():
+                assert [n for n in rec.kept[name][i].tolist() if n >= 0] == sets[0].tolist()
+
+
+@each_once
+def test_ends_of_samples_alone_tell_them_apart(pair: tuple[str, Case]) -> None:
+    family, case = pair
+    model = tiny_vlm(family)
+    alone = samples(model)
+    prune(model, case.config(model))
+    row = packed(alone)
+    expected = run(model, row, use_cache=False).logits
+    row.pop("position_ids")
+    close(run(model, row, use_cache=False, **ends_of(alone)).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_rows_of_samples(family: str) -> None:
+    """Two rows of the same length, cut at different places."""
+    model = tiny_vlm(family)
+    alone = [sample(model, parts, seed) for seed, parts in enumerate(["..I...", "I..", ".I.", "I....."])]
+    first, second = packed(alone[:2]), packed(alone[2:])
+    row = {name: torch.cat([first[name], second[name]]) for name in first}
+    prune(model, Case("stack").config(model))
+    logits = run(model, row, use_cache=False).logits.flatten(0, 1)
+    close(logits, torch.cat([run(model, inputs).logits[0] for inputs in alone]))
+
+
+@each_once
+def test_gradients_reach_every_sample(pair: tuple[str, Case]) -> None:
+    family, case = pair
+    model = tiny_vlm(family).train()
+    alone = samples(model)[:2]
+    prune(model, case.config(model))
+    weight = model.model.language_model.layers[6].mlp.up_proj.weight
+
+    def gradient(batches: list[Inputs]) -> Tensor:
+        model.zero_grad()
+        for inputs in batches:
+            model(**inputs, use_cache=False).logits.log_softmax(-1).square().sum().backward()
+        assert weight.grad is not None
+        return weight.grad.clone()
+
+    torch.testing.assert_close(gradient([packed(alone)]), gradient(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_cache_of_a_packed_row_is_refused(filled: bool) -> None:
+    """It could not keep its samples apart in later turns. Positions that only count up are no sign of samples."""
+    model = tiny_vlm("llava")
+    alone = samples(model)[:2]
+    prune(model, Case("fastv").config(model))
+    cache = DynamicCache()
+    if filled:
+        run(model, {"input_ids": torch.tensor([[5, 6]])}, **{CACHE_NAME: cache})
+    with pytest.raises(UnsupportedModelError, match=r"2 samples in 1 row, which a .*Cache cannot keep apart"):
+        run(model, packed(alone), **{CACHE_NAME: cache})
+    single = packed(alone[:1])
+    single["position_ids"] += 2 * filled
+    run(model, single, **{CACHE_NAME: cache})
+    assert lengths(cache)[-1] < single["input_ids"].shape[1]
+
+
+@each_once
+def test_a_mask_says_that_rows_are_samples(pair: tuple[str, Case]) -> None:
+    """As in a dense model: with a mask, positions are positions. What else stands there has no effect."""
+    family, case = pair
+    model = tiny_vlm(family)
+    inputs = samples(model)[0]
+    prune(model, case.config(model))
+    expected = run(model, inputs).logits
+    assert torch.equal(run(model, inputs, **ends_of([inputs])).logits, expected)
