@@ -32,7 +32,7 @@ def press(attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) 
         layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
 
 
-@pytest.mark.parametrize("pressed", [range(DEPTH), [DEPTH - 1], [3]], ids=["all layers", "the last layer", "layer 3"])
+@pytest.mark.parametrize("pressed", [range(DEPTH), [DEPTH - 1]], ids=["all layers", "the last layer"])
 @each_once
 def test_a_cache_that_was_compressed_is_not_called_cropped(pair: tuple[str, Case], pressed: Any) -> None:
     model, inputs = ready(pair)

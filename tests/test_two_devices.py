@@ -58,10 +58,10 @@ def turns(model: PreTrainedModel, inputs: Inputs, step: Inputs, move: Any = dict
     }
 
 
-@pytest.mark.parametrize("first_of_second", [1, 2, 3, 5])
+@pytest.mark.parametrize("first_of_second", [2, 3])
 @pytest.mark.parametrize("pair", ONCE, ids=id_of)
 def test_layers_of_two_devices(pair: tuple[str, Case], first_of_second: int) -> None:
-    """With a boundary between a stage and the layer behind it, in front of a stage, and inside a segment."""
+    """With a boundary between a stage and the layer behind it, and inside a segment."""
     family, case = pair
     model = tiny_vlm(family, "qwen2")
     inputs = collate([sample(model, ONE_IMAGE, 1), sample(model, "..I..", 2)])
