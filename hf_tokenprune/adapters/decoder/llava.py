@@ -9,6 +9,7 @@ from ...registry import register_adapter
 from ...signals import DecoderShape, ModelShape
 from .._sizes import as_pair, linear_macs
 from ._adapter import DecoderAdapter
+from ._images import GivenImages, ImageTokens
 from ._tower import HAS_CLS
 
 
@@ -41,8 +42,8 @@ class LlavaFamilyAdapter(DecoderAdapter):
     def patch_tokens(self, model: PreTrainedModel) -> int:
         """Features of one image of the tower."""
         tower = tower_shape(self.inner(model).vision_tower)
-        has_cls = tower.has_cls and model.config.vision_feature_select_strategy == "full"
-        return tower.num_patches + has_cls
+        first = model.config.vision_feature_select_strategy == "default"  # drops the first, CLS token or not
+        return tower.num_patches + tower.has_cls - first
 
 
 @register_adapter("llava")
@@ -50,8 +51,12 @@ class LlavaAdapter(LlavaFamilyAdapter):
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         return 1, self.patch_tokens(model), 0
 
-    def image_length(self, model: PreTrainedModel) -> int:
-        return self.patch_tokens(model)
+    def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
+        sizes = given.image_sizes
+        if given.features is not None or sizes is None:
+            return given.as_encoded()
+        side = inner.vision_tower.patch_size  # a tower for images of any size: Pixtral
+        return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
 
 
 def tower_shape(tower: Any) -> ModelShape:
