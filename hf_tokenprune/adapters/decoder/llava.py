@@ -1,5 +1,6 @@
 """LLaVA 1.5 and its kind: every image has as many tokens as its vision tower has patches."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ class LlavaFamilyAdapter(DecoderAdapter):
 
     def shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> DecoderShape:
         inner, text = self.inner(model), self.inner(model).language_model.config
-        tower = tower_shape(inner.vision_tower)
+        tower = self.tower(model, image_size)
         tower_images, image_tokens, newline_tokens = self.image_tokens(model, image_size)
         return DecoderShape(
             depth=len(self.blocks(model)),
@@ -39,17 +40,22 @@ class LlavaFamilyAdapter(DecoderAdapter):
         """(images the tower encodes, tokens in the decoder, newlines among them) of one image; None: a usual size."""
         raise NotImplementedError
 
-    def patch_tokens(self, model: PreTrainedModel) -> int:
-        """Features of one image of the tower."""
-        tower = tower_shape(self.inner(model).vision_tower)
-        first = model.config.vision_feature_select_strategy == "default"  # drops the first, CLS token or not
-        return tower.num_patches + tower.has_cls - first
+    def tower(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        """Sizes of the vision tower, for what it encodes of an image of ``image_size`` pixels."""
+        return tower_shape(self.inner(model).vision_tower)
 
 
 @register_adapter("llava")
 class LlavaAdapter(LlavaFamilyAdapter):
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
-        return 1, self.patch_tokens(model), 0
+        tower = self.tower(model, image_size)
+        first = model.config.vision_feature_select_strategy == "default"  # drops the first, CLS token or not
+        return 1, tower.num_patches + tower.has_cls - first, 0
+
+    def tower(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        tower = super().tower(model, image_size)
+        takes_any_size = self.inner(model).vision_tower.config.model_type == "pixtral"
+        return replace(tower, image_size=image_size) if image_size is not None and takes_any_size else tower
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         sizes = given.image_sizes
