@@ -22,6 +22,7 @@ from hf_tokenprune.errors import TokenPruneError, UnsupportedModelError
 from .decoder_families import (
     FAMILIES,
     IMAGE,
+    ONCE,
     SUPPORTED,
     VOCABULARY,
     Case,
@@ -35,6 +36,7 @@ from .decoder_families import (
     sample,
     stages_of,
     tiny_vlm,
+    video_features,
 )
 from .test_contract_decoders import close, each_once, every_family, id_of
 
@@ -143,6 +145,36 @@ def test_newlines_are_known_in_any_precision(pair, call, precision) -> None:
     assert rec.tokens[0] == words + len(kept) + (len(expected) if protect else 0)
 
 
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "family", [family for family, _ in NEWLINES if hasattr(tiny_vlm(family).config, "video_token_id")]
+)
+def test_newlines_of_videos(family, precision, call) -> None:
+    """Where a family has any; an image beside them has its own."""
+    model = tiny_vlm(family)
+    inputs = sample(model, "..VV.I..V..")
+    newline = model.model.image_newline
+    stock = newline.detach().clone()
+    with torch.no_grad():
+        newline.fill_(12345.0)
+        features = video_features(model, inputs["pixel_values_videos"])
+        image = image_features(model, inputs["pixel_values"], inputs["image_sizes"])
+        newline.copy_(stock)
+    of_two = 2 * len(features) // 3
+    found = torch.cat([features[:of_two], image, features[of_two:]]).eq(12345.0).all(-1).nonzero()
+    expected = set(found.flatten().tolist())
+    prune(model, Case("divprune").config(model, newlines="protect"))
+    with record(model) as rec, torch.autocast("cpu", enabled=precision != "float32"):
+        if call == "forward":
+            run(model, inputs)
+        else:
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    kept = rec.kept["entrance"][0].tolist()
+    assert kept and not expected & set(kept)
+    assert rec.tokens[0] == int((~is_image(inputs)).sum()) + len(kept) + len(expected)
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if hasattr(tiny_vlm(f).config, "image_grid_pinpoints")])
 @pytest.mark.parametrize("size", SIZES)
 def test_cost_counts_the_tokens_and_newlines_of_an_image_of_any_size(family, size) -> None:
@@ -227,6 +259,18 @@ def test_an_image_is_as_long_as_its_features(tower, strategy, in_call, side) -> 
     ids = torch.tensor([[1, 2] + [IMAGE] * length + [3, 4]])
     of_each = [kept_of(model, {"input_ids": ids, "pixel_values": image[None], **more}) for image in pixels]
     assert kept_of(model, {**inputs, **more}) == of_each[0] + [length + number for number in of_each[1]]
+
+
+@pytest.mark.parametrize(("tower", "strategy"), TOWERS)
+def test_a_tower_chooses_among_what_become_features(tower, strategy) -> None:
+    """A patch that "default" drops behind the tower takes no place: of every image as many stay as were asked for."""
+    model = llava(tower, strategy)
+    has_cls = tower.startswith("clip")
+    prune(model, Case("visionzip").config(model, dominant=3, contextual=2))
+    pixels = torch.randn(12, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    features = image_features(model, pixels).view(12, -1, 32)
+    kept = (~features[..., 0].isnan()).sum(1)
+    assert kept.tolist() == [5 + (has_cls and strategy == "full")] * 12
 
 
 # -- Pixtral: rows of patches with text between them -----------------------------------------------------------------
@@ -323,6 +367,16 @@ def test_an_image_without_a_placeholder_is_an_error(pair) -> None:
     assert run(model, text).logits.isfinite().all(), "words alone pass"
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if len(adapter_of(tiny_vlm(f)).placeholders) > 1])
+def test_placeholders_of_a_kind_that_was_not_given_are_an_error(family) -> None:
+    model = tiny_vlm(family)
+    inputs = sample(model, "..I..V..")
+    prune(model, Case("divprune").config(model))
+    del inputs["pixel_values_videos"]
+    with pytest.raises(UnsupportedModelError, match="video placeholders but no pixel_values_videos"):
+        run(model, inputs)
+
+
 @every_family
 def test_an_image_over_two_samples_is_an_error(family) -> None:
     """Transformers fills placeholders row by row and asks no more."""
@@ -362,7 +416,7 @@ def as_features(features: Any) -> dict[str, BaseModelOutputWithPooling]:
 
 @takes_features
 @pytest.mark.parametrize("parts", ["...I....", "..Ii..I..."])
-@pytest.mark.parametrize("pair", SUPPORTED, ids=id_of)
+@pytest.mark.parametrize("pair", list(dict.fromkeys([*ONCE, *NEWLINES])), ids=id_of)
 def test_features_kept_from_before_are_as_good_as_pixels(pair, parts) -> None:
     """Dense and pruned models read ``pooler_output`` alone."""
     family, case = pair

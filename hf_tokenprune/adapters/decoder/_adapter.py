@@ -180,9 +180,8 @@ class DecoderAdapter:
         ]
         for stage in stages:
             if stage.where == "vision_tower":
-                state.handles += attach_tower(
-                    inner.vision_tower, inner.multi_modal_projector, stage, model.config.vision_feature_layer
-                )
+                layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
+                state.handles += attach_tower(inner.vision_tower, inner.multi_modal_projector, stage, layer, strategy)
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""

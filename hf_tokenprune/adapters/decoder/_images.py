@@ -67,7 +67,9 @@ class GivenImages:
     def image_sizes(self) -> list[list[int]] | None:
         """(height, width) in pixels of each image, where the forward is told."""
         sizes = self.call.get("image_sizes")
-        return None if sizes is None else torch.as_tensor(sizes).tolist()
+        if sizes is None or isinstance(sizes, Tensor):
+            return None if sizes is None else sizes.tolist()
+        return [torch.as_tensor(size).tolist() for size in sizes]
 
     def as_encoded(self) -> list[ImageTokens]:
         """Images as long as their features; of one length where pixels of one size are yet to be encoded.
