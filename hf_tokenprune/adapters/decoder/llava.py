@@ -1,4 +1,4 @@
-"""LLaVA 1.5 and its kind: every image has as many tokens as its vision tower has patches."""
+"""LLaVA 1.5 and its kind: an image has as many tokens as its vision tower has patches."""
 
 from dataclasses import replace
 from typing import Any
@@ -52,17 +52,17 @@ class LlavaAdapter(LlavaFamilyAdapter):
         first = model.config.vision_feature_select_strategy == "default"  # drops the first, CLS token or not
         return 1, tower.num_patches + tower.has_cls - first, 0
 
-    def tower(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
-        tower = super().tower(model, image_size)
-        takes_any_size = self.inner(model).vision_tower.config.model_type == "pixtral"
-        return replace(tower, image_size=image_size) if image_size is not None and takes_any_size else tower
-
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         sizes = given.image_sizes
         if given.features is not None or sizes is None:
             return given.as_encoded()
         side = inner.vision_tower.patch_size  # a tower for images of any size: Pixtral
         return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
+
+    def tower(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        tower = super().tower(model, image_size)
+        takes_any_size = self.inner(model).vision_tower.config.model_type == "pixtral"
+        return replace(tower, image_size=image_size) if image_size is not None and takes_any_size else tower
 
 
 def tower_shape(tower: Any) -> ModelShape:
