@@ -87,7 +87,7 @@ def _build(family: str, text: str, attention: str, overrides: dict[str, Any]) ->
         fields["image_grid_pinpoints"] = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
     if hasattr(stock, "video_token_id"):
         fields["video_token_id"] = VIDEO
-    config = AutoConfig.for_model(family, **fields, **overrides)
+    config = AutoConfig.for_model(family, **(fields | overrides))
     config._attn_implementation = attention
     model = AutoModelForImageTextToText.from_config(config).eval()
     spread(model)

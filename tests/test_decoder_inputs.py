@@ -347,21 +347,6 @@ def test_a_forward_without_a_mask(pair) -> None:
     assert torch.equal(run(model, {k: v for k, v in inputs.items() if k != "attention_mask"}).logits, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_touching_images_of_one_length_have_budgets_of_their_own(family) -> None:
-    """Told apart by their length where a family has one; else what stands together counts as one image."""
-    model = tiny_vlm(family)
-    inputs = sample(model, "..II...")
-    config = Case("divprune").config(model)
-    prune(model, config)
-    with record(model) as rec:
-        run(model, inputs)
-    count = int(is_image(inputs).sum()) // 2
-    first = int((rec.kept["entrance"][0] < count).sum())
-    if adapter_of(model).image_length(model) is not None:
-        assert first == rec.kept["entrance"].shape[1] - first == round(0.4 * count)
-
-
 @every_family
 def test_what_looks_like_a_newline_is_one_only_in_an_image(family) -> None:
     model = tiny_vlm(family)
@@ -401,7 +386,7 @@ def test_features_do_not_depend_on_hidden_states_being_asked_for() -> None:
     assert torch.equal(image_features(model, inputs["pixel_values"]).isnan(), features.isnan())
 
 
-def test_stages_that_keep_everything_need_no_image_length() -> None:
+def test_images_of_one_size_after_another() -> None:
     """Crops of one image size after another through one model: nothing is remembered between forwards."""
     model = tiny_vlm(FAMILIES[1])
     batches = [sample(model, parts, seed) for seed, parts in enumerate([ONE_IMAGE, "..i..", "I.", ONE_IMAGE])]

@@ -89,14 +89,15 @@ def _decoder_counter(
     new_tokens: int | None,
 ) -> tuple[Shape, Count]:
     if image_size is not None:
-        if not shape.newline_tokens:
+        if len(image_size) != 2 or min(image_size) < 1:
+            raise ConfigError(f"image_size={image_size}: expected (height, width) in pixels")
+        height, width = image_size
+        usual, (shape, larger) = shape, (find_adapter(model).shape(model, (n * height, n * width)) for n in (1, 2))
+        if not usual.newline_tokens and shape == larger == usual:
             raise ConfigError(
                 f"image_size={image_size}: has no effect on this model, every image has {shape.image_tokens} tokens; "
                 "leave it out"
             )
-        if len(image_size) != 2 or min(image_size) < 1:
-            raise ConfigError(f"image_size={image_size}: expected (height, width) in pixels")
-        shape = find_adapter(model).shape(model, image_size)
     for name, value, least in (("text_tokens", text_tokens, 1), ("new_tokens", new_tokens, 2)):
         if value is not None and value < least:
             raise ConfigError(f"{name}={value}: expected at least {least}")

@@ -20,8 +20,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from ...errors import UnsupportedModelError
 from ...signals import DecoderShape, Stage
 from .._swap import check_swappable, swap_class
-from ._entrance import CountProposals, EnterDecoder, FindImages, LeaveDecoder
+from ._entrance import CountProposals, EnterDecoder, LeaveDecoder
 from ._forward import Forward
+from ._images import FindImages, GivenImages, ImageTokens
 from ._tower import attach_tower, detach_tower, scoring_attention
 
 
@@ -31,13 +32,11 @@ class DecoderState:
 
     Attributes:
         stages: in the order tokens pass them.
-        image_length: tokens of every image, if all have the same number.
         handles: of the hooks; they follow a copy of the model.
         config: of the whole model, set by the engine.
     """
 
     stages: tuple[Stage, ...]
-    image_length: int | None
     handles: list[Any] = field(default_factory=list)
     config: Any = None
     recorder: Any = None
@@ -118,9 +117,9 @@ class DecoderAdapter:
         """Sizes of this model, for an image of ``image_size`` (height, width) pixels."""
         raise NotImplementedError
 
-    def image_length(self, model: PreTrainedModel) -> int | None:
-        """Tokens of every image, if that is fixed."""
-        return None
+    def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
+        """How many tokens each image of a forward of ``inner`` has, and which are newlines; in the prompts' order."""
+        return given.as_encoded()
 
     def inner(self, model: PreTrainedModel) -> Any:
         """The model without its language modelling head: vision tower, projector, language model."""
@@ -170,13 +169,12 @@ class DecoderAdapter:
         """Make the model prune. Call :meth:`check` before."""
         inner = self.inner(model)
         decoder = inner.language_model
-        state = DecoderState(stages, self.image_length(model))
+        state = DecoderState(stages)
         decoder.__dict__["token_prune"] = state
         for block in self.blocks(model):
             swap_class(block, LAYER_CLASSES[decoder.config.model_type])
-        tokens = {kind: getattr(model.config, name) for kind, name in self.placeholders.items()}
         state.handles += [
-            inner.register_forward_pre_hook(FindImages(tokens), with_kwargs=True),
+            inner.register_forward_pre_hook(FindImages(self), with_kwargs=True),
             decoder.register_forward_pre_hook(EnterDecoder(), with_kwargs=True),
             decoder.register_forward_hook(LeaveDecoder(), with_kwargs=True),
         ]
@@ -184,9 +182,8 @@ class DecoderAdapter:
             state.handles.append(model.register_forward_pre_hook(CountProposals(), with_kwargs=True))
         for stage in stages:
             if stage.where == "vision_tower":
-                state.handles += attach_tower(
-                    inner.vision_tower, inner.multi_modal_projector, stage, model.config.vision_feature_layer
-                )
+                layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
+                state.handles += attach_tower(inner.vision_tower, inner.multi_modal_projector, stage, layer, strategy)
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""

@@ -1,11 +1,12 @@
-"""The hooks around a pruned language model: find image tokens, let tokens leave at the entrance, restore the length.
+"""The hooks around a pruned language model: let tokens leave at the entrance, restore the length.
 
 All are instances of importable classes without state of their own, so that a pruned model can be copied and pickled.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,24 +26,10 @@ from ._cache import (
     state_of,
 )
 from ._forward import Forward
-from ._layout import DROPPED, IMAGE, NEWLINE, PADDING, TEXT, read_layout
+from ._images import ARGUMENT, PROPOSED, Images, is_decode_step
+from ._layout import DROPPED, GONE, IMAGE, NEWLINE, PAD, PADDING, read_layout
 from ._packed import read_packed, unpacked_arguments
 from ._view import View
-
-ARGUMENT = "token_prune"
-"""Keyword argument in which the forward travels from hook to layers to hook; so no state is on the module."""
-PROPOSED = "token_prune_proposed"
-"""Keyword argument from hook to hook: tokens at the end that are candidates."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """Where image tokens are in the input: ``mask`` (B, T) bool; ``owner``: the model with the newline embedding;
-    ``proposed``: how many tokens at the end :class:`CountProposals` has found to be candidates."""
-
-    mask: Tensor
-    owner: nn.Module
-    proposed: int = 0
 
 
 class CountProposals:
@@ -57,62 +44,6 @@ class CountProposals:
         if given_cache(kwargs) is None or not isinstance(logits, int) or logits <= 1:
             return args, kwargs
         return args, {**kwargs, PROPOSED: logits - 1}
-
-
-@dataclass
-class FindImages:
-    """Forward pre-hook of the model around the language model. ``tokens``: placeholder ids by kind of visual input."""
-
-    tokens: dict[str, int]
-
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        proposed = kwargs.pop(PROPOSED, 0)
-        mask = self.placeholders(module, args[0] if args else kwargs.get("input_ids"), kwargs)
-        if mask is None:
-            return args, {**kwargs, ARGUMENT: None}
-        features = kwargs.get("mm_encoder_outputs") or {}
-        if not any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")) and not any(
-            output is not None for output in features.values()
-        ):
-            raise UnsupportedModelError(
-                "the input has image placeholders but no pixel_values: a pruned model cannot tell their features. "
-                f"{CHUNKS}. generate gives an assistant_model no images: unprune(assistant_model)"
-            )
-        for output in features.values():  # of get_image_features, or cut into chunks by generate
-            if output is not None and output.get("last_hidden_state") is None and output.get("hidden_states") is None:
-                raise UnsupportedModelError(f"the image features come in chunks. {CHUNKS}")
-        return args, {**kwargs, ARGUMENT: Images(mask, module, proposed)}
-
-    def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, T) bool; None: no image in this input."""
-        cache = given_cache(kwargs)
-        embeds = kwargs.get("inputs_embeds")
-        given = input_ids if input_ids is not None else embeds
-        if given is None or is_decode_step(given, cache):
-            return None  # asking the device would stall it
-        mask = torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
-        for token in self.tokens.values():
-            if input_ids is not None:
-                mask |= input_ids == token
-            else:
-                placeholder = module.get_input_embeddings()(torch.tensor(token, device=given.device))
-                mask |= (given == placeholder).all(-1)
-        if bool(mask.any()):
-            return mask
-        if input_ids is None:
-            raise UnsupportedModelError(
-                "inputs_embeds without image placeholders: a pruned model cannot tell which embeddings are of an "
-                "image. Pass input_ids and pixel_values, or unprune(model)"
-            )
-        return None
-
-
-CHUNKS = "Prefill in chunks is not supported: leave prefill_chunk_size out, or unprune(model)"
-
-
-def is_decode_step(tokens: Tensor, cache: Any) -> bool:
-    """Whether (B, T, ...) ``tokens`` are one a sample, behind others: then there is no image among them."""
-    return tokens.shape[1] == 1 and cache is not None and bool(cache.get_seq_length())
 
 
 class EnterDecoder:
@@ -146,7 +77,10 @@ class EnterDecoder:
             packed = read_packed(kwargs, cache, use_cache, embeds)
             kwargs = unpacked_arguments(packed, kwargs)
             if packed is not None:
-                embeds, images = packed.unpack(embeds), replace(images, mask=packed.unpack(images.mask) & packed.valid)
+                embeds, images = (
+                    packed.unpack(embeds),
+                    replace(images, kinds=packed.unpack(images.kinds) * packed.valid),
+                )
             forward = begin(decoder, starts, embeds, kwargs, past)
             forward.stages, forward.recorder = stages, state.recorder
             forward.packed, forward.proposed = packed, images.proposed
@@ -248,9 +182,10 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
     stages = {stage.where: stage for stage in state.stages if stage.layer < 0}
     tower: Stage | None = stages.get("vision_tower")
     everything = forward.views[0]
-    kinds = read_kinds(everything.valid, embeds, images, tower, state.stages[0].newlines == "protect")
+    marks = read_marks(everything.valid, embeds, images, tower)
+    newline = NEWLINE if state.stages[0].newlines == "protect" else IMAGE if tower is None else DROPPED
+    kinds, forward.layout = read_layout(marks, partial(images.tell, with_newlines=newline != IMAGE), newline)
     forward.image_rank = torch.where(images.mask, images.mask.long().cumsum(1) - 1, -1)
-    forward.layout = read_layout(kinds, state.image_length)
     if forward.recorder is not None:
         forward.recorder.on_start()
     if min(forward.layout.lengths) == kinds.shape[1]:
@@ -268,16 +203,9 @@ def taken(embeds: Tensor, view: View, everything: View) -> Tensor:
     return embeds if view is everything else gather_tokens(embeds, view.slots)
 
 
-def read_kinds(
-    valid: Tensor | None, embeds: Tensor, images: Images, tower: Stage | None, protect_newlines: bool
-) -> Tensor:
-    """(B, T) uint8: what each token is."""
-    kinds = torch.full(images.mask.shape, TEXT, dtype=torch.uint8, device=embeds.device)
-    kinds[images.mask] = IMAGE
-    if hasattr(images.owner, "image_newline") and (protect_newlines or tower is not None):
-        embedding: Any = images.owner.image_newline  # only now: offloaded weights come with the forward
-        newline = images.mask & (embeds == embedding.to(embeds)).all(-1)
-        kinds[newline] = NEWLINE if protect_newlines else DROPPED
+def read_marks(valid: Tensor | None, embeds: Tensor, images: Images, tower: Stage | None) -> Tensor:
+    """(B, T) uint8 as :func:`read_layout` takes them."""
+    marks = images.kinds.to(embeds.device)
     if tower is not None:
         gone = images.mask & embeds[..., 0].isnan()
         if not bool(gone.any()):
@@ -285,7 +213,5 @@ def read_kinds(
                 f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features "
                 "made by another model, or with another vision_feature_layer than the model's config names?"
             )
-        kinds[gone] = DROPPED
-    if valid is not None:
-        kinds[~valid] = PADDING
-    return kinds
+        marks = marks + GONE * gone
+    return marks if valid is None else marks + PAD * ~valid

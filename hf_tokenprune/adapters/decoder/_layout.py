@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from ...errors import UnsupportedModelError
+from ._images import ImageTokens
 
 PADDING, TEXT, IMAGE, DROPPED, NEWLINE = range(5)
 """Kinds of tokens: the last three are parts of an image; IMAGE may be pruned, DROPPED has been, NEWLINE may not."""
@@ -85,28 +88,61 @@ class Layout:
             yield Group(rows, positions[rows, starts + torch.arange(count, device=device)], n_keep)
 
 
-def read_layout(kinds: Tensor, image_length: int | None) -> Layout:
-    """The layout of a batch, from one transfer to the host.
+GONE, PAD = 64, 128
+"""Flags beside the number of a visual kind, so that one transfer tells all: dropped in the tower; padding."""
+
+
+def read_layout(
+    marks: Tensor, tell: Callable[[int, tuple[int, ...]], list[ImageTokens]], newline: int
+) -> tuple[Tensor, Layout]:
+    """(kinds of tokens (B, T) uint8, the layout), from one transfer to the host and one back.
 
     Args:
-        kinds: (B, T) uint8 of PADDING, TEXT, IMAGE, DROPPED, NEWLINE.
-        image_length: tokens of every image, where that is fixed: images that touch are told apart by it. None: what
-            stands between two other tokens is one image.
+        marks: (B, T) uint8, the number of a visual kind for a placeholder, else 0; plus GONE, plus PAD.
+        tell: the images of a visual kind, whose placeholders stand in runs of these lengths.
+        newline: what newline tokens are: NEWLINE, DROPPED, or IMAGE like any other.
+
+    Raises:
+        UnsupportedModelError: the placeholders of an image are not together in one sample.
     """
-    images, text, tail, aligned = [], [], [], True
-    for row in kinds.tolist():  # the one transfer
-        counts: list[int] = []
-        behind = 0
-        for in_image, run in groupby(row, key=lambda kind: kind >= IMAGE):
-            tokens = list(run)
-            if in_image:
-                length = image_length if image_length and len(tokens) % image_length == 0 else len(tokens)
-                counts += [tokens[i : i + length].count(IMAGE) for i in range(0, len(tokens), length)]
-                behind = 0
-            else:
-                behind += tokens.count(TEXT)
-        images.append(tuple(counts))
-        text.append(row.count(TEXT) + row.count(NEWLINE))
-        tail.append(behind if counts else 0)
-        aligned &= row[-1] != PADDING
-    return Layout(tuple(images), tuple(text), tuple(tail), aligned, kinds == IMAGE)
+    host = marks.cpu()  # the one transfer
+    batch, length = host.shape
+    flat = host.flatten()
+    number = flat % GONE
+    kinds = torch.where(number > 0, IMAGE, TEXT).byte()
+    images: list[Tensor] = []
+    for n in number.unique().tolist():
+        if n:
+            places = (number == n).nonzero().flatten()
+            told = tell(n, _runs(places, length))
+            for image, own in zip(told, places.split([image.length for image in told]), strict=True):
+                kinds[own[list(image.newlines)]] = newline
+                images.append(own)
+    kinds[flat & GONE > 0] = DROPPED
+    kinds[flat & PAD > 0] = PADDING
+
+    counts: list[list[int]] = [[] for _ in range(batch)]
+    ends = [0] * batch
+    for own in sorted(images, key=lambda own: int(own[0])):
+        (row, first), (last_row, last) = divmod(int(own[0]), length), divmod(int(own[-1]), length)
+        if last_row != row or first < ends[row]:
+            raise UnsupportedModelError(
+                "the placeholders of an image are not together in one sample: a pruned model cannot tell whose they "
+                "are. Give every image with its own prompt, leave prefill_chunk_size out, or unprune(model)"
+            )
+        counts[row].append(int((kinds[own] == IMAGE).sum()))
+        ends[row] = last + 1
+    rows = kinds.view(batch, length)
+    is_text = rows == TEXT
+    text = (is_text | (rows == NEWLINE)).sum(1).tolist()
+    tail = [int(row[end:].sum()) if end else 0 for row, end in zip(is_text, ends, strict=True)]
+    aligned = bool((rows[:, -1] != PADDING).all())
+    rows = rows.to(marks.device)
+    return rows, Layout(tuple(map(tuple, counts)), tuple(text), tuple(tail), aligned, rows == IMAGE)
+
+
+def _runs(places: Tensor, length: int) -> tuple[int, ...]:
+    """How many of ``places`` (n,), ascending, stand side by side in the rows of ``length`` tokens that they are in."""
+    begins = (places.diff() > 1) | (places[1:] % length == 0)
+    bounds = [0, *(begins.nonzero().flatten() + 1).tolist(), len(places)]
+    return tuple(end - begin for begin, end in pairwise(bounds))

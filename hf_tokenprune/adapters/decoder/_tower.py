@@ -44,11 +44,15 @@ class CaptureAsMask:
 
 @dataclass
 class MarkDropped:
-    """Forward hook of the tower: the states that ``stage`` drops become NaN in the hidden state of ``layer``."""
+    """Forward hook of the tower: the states that ``stage`` drops become NaN in the hidden state of ``layer``.
+
+    Of the first ``num_protected`` tokens nothing is asked: a CLS token, or a patch that is no feature of this model.
+    """
 
     stage: Stage
     layer: int
     has_cls: bool
+    num_protected: int
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         selected = output.hidden_states[self.layer]
@@ -57,7 +61,7 @@ class MarkDropped:
                 f"{type(self.stage).__name__} chooses tokens in vision_feature_layer={self.layer}, the layer that the "
                 "model's config names; the call asks for another one. Leave the argument out"
             )
-        num_protected = int(self.has_cls)
+        num_protected = self.num_protected
         n_keep = self.stage.num_kept(selected.shape[1] - num_protected)
         with torch.autocast(selected.device.type, enabled=False):
             signals = kwargs[CAPTURE_ARGUMENT].signals(selected, selected, num_protected, self.has_cls)
@@ -116,11 +120,15 @@ def scoring_attention(tower: PreTrainedModel, feature_layer: int | list[int]) ->
     return attention
 
 
-def attach_tower(tower: PreTrainedModel, projector: nn.Module, stage: Stage, feature_layer: int) -> list[Any]:
+def attach_tower(
+    tower: PreTrainedModel, projector: nn.Module, stage: Stage, feature_layer: int, select_strategy: str
+) -> list[Any]:
     """Make the tower choose; returns handles of the hooks."""
     attention = scoring_attention(tower, feature_layer)
     enable_capture(attention)
-    mark_dropped = MarkDropped(stage, feature_layer, HAS_CLS[tower.config.model_type])
+    has_cls = HAS_CLS[tower.config.model_type]
+    # "default" drops the first token behind the tower, also where it is a patch that could have been chosen.
+    mark_dropped = MarkDropped(stage, feature_layer, has_cls, int(has_cls or select_strategy == "default"))
     return [
         attention.register_forward_pre_hook(CaptureAsMask(), with_kwargs=True),
         projector.register_forward_pre_hook(HideMarks()),

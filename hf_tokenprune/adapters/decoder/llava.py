@@ -1,5 +1,6 @@
-"""LLaVA 1.5 and its kind: every image has as many tokens as its vision tower has patches."""
+"""LLaVA 1.5 and its kind: an image has as many tokens as its vision tower has patches."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from ...registry import register_adapter
 from ...signals import DecoderShape, ModelShape
 from .._sizes import as_pair, linear_macs
 from ._adapter import DecoderAdapter
+from ._images import GivenImages, ImageTokens
 from ._tower import HAS_CLS
 
 
@@ -17,7 +19,7 @@ class LlavaFamilyAdapter(DecoderAdapter):
 
     def shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> DecoderShape:
         inner, text = self.inner(model), self.inner(model).language_model.config
-        tower = tower_shape(inner.vision_tower)
+        tower = self.tower(model, image_size)
         tower_images, image_tokens, newline_tokens = self.image_tokens(model, image_size)
         return DecoderShape(
             depth=len(self.blocks(model)),
@@ -38,20 +40,29 @@ class LlavaFamilyAdapter(DecoderAdapter):
         """(images the tower encodes, tokens in the decoder, newlines among them) of one image; None: a usual size."""
         raise NotImplementedError
 
-    def patch_tokens(self, model: PreTrainedModel) -> int:
-        """Features of one image of the tower."""
-        tower = tower_shape(self.inner(model).vision_tower)
-        has_cls = tower.has_cls and model.config.vision_feature_select_strategy == "full"
-        return tower.num_patches + has_cls
+    def tower(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        """Sizes of the vision tower, for what it encodes of an image of ``image_size`` pixels."""
+        return tower_shape(self.inner(model).vision_tower)
 
 
 @register_adapter("llava")
 class LlavaAdapter(LlavaFamilyAdapter):
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
-        return 1, self.patch_tokens(model), 0
+        tower = self.tower(model, image_size)
+        first = model.config.vision_feature_select_strategy == "default"  # drops the first, CLS token or not
+        return 1, tower.num_patches + tower.has_cls - first, 0
 
-    def image_length(self, model: PreTrainedModel) -> int:
-        return self.patch_tokens(model)
+    def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
+        sizes = given.image_sizes
+        if given.features is not None or sizes is None:
+            return given.as_encoded()
+        side = inner.vision_tower.patch_size  # a tower for images of any size: Pixtral
+        return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
+
+    def tower(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        tower = super().tower(model, image_size)
+        takes_any_size = self.inner(model).vision_tower.config.model_type == "pixtral"
+        return replace(tower, image_size=image_size) if image_size is not None and takes_any_size else tower
 
 
 def tower_shape(tower: Any) -> ModelShape:

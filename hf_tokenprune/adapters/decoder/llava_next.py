@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import PreTrainedModel
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    image_size_to_num_patches,
-    unpad_image,
-)
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from ...errors import UnsupportedModelError
 from ...registry import register_adapter
+from ._images import GivenImages, ImageTokens
 from .llava import LlavaFamilyAdapter
 
 
 @register_adapter("llava_next")
 class LlavaNextAdapter(LlavaFamilyAdapter):
+    def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
+        sizes = given.image_sizes
+        if given.kind != "image" or (sizes is None and not given.with_newlines):
+            return given.as_encoded()
+        if sizes is None:  # encoded before the forward, to which generate then gives no sizes
+            assert given.features is not None
+            return with_newlines(given.features)
+        crops = self.num_crops(inner, sizes, given)
+        return [self.packed(inner, *image) for image in zip(sizes, crops, strict=True)]
+
+    def num_crops(self, inner: Any, sizes: list[list[int]], given: GivenImages) -> list[int]:
+        """Of each image of ``sizes`` (height, width) pixels, what the tower encodes: the whole, and crops."""
+        config = inner.config
+        pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
+        return [image_size_to_num_patches(size, pinpoints, side) for size in sizes]
+
+    def packed(self, inner: Any, size: list[int], num_crops: int) -> ImageTokens:
+        """One image of ``size`` (height, width) pixels as the stock model packs it: 0 for a patch, 1 for a newline."""
+        config = inner.config.vision_config
+        patches = torch.zeros(num_crops, (config.image_size // config.patch_size) ** 2, 1, device="cpu")
+        (marks,), _ = self.pack(inner, [patches], [size], torch.ones(1, device="cpu"))
+        return ImageTokens(len(marks), tuple(marks.flatten().nonzero().flatten().tolist()))
+
+    def pack(self, inner: Any, features: list[Tensor], sizes: list[list[int]], newline: Tensor) -> tuple[Any, Any]:
+        """What the stock model does with features (crops, patches, D) of each image."""
+        made: tuple[Any, Any] = inner.pack_image_features(features, sizes, "full", image_newline=newline)
+        return made
+
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         side = model.config.vision_config.image_size
         size = list(image_size or (2 * side, 2 * side))  # crops in two rows and columns, the commonest grid
-        pinpoints = model.config.image_grid_pinpoints
-        patches = side // model.config.vision_config.patch_size
-        rows, columns = get_anyres_image_grid_shape(size, pinpoints, side)
-        grid = torch.empty(1, rows * patches, columns * patches, device="meta")
-        height, width = self.scaled_down(model, *unpad_image(grid, size).shape[1:])
-        tokens = self.patch_tokens(model) + height * (width + 1)
-        return image_size_to_num_patches(size, pinpoints, side), tokens, height
+        crops = image_size_to_num_patches(size, model.config.image_grid_pinpoints, side)
+        image = self.packed(self.inner(model), size, crops)
+        return crops, image.length, len(image.newlines)
 
-    def scaled_down(self, model: PreTrainedModel, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of the crops, as they come into the decoder."""
-        return height, width
+
+def with_newlines(features: Sequence[Tensor]) -> list[ImageTokens]:
+    """The images whose packed features (N, D) these are.
+
+    The last token of an image is a newline, wherever the features came from and whatever their dtype; the others repeat
+    it bit for bit, at equal distances.
+
+    Raises:
+        UnsupportedModelError: the distances differ.
+    """
+    repeated = torch.cat([(packed == packed[-1]).all(-1) for packed in features]).cpu()
+    images = []
+    for found in repeated.split([len(packed) for packed in features]):
+        newlines: list[int] = found.nonzero().flatten().tolist()
+        if len({behind - before for before, behind in pairwise(newlines)}) > 1:
+            raise UnsupportedModelError(
+                f"image features with what may be newlines at {newlines}: expected one behind every row of patches. "
+                "Pass image_sizes with the features, or let this model encode the images"
+            )
+        images.append(ImageTokens(len(found), tuple(newlines)))
+    return images

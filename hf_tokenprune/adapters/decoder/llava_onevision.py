@@ -1,11 +1,14 @@
 """LLaVA-OneVision: crops like LLaVA-NeXT, scaled down where they are many; frames of a video are pooled."""
 
-import math
-from typing import ClassVar
+from __future__ import annotations
 
-from transformers import PreTrainedModel
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from ...registry import register_adapter
+from ._images import GivenImages, ImageTokens
 from .llava_next import LlavaNextAdapter
 
 
@@ -14,8 +17,23 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     placeholders: ClassVar = {"image": "image_token_id", "video": "video_token_id"}
     tower_grid = "patches are pooled and interpolated between their neighbours, so all of them have to be there"
 
-    def scaled_down(self, model: PreTrainedModel, height: int, width: int) -> tuple[int, int]:
-        patches = model.config.vision_config.image_size // model.config.vision_config.patch_size
-        most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
-        ratio = math.sqrt(height * width / (most * patches**2))
-        return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)
+    def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
+        images = super().images(inner, given)
+        if given.kind == "video":  # one newline behind the last frame
+            return [ImageTokens(video.length, (video.length - 1,)) for video in images]
+        return images
+
+    def num_crops(self, inner: Any, sizes: list[list[int]], given: GivenImages) -> list[int]:
+        crops = super().num_crops(inner, sizes, given)
+        per_sample = given.call.get("batch_num_images")
+        if per_sample is None:
+            return crops
+        alone = [number == 1 for number in torch.as_tensor(per_sample).tolist() for _ in range(number)]
+        return [number if cropped else 1 for number, cropped in zip(crops, alone, strict=True)]
+
+    def pack(self, inner: Any, features: list[Tensor], sizes: list[list[int]], newline: Tensor) -> tuple[Any, Any]:
+        aspect = inner.config.vision_aspect_ratio
+        made: tuple[Any, Any] = inner.pack_image_features(
+            features, sizes, image_newline=newline, vision_aspect_ratio=aspect
+        )
+        return made

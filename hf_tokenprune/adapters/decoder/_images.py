@@ -1,0 +1,223 @@
+"""Whose the placeholders of a batch are. A family tells how many tokens each image has and which of them are newlines.
+
+Placeholders stand for images one behind the other, so these numbers are all there is to know: images may touch, and
+other tokens may cut one into rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedModelError
+from ._cache import given_cache
+
+ARGUMENT = "token_prune"
+"""Keyword argument in which the forward travels from hook to layers to hook; so no state is on the module."""
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""Arguments with what is yet to be encoded, by kind of visual input."""
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What stands in the prompt for one image, or for one video.
+
+    Attributes:
+        length: its tokens, newlines among them.
+        newlines: which of these are newlines, counted from 0, ascending.
+    """
+
+    length: int
+    newlines: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class GivenImages:
+    """What a forward is given of one kind of visual input: all that a family tells its images from.
+
+    Attributes:
+        kind: "image" or "video"; a key of the family's ``placeholders``.
+        runs: how many placeholders stand together, one run after the other, sample by sample.
+        call: keyword arguments of the forward: pixel_values, image_sizes, ...
+        with_newlines: False: nobody asks which tokens are newlines.
+    """
+
+    kind: str
+    runs: tuple[int, ...]
+    call: Mapping[str, Any]
+    with_newlines: bool
+
+    @property
+    def total(self) -> int:
+        """Placeholders in the whole batch."""
+        return sum(self.runs)
+
+    @property
+    def features(self) -> Sequence[Tensor] | None:
+        """(..., D) of each image, where they were encoded before the forward."""
+        output = encoded(self.call).get(self.kind)
+        return None if output is None else output.pooler_output
+
+    @property
+    def image_sizes(self) -> list[list[int]] | None:
+        """(height, width) in pixels of each image, where the forward is told."""
+        sizes = self.call.get("image_sizes")
+        if sizes is None or isinstance(sizes, Tensor):
+            return None if sizes is None else sizes.tolist()
+        return [torch.as_tensor(size).tolist() for size in sizes]
+
+    def as_encoded(self) -> list[ImageTokens]:
+        """Images as long as their features; of one length where pixels of one size are yet to be encoded.
+
+        Raises:
+            UnsupportedModelError: there are neither, or placeholders that are no multiple of the images.
+        """
+        features = self.features
+        if features is not None:
+            lengths = [feature.shape[:-1].numel() for feature in features]
+            if sum(lengths) == self.total:
+                return [ImageTokens(length) for length in lengths]
+        pixels = self.call.get(PIXELS[self.kind]) if features is None else features
+        if pixels is None:
+            raise UnsupportedModelError(without_pixels(self.kind))
+        if not len(pixels) or self.total % len(pixels):
+            raise UnsupportedModelError(
+                f"{self.total} {self.kind} placeholders for {len(pixels)} {self.kind}s: they cannot have equally many. "
+                "Use the processor of this model, or unprune(model)"
+            )
+        return [ImageTokens(self.total // len(pixels))] * len(pixels)
+
+
+class Family(Protocol):
+    """The part of an adapter that a forward asks."""
+
+    placeholders: ClassVar[dict[str, str]]
+
+    def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]: ...
+
+
+@dataclass
+class Images:
+    """The placeholders of one forward.
+
+    Attributes:
+        kinds: (B, T) uint8: 0 no placeholder, n one of the nth kind of the family.
+        family, inner, call: whose images they are, and what the model around the language model was called with.
+    """
+
+    kinds: Tensor
+    family: Family
+    inner: Any
+    call: Mapping[str, Any]
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool: placeholders."""
+        return self.kinds > 0
+
+    def tell(self, number: int, runs: tuple[int, ...], with_newlines: bool) -> list[ImageTokens]:
+        """The images of the ``number``-th kind, whose placeholders stand in ``runs``.
+
+        Raises:
+            UnsupportedModelError: they need more or fewer placeholders.
+        """
+        kind = list(self.family.placeholders)[number - 1]
+        given = GivenImages(kind, runs, self.call, with_newlines)
+        images = self.family.images(self.inner, given)
+        lengths = [image.length for image in images]
+        if sum(lengths) != given.total:
+            raise UnsupportedModelError(
+                f"{given.total} {kind} placeholders for {kind}s of {lengths} tokens: a pruned model cannot tell whose "
+                "they are. Use the processor of this model, or unprune(model)"
+            )
+        return images
+
+
+@dataclass
+class FindImages:
+    """Forward pre-hook of the model around the language model: sends :class:`Images` along, if there are any."""
+
+    family: Family
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        kinds = self.placeholders(module, args[0] if args else kwargs.get("input_ids"), kwargs)
+        if kinds is None:
+            return args, kwargs
+        if not given_kinds(kwargs):
+            raise UnsupportedModelError(without_pixels("image"))
+        for output in encoded(kwargs).values():
+            if output is not None and may_be_a_chunk(output):
+                raise UnsupportedModelError(CHUNKS)
+        return args, {**kwargs, ARGUMENT: Images(kinds, self.family, module, kwargs)}
+
+    def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, T) uint8 as in :class:`Images`; None: no image in this input."""
+        cache = given_cache(kwargs)
+        embeds = kwargs.get("inputs_embeds")
+        given = input_ids if input_ids is not None else embeds
+        if given is None or (given.shape[1] == 1 and cache is not None and cache.get_seq_length()):
+            return None  # a decode step; asking the device would stall it
+        kinds = torch.zeros(given.shape[:2], dtype=torch.uint8, device=given.device)
+        # Asked of the config each time, as the dense model does: a tokenizer may get its image token late.
+        ids = {name: getattr(module.config, name) for name in self.family.placeholders.values()}
+        for number, token in enumerate(ids.values(), start=1):
+            if input_ids is not None:
+                found = input_ids == token
+            else:
+                placeholder = module.get_input_embeddings()(torch.tensor(token, device=given.device))
+                found = (given == placeholder).all(-1)
+            kinds.masked_fill_(found, number)
+        if bool(kinds.any()):
+            return kinds
+        if input_ids is None:
+            raise UnsupportedModelError(
+                "inputs_embeds without image placeholders: a pruned model cannot tell which embeddings are of an "
+                "image. Pass input_ids and pixel_values, or unprune(model)"
+            )
+        if came := given_kinds(kwargs):
+            raise UnsupportedModelError(
+                f"{' and '.join(came)} features or pixels, but input_ids has none of the placeholders "
+                f"{', '.join(f'{name}={token}' for name, token in ids.items())} of model.config: set the id that the "
+                "tokenizer uses; with a kept cache pass only images that are new"
+            )
+        return None
+
+
+def encoded(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Outputs of the vision tower by kind, where ``generate`` or the caller encoded before the forward."""
+    return call.get("mm_encoder_outputs") or {}
+
+
+def given_kinds(call: Mapping[str, Any]) -> list[str]:
+    """Kinds of visual input that a forward is given something of."""
+    return [
+        kind
+        for kind, name in PIXELS.items()
+        if encoded(call).get(kind) is not None or (call.get(name) is not None and len(call[name]))
+    ]
+
+
+def may_be_a_chunk(output: Any) -> bool:
+    """Whether features may be those of a piece of a prompt: ``generate`` makes a list, or a batch, of one of them."""
+    whole = any(getattr(output, name, None) is not None for name in ("last_hidden_state", "hidden_states"))
+    features = output.pooler_output
+    return not whole and not isinstance(features, tuple) and len(features) == 1
+
+
+def without_pixels(kind: str) -> str:
+    return (
+        f"the input has {kind} placeholders but no {PIXELS[kind]}: a pruned model cannot tell their features. Pass "
+        "them. Prefill in chunks is not supported: leave prefill_chunk_size out, or unprune(model)"
+    )
+
+
+CHUNKS = (
+    "features of one image with pooler_output alone in a list: so come the pieces of a prompt that generate cuts with "
+    "prefill_chunk_size, which is not supported: leave prefill_chunk_size out, or unprune(model). If the features are "
+    "your own and whole, pass all that get_image_features returned, or pooler_output as a tuple"
+)
