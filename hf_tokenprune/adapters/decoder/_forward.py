@@ -152,8 +152,10 @@ class Forward:
         self.follow(parts[0].device)
         assert self.layout is not None
         valid = self.views[-1].valid
-        valid = parts[0].new_ones(parts[0].shape[:2], dtype=torch.bool) if valid is None else valid.clone()
-        valid[:, valid.shape[1] - self.proposed :] = False
+        valid = parts[0].new_ones(parts[0].shape[:2], dtype=torch.bool) if valid is None else valid
+        if self.proposed:
+            valid = valid.clone()
+            valid[:, -self.proposed :] = False
         with torch.no_grad(), torch.autocast(parts[0].device.type, enabled=False):
             self.observed[layer] = stage.observe(Transition(*parts, valid=valid, image=self.layout.is_image))
 
