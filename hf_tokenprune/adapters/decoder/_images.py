@@ -18,6 +18,8 @@ from ._cache import given_cache
 
 ARGUMENT = "token_prune"
 """Keyword argument in which the forward travels from hook to layers to hook; so no state is on the module."""
+PROPOSED = "token_prune_proposed"
+"""Keyword argument from hook to hook: tokens at the end that are candidates."""
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Arguments with what is yet to be encoded, by kind of visual input."""
@@ -108,12 +110,14 @@ class Images:
     Attributes:
         kinds: (B, T) uint8: 0 no placeholder, n one of the nth kind of the family.
         family, inner, call: whose images they are, and what the model around the language model was called with.
+        proposed: how many tokens at the end are candidates of assisted decoding.
     """
 
     kinds: Tensor
     family: Family
     inner: Any
     call: Mapping[str, Any]
+    proposed: int = 0
 
     @property
     def mask(self) -> Tensor:
@@ -145,23 +149,24 @@ class FindImages:
     family: Family
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        proposed = kwargs.pop(PROPOSED, 0)
         kinds = self.placeholders(module, args[0] if args else kwargs.get("input_ids"), kwargs)
         if kinds is None:
-            return args, kwargs
+            return args, {**kwargs, ARGUMENT: None}
         if not given_kinds(kwargs):
             raise UnsupportedModelError(without_pixels("image"))
         for output in encoded(kwargs).values():
             if output is not None and may_be_a_chunk(output):
                 raise UnsupportedModelError(CHUNKS)
-        return args, {**kwargs, ARGUMENT: Images(kinds, self.family, module, kwargs)}
+        return args, {**kwargs, ARGUMENT: Images(kinds, self.family, module, kwargs, proposed)}
 
     def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, T) uint8 as in :class:`Images`; None: no image in this input."""
         cache = given_cache(kwargs)
         embeds = kwargs.get("inputs_embeds")
         given = input_ids if input_ids is not None else embeds
-        if given is None or (given.shape[1] == 1 and cache is not None and cache.get_seq_length()):
-            return None  # a decode step; asking the device would stall it
+        if given is None or is_decode_step(given, cache):
+            return None  # asking the device would stall it
         kinds = torch.zeros(given.shape[:2], dtype=torch.uint8, device=given.device)
         # Asked of the config each time, as the dense model does: a tokenizer may get its image token late.
         ids = {name: getattr(module.config, name) for name in self.family.placeholders.values()}
@@ -188,6 +193,11 @@ class FindImages:
         return None
 
 
+def is_decode_step(tokens: Tensor, cache: Any) -> bool:
+    """Whether (B, T, ...) ``tokens`` are one a sample, behind others: then there is no image among them."""
+    return tokens.shape[1] == 1 and cache is not None and bool(cache.get_seq_length())
+
+
 def encoded(call: Mapping[str, Any]) -> Mapping[str, Any]:
     """Outputs of the vision tower by kind, where ``generate`` or the caller encoded before the forward."""
     return call.get("mm_encoder_outputs") or {}
@@ -212,7 +222,8 @@ def may_be_a_chunk(output: Any) -> bool:
 def without_pixels(kind: str) -> str:
     return (
         f"the input has {kind} placeholders but no {PIXELS[kind]}: a pruned model cannot tell their features. Pass "
-        "them. Prefill in chunks is not supported: leave prefill_chunk_size out, or unprune(model)"
+        "them. Prefill in chunks is not supported: leave prefill_chunk_size out, or unprune(model). generate gives an "
+        "assistant_model no images: unprune(assistant_model)"
     )
 
 
