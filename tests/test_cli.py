@@ -143,7 +143,7 @@ def test_demo(tmp_path: Path) -> None:
         (("bench", DIGITS, "-m", "random", "--new-tokens", 9), "new_tokens=9: has no effect"),
         (("info", DIGITS, "-c", "/no/such/file.json"), "/no/such/file.json"),
         (("eval", DIGITS, "/no/such/folder", "-m", "random"), "/no/such/folder"),
-        (("bench", DIGITS, "-m", "random", "--dtype", "int8"), "expected float32, bfloat16 or float16"),
+        (("bench", DIGITS, "-m", "random", "--dtype", "int8"), "--dtype int8: expected float32, bfloat16 or float16"),
         (("apply", DIGITS, "/tmp/never", "-m", "random", "-m", "uniform"), "choose one"),
     ],
 )

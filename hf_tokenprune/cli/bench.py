@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ConfigError
 from .options import (
     BatchSizesOpt,
     ConfigOpt,
     DeviceOpt,
+    DtypeOpt,
     JsonOpt,
     MacsOpt,
     MethodOpt,
@@ -22,6 +22,8 @@ from .options import (
     TextTokensOpt,
     ThreadsOpt,
     configs_for,
+    device_for,
+    dtype_for,
     load_dense,
     random_model,
     readable_errors,
@@ -41,7 +43,7 @@ def bench(
     batch_size: BatchSizesOpt = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds for each batch size.")] = 15,
     threads: ThreadsOpt = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: DtypeOpt = "float32",
     device: DeviceOpt = "cpu",
     random_weights: Annotated[bool, typer.Option(help="Only the config is read; speed needs no weights.")] = False,
     as_json: JsonOpt = False,
@@ -50,14 +52,11 @@ def bench(
 
     Of a vision-language model prefill, decode and end to end, with one image a prompt.
     """
-    import torch
-
     from ..benchmark import benchmark
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
+    placement = device_for(device), dtype_for(dtype)
     loaded = random_model(model) if random_weights else load_dense(model, "cpu")
-    loaded.to(device, getattr(torch, dtype)).eval()
+    loaded.to(*placement).eval()
     variants = configs_for(loaded, model, method, set_, gmacs, prune_config, text_tokens)
     measure = partial(
         benchmark, batch_sizes=batch_size, rounds=rounds, threads=threads, progress=sys.stderr.isatty(),

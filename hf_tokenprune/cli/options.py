@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..config import CONFIG_NAME, PruneConfig, as_config
 from ..errors import ConfigError, TokenPruneError
+
+if TYPE_CHECKING:
+    import torch
 
 ModelArg = Annotated[str, typer.Argument(help="Folder of a checkpoint, or owner/name on the Hub.")]
 MethodOpt = Annotated[
@@ -103,6 +106,7 @@ BatchSizesOpt = Annotated[
 ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+DtypeOpt = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -175,7 +179,40 @@ def parse_fields(items: list[str]) -> dict[str, Any]:
     return fields
 
 
-def load_dense(path: str, device: str) -> Any:
+def device_for(name: str) -> torch.device:
+    """The device that ``--device`` names, which this machine has.
+
+    Raises:
+        ConfigError: there is no such device, or PyTorch cannot use it here; the message lists those it can.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # a name may be right and the device, its driver or its build missing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        others = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] if accelerator else []
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"--device {name}: {reason}; here there is {', '.join(['cpu', *others])}") from error
+    return device
+
+
+def dtype_for(name: str) -> torch.dtype:
+    """The floating-point type that ``--dtype`` names.
+
+    Raises:
+        ConfigError: it is none of the three that models run in.
+    """
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ConfigError(f"--dtype {name}: expected float32, bfloat16 or float16")
+    return dtypes[name]
+
+
+def load_dense(path: str, device: str | torch.device) -> Any:
     """The stock model, whatever config the checkpoint carries."""
     from transformers import AutoConfig
 

@@ -26,6 +26,7 @@ from .options import (
     StrategyOpt,
     TrialsOpt,
     check_effect,
+    device_for,
     empty_model,
     kind_of,
     load_dense,
@@ -68,6 +69,7 @@ def search(
     """
     from ..search.run import search_images
 
+    place = device_for(device)
     decoder = kind_of(empty_model(model)) != "vision"
     no_effect = {"--question": question, "--prompt": prompt, "--new-tokens": new_tokens}
     check_effect(decoder, {"--class-names": class_names, "--synthetic": synthetic or None} if decoder else no_effect)
@@ -76,7 +78,7 @@ def search(
     given = parse_fields(set_ or [])
     config = PruneConfig.for_method(method, **given)
     budget = {"macs": gmacs and gmacs * 1e9, "seconds": milliseconds and milliseconds / 1000, "speedup": speedup}
-    loaded = load_dense(model, device).eval()
+    loaded = load_dense(model, place).eval()
     result, text = search_images(
         model, loaded, images, config, out, budget, free=free, fixed=given,
         split=split, limit=limit or (64 if synthetic else 300), batch_size=batch_size or (4 if decoder else 50),
