@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, ViTForImageClassification
 
 from hf_tokenprune import ConfigError, RandomConfig, ZeroTPruneConfig, prune, record
 from hf_tokenprune.benchmark import benchmark
-from hf_tokenprune.benchmark.timing import Arms, Repeats, Timing, decision_share, peak_bytes
+from hf_tokenprune.benchmark.timing import Arms, Repeats, Timing, peak_bytes
 from hf_tokenprune.cost import cost
 
 from .families import first_tensor, images, inputs_for, supported_classes, tiny_model
@@ -26,7 +26,8 @@ def test_report_and_model_afterwards(family, where: str) -> None:
     assert report.macs == cost(before, config)
     for row in report.rows:
         assert row.dense_seconds > 0 and row.pruned_seconds > 0
-        assert row.speedup_quartiles[0] <= row.speedup <= row.speedup_quartiles[1]
+        low, high = row.speedup_quartiles
+        assert (row.speedup is None and low < 1 < high) or low <= row.speedup <= high
         assert row.dense_peak_bytes > 0 and row.pruned_peak_bytes > 0
     assert json.loads(json.dumps(report.to_dict()))["rounds"] == 3
     assert "of ideal" in report.summary()
@@ -98,8 +99,6 @@ def test_arms_take_turns_in_changing_order_and_leave_the_model_dense() -> None:
 def test_medians_are_of_ratios_within_a_round() -> None:
     timing = Timing.of([1.0, 8.0, 3.0], [2.0, 2.0, 2.0])
     assert timing == Timing(dense_seconds=3.0, pruned_seconds=2.0, speedup=1.5, speedup_quartiles=(1.0, 2.75))
-    assert Timing.of([3.0], [2.0]).speedup_quartiles == (1.5, 1.5)
-    assert decision_share([1.0, 2.0, 4.0], [1.0, 3.0, 5.0], [0.5, 2.0, 4.0]) == 0.5
 
 
 def test_peak_memory_is_that_of_the_tensors_held_at_once() -> None:

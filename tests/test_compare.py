@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_table_picture_and_configs(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
     chosen = ("-m", "tome", "-m", "random", "-g", "0.12", "-g", "0.15")
-    result = run("compare", DIGITS, folder, *chosen, "--rounds", 1, "--batch-size", 4, "--out", out)
+    result = run("compare", DIGITS, folder, *chosen, "--rounds", 3, "--batch-size", 4, "--out", out)
     assert result.exit_code == 0, result.output
     rows = list(csv.DictReader(io.StringIO((out / "comparison.csv").read_text())))
     assert [row["run"] for row in rows] == ["dense", "tome@0.12", "random@0.12", "tome@0.15", "random@0.15"]
@@ -52,19 +52,21 @@ def test_table_picture_and_configs(folder: Path, tmp_path: Path) -> None:
     evaluated = json.loads(run("eval", DIGITS, folder, *chosen, "--json").stdout)
     for row, expected in zip(rows, evaluated["rows"], strict=True):
         assert int(row["n"]) == N and float(row["gmacs"]) == pytest.approx(expected["macs"] / 1e9)
-        assert float(row["top1"]) == expected["accuracy"] and float(row["images_per_second"]) > 0
+        assert float(row["top1"]) == expected["accuracy"]
         if row["run"] != "dense":
             assert float(row["kl_nats"]) == pytest.approx(expected["kl"], rel=1e-3)
             assert float(row["agreement"]) == expected["agreement"]
-            assert float(row["of_ideal"]) == pytest.approx(float(row["speedup"]) / float(row["ideal_speedup"]))
-            assert row["decision_share"]
+            assert float(row["speedup_low"]) <= float(row["speedup_high"]) and row["decision_low"]
+            assert bool(row["speedup"]) == bool(row["of_ideal"]) == bool(row["images_per_second"])
+            if row["speedup"]:
+                assert float(row["of_ideal"]) == pytest.approx(float(row["speedup"]) / float(row["ideal_speedup"]))
             config = PruneConfig.from_pretrained(out / "configs" / row["run"])
             assert config.to_dict() == evaluated["configs"][row["run"]]
             assert run("info", DIGITS, "-c", out / "configs" / row["run"]).exit_code == 0
 
     text = (out / "comparison.md").read_text()
     assert (
-        all(f"| {row['run']} |" in text for row in rows) and "hf-tokenprune" in text and "interleaved rounds 1" in text
+        all(f"| {row['run']} |" in text for row in rows) and "hf-tokenprune" in text and "interleaved rounds 3" in text
     )
     picture = Image.open(out / "comparison.png")
     assert picture.width >= 1200 and len(picture.convert("RGB").getcolors(1 << 24)) > 100

@@ -5,7 +5,6 @@ How fast things are is not asserted.
 
 import copy
 import json
-import math
 
 import pytest
 import torch
@@ -87,8 +86,8 @@ def test_report_and_model_afterwards(family: str) -> None:
     for row in report.rows:
         for timing in (row.prefill, row.decode, row.end_to_end):
             assert timing.dense_seconds > 0 and timing.pruned_seconds > 0
-            assert timing.speedup_quartiles[0] <= timing.speedup <= timing.speedup_quartiles[1]
-        assert math.isfinite(row.decision_share)
+            assert timing.speedup is timing.speedup_quartiles is None, "two rounds tell nothing from noise"
+        assert row.decision_share is row.decision_quartiles is None
         assert row.dense_peak_bytes > row.pruned_peak_bytes > 0
     assert model.training and torch.get_num_threads() == threads
     assert snapshot(model) == before
@@ -150,10 +149,17 @@ def test_a_dictionary_and_a_table() -> None:
     macs = cost(tiny_vlm("llava"), DivPruneConfig(keep_ratio=0.4), text_tokens=6, new_tokens=3)
     timings = [
         Timing(0.5, 0.25, 2.0, (1.875, 2.125)),
-        Timing(0.25, 0.25, 1.0, (0.5, 1.5)),
+        Timing(0.25, 0.25, None, (0.5, 1.5)),
         Timing(1, 0.75, 1.5, (1, 2)),
     ]
-    row = GenerationRow(4, *timings, decision_share=0.0125, dense_peak_bytes=31_400_000, pruned_peak_bytes=8_000_000)
+    row = GenerationRow(
+        4,
+        *timings,
+        decision_share=0.0125,
+        decision_quartiles=(0.01, 0.015),
+        dense_peak_bytes=31_400_000,
+        pruned_peak_bytes=8_000_000,
+    )
     report = GenerationBenchmarkReport((row,), macs, 7, {"device": "abacus"})
     data = report.to_dict()
     assert json.loads(json.dumps(data)) == json.loads(json.dumps(report.to_dict()))
@@ -163,33 +169,37 @@ def test_a_dictionary_and_a_table() -> None:
         "decode": dense.decode_macs / pruned.decode_macs,
         "end_to_end": (dense.macs + dense.decode_macs) / (pruned.macs + pruned.decode_macs),
     }
-    for part, speedup in (("prefill", 2.0), ("decode", 1.0), ("end_to_end", 1.5)):
+    for part, speedup in (("prefill", 2.0), ("decode", None), ("end_to_end", 1.5)):
         assert data["rows"][0][part]["speedup"] == speedup
         assert data["rows"][0][part]["ideal"] == ideal[part] == report.ideal[part]
-        assert data["rows"][0][part]["of_ideal"] == speedup / ideal[part]
+        assert data["rows"][0][part]["of_ideal"] == (speedup and speedup / ideal[part])
     assert data["rows"][0]["batch_size"] == 4 and data["rows"][0]["decision_share"] == 0.0125
     assert data["macs"] == macs.to_dict() and data["rounds"] == 7
 
     header, prefill, decode, whole, last = report.summary().splitlines()
-    words = [f"{ideal['prefill']:.2f}x", f"{2 / ideal['prefill']:.2f}"]
+    words = [f"{ideal['prefill']:.2f}", f"{2 / ideal['prefill']:.2f}"]
     assert prefill.split() == [
         "4",
         "prefill",
         "500.0",
         "250.0",
-        "2.00x",
+        "2.00",
         "[1.88,",
         "2.12]",
         *words,
-        "1.2%",
+        *("1.2%", "[1.0%,", "1.5%]"),
         "31",
         "->",
         "8",
     ]
-    assert decode.split()[:5] == ["4", "decode", "a", "token", "250.0"]
+    assert decode.split()[:8] == ["4", "decode", "a", "token", "250.0", "250.0", "noise", "[0.50,"]
     assert whole.split()[:5] == ["4", "end", "to", "end", "1000.0"]
     assert len(header) == len(prefill) > len(decode) == len(whole)
-    assert last == "one image and 6 text tokens in, 3 new tokens out; 7 interleaved rounds; medians; device abacus"
+    assert (
+        last
+        == "one image and 6 text tokens in, 3 new tokens out; 7 interleaved rounds; medians; [ ] quartiles; "
+        + ("noise: not measurable here (quartiles on both sides of 1; a decision's below 0); device abacus")
+    )
 
 
 @pytest.mark.parametrize(

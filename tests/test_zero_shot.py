@@ -235,7 +235,6 @@ def test_classification_matches_a_plain_loop(family):
     kl = np.mean([np.sum(softmax(a) * np.log(softmax(a) / softmax(b))) for a, b in zip(dense, less, strict=True)])
     assert second.kl == pytest.approx(kl, rel=1e-2)
     assert kl > 1e-4, "pruning changes something"
-    assert second.speed_up == second.images_per_second / first.images_per_second
 
 
 def test_clip_logits_are_those_of_the_model():
@@ -269,8 +268,8 @@ def test_texts_are_embedded_once_and_images_pruned():
         model, labelled(3), processor, NAMES, {"a": lambda: pruned(model, CONFIG)}, batch_size=3, progress=False
     )
     assert len(texts) == 1
-    assert tokens[:2] == [65, 65]
-    assert tokens[2] == tokens[3] < 65
+    assert tokens[0] == tokens[2] == 65, "the warm-up, and the batch"
+    assert tokens[1] == tokens[3] < 65
     assert prune(model, CONFIG) is model, "it was left dense"
 
 
@@ -398,7 +397,7 @@ def test_retrieval_matches_a_plain_loop(family, monkeypatch):
     dense_row, row = report.rows
     assert (dense_row.name, row.name) == ("dense", "half")
     assert (dense_row.macs, row.macs, dense_row.ideal_speed_up, row.ideal_speed_up) == (2e9, 1e9, None, 2.0)
-    assert (dense_row.speed_up, row.speed_up) == (None, row.images_per_second / dense_row.images_per_second)
+    assert dense_row.speed_up is None
     dense = similarity(model, processor, [image for image, _ in data], texts)
     with pruned(model, CONFIG):
         less = similarity(model, processor, [image for image, _ in data], texts)
@@ -465,7 +464,7 @@ def test_retrieval_report_as_text_and_json():
     table = lines[2:7]
     assert len({len(line) for line in table}) == 1, "columns align"
     assert table[0].split("  ")[0] == "run"
-    for title in ("R@1 %", "R@1 vs dense", "R@3 %", "R@3 vs dense", "images/s", "speed-up"):
+    for title in ("R@1 %", "R@1 vs dense", "R@3 %", "R@3 vs dense"):
         assert title in table[0]
     assert "GMACs" not in table[0]
     assert [line.split("  ")[0] for line in table[1:]] == ["dense", "dense", "a|b", "a|b"]
@@ -519,9 +518,12 @@ def both_reports() -> list[dict]:
     ]
 
 
+SPEEDS = ("images_per_second", "speed_up", "speed_up_quartiles")
+
+
 def without_speed(value):
     if isinstance(value, dict):
-        return {k: without_speed(v) for k, v in value.items() if k not in ("images_per_second", "speed_up")}
+        return {k: without_speed(v) for k, v in value.items() if k not in SPEEDS}
     return [without_speed(part) for part in value] if isinstance(value, list) else value
 
 

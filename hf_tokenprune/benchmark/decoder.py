@@ -12,7 +12,8 @@ from torch import Tensor
 from ..cost import GenerationCostReport
 from ..engine import find_adapter
 from ..errors import UnsupportedModelError
-from .timing import Arms, Repeats, Timing, decision_share, peak_bytes, seconds
+from .medians import Quartiles, cell, decision_share, explained, over, shown
+from .timing import Arms, Repeats, Timing, peak_bytes, seconds
 
 PARTS = {"prefill": "prefill", "decode": "decode a token", "end_to_end": "end to end"}
 
@@ -27,7 +28,8 @@ class GenerationRow:
         decode: mean time of every further one, between the first and the last token inside ``generate``.
         end_to_end: all of ``generate``, greedy.
         decision_share: median of (pruned - given) / dense of the prefill, the cost of choosing the tokens, where
-            "given" drops as many tokens without choosing.
+            "given" drops as many tokens without choosing; None where it cannot be told from noise, see `medians`.
+        decision_quartiles: its lower and upper quartile; None of too few rounds.
         dense_peak_bytes, pruned_peak_bytes: most memory held at once by tensors of one prefill (without the weights).
     """
 
@@ -35,7 +37,8 @@ class GenerationRow:
     prefill: Timing
     decode: Timing
     end_to_end: Timing
-    decision_share: float
+    decision_share: float | None
+    decision_quartiles: Quartiles | None
     dense_peak_bytes: int
     pruned_peak_bytes: int
 
@@ -60,12 +63,13 @@ class GenerationBenchmarkReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """JSON values; None for what cannot be told from noise."""
         rows = []
         for row in self.rows:
+            timings = {part: (getattr(row, part), ideal) for part, ideal in self.ideal.items()}
             parts = {
-                part: {**asdict(getattr(row, part)), "ideal": ideal, "of_ideal": getattr(row, part).speedup / ideal}
-                for part, ideal in self.ideal.items()
+                part: {**asdict(timing), "ideal": ideal, "of_ideal": over(timing.speedup, ideal)}
+                for part, (timing, ideal) in timings.items()
             }
             rows.append({**asdict(row), **parts})
         return {"rows": rows, "macs": self.macs.to_dict(), "rounds": self.rounds, "environment": self.environment}
@@ -73,23 +77,24 @@ class GenerationBenchmarkReport:
     def summary(self) -> str:
         """A table with three rows a batch size."""
         lines = [
-            f"{'batch':>5}  {'part':<14}{'dense ms':>11}{'pruned ms':>11}{'speed-up':>10}{'[quartiles]':>16}"
-            f"{'ideal':>7}{'of ideal':>10}{'decision':>10}{'peak memory MB':>17}"
+            f"{'batch':>5}  {'part':<14}{'dense ms':>11}{'pruned ms':>11}{'speed-up':>21}"
+            f"{'ideal':>7}{'of ideal':>10}{'decision':>24}{'peak memory MB':>17}"
         ]
         for row in self.rows:
             memory = f"{row.dense_peak_bytes / 1e6:.0f} -> {row.pruned_peak_bytes / 1e6:.0f}"
-            of_prefill = f"{row.decision_share:>10.1%}{memory:>17}"
+            of_prefill = f"{cell(row.decision_share, row.decision_quartiles, '.1%'):>24}{memory:>17}"
             for part, ideal in self.ideal.items():
                 timing: Timing = getattr(row, part)
-                quartiles = "[{:.2f}, {:.2f}]".format(*timing.speedup_quartiles)
                 lines.append(
                     f"{row.batch_size:>5}  {PARTS[part]:<14}{timing.dense_seconds * 1e3:>11.1f}"
-                    f"{timing.pruned_seconds * 1e3:>11.1f}{timing.speedup:>9.2f}x{quartiles:>16}{ideal:>6.2f}x"
-                    f"{timing.speedup / ideal:>10.2f}{of_prefill if part == 'prefill' else ''}"
+                    f"{timing.pruned_seconds * 1e3:>11.1f}{cell(timing.speedup, timing.speedup_quartiles, '.2f'):>21}"
+                    f"{ideal:>7.2f}{shown(over(timing.speedup, ideal), '.2f'):>10}"
+                    f"{of_prefill if part == 'prefill' else ''}"
                 )
         setting = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         prompt = f"one image and {self.macs.text_tokens} text tokens in, {self.macs.new_tokens} new tokens out"
-        lines.append(f"{prompt}; {self.rounds} interleaved rounds; medians; {setting}")
+        legend = explained("".join(lines), self.rounds)
+        lines.append(f"{prompt}; {self.rounds} interleaved rounds; medians; {legend}; {setting}")
         return "\n".join(lines)
 
 
@@ -130,12 +135,14 @@ def measure_generation(
 
     measured = arms.interleave(measure, repeats, f"batch {batch_size}")
     prefills, decodes, wholes = ({arm: [run[i] for run in runs] for arm, runs in measured.items()} for i in range(3))
+    share, share_quartiles = decision_share(**prefills)
     return GenerationRow(
         batch_size,
         prefill=Timing.of(prefills["dense"], prefills["pruned"]),
         decode=Timing.of(decodes["dense"], decodes["pruned"]),
         end_to_end=Timing.of(wholes["dense"], wholes["pruned"]),
-        decision_share=decision_share(**prefills),
+        decision_share=share,
+        decision_quartiles=share_quartiles,
         dense_peak_bytes=arms.run("dense", lambda: peak_bytes(prefill)),
         pruned_peak_bytes=arms.run("pruned", lambda: peak_bytes(prefill)),
     )

@@ -22,6 +22,7 @@ from torch import nn
 from ..config import PruneConfig
 from ..engine import current_config, find_adapter, options, plan, prune, unprune
 from ..signals import Reduction, Signals, Stage
+from .medians import Quartiles, speed_up
 
 T = TypeVar("T")
 
@@ -61,20 +62,19 @@ class Timing:
     """One duration, dense beside pruned. Seconds and the speed-up are medians over rounds.
 
     Attributes:
-        speedup: median of dense time over pruned time.
-        speedup_quartiles: its lower and upper quartile.
+        speedup: median of dense time over pruned time; None where it cannot be told from noise, see `medians`.
+        speedup_quartiles: its lower and upper quartile; None of too few rounds.
     """
 
     dense_seconds: float
     pruned_seconds: float
-    speedup: float
-    speedup_quartiles: tuple[float, float]
+    speedup: float | None
+    speedup_quartiles: Quartiles | None
 
     @classmethod
     def of(cls, dense: list[float], pruned: list[float]) -> Timing:
         """From the seconds of every round."""
-        ratios = [d / p for d, p in zip(dense, pruned, strict=True)]
-        return cls(statistics.median(dense), statistics.median(pruned), statistics.median(ratios), quartiles(ratios))
+        return cls(statistics.median(dense), statistics.median(pruned), *speed_up(dense, pruned))
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,6 @@ class Arms:
                 if turn >= repeats.warmup:
                     measured[arm].append(value)
         return measured
-
-
-def decision_share(dense: list[float], pruned: list[float], given: list[float]) -> float:
-    """Median over rounds of (pruned - given) / dense."""
-    return statistics.median((p - g) / d for d, p, g in zip(dense, pruned, given, strict=True))
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -168,14 +163,6 @@ def _silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """Lower and upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0]
-    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return lower, upper
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..cost import CostReport
-from .timing import Arms, Repeats, Timing, decision_share, peak_bytes, seconds
+from .medians import Quartiles, cell, decision_share, explained, over, shown
+from .timing import Arms, Repeats, Timing, peak_bytes, seconds
 
 
 @dataclass(frozen=True)
@@ -16,19 +17,21 @@ class BenchmarkRow:
     """One batch size. Seconds are medians for a whole batch; intervals are quartiles over rounds.
 
     Attributes:
-        speedup: median of dense time over pruned time.
-        speedup_quartiles: its lower and upper quartile.
+        speedup: median of dense time over pruned time; None where it cannot be told from noise, see `medians`.
+        speedup_quartiles: its lower and upper quartile; None of too few rounds.
         decision_share: median of (pruned - given) / dense, the cost of choosing the tokens as a fraction of the dense
-            time, where "given" drops as many tokens without choosing.
+            time, where "given" drops as many tokens without choosing; None where it cannot be told from noise.
+        decision_quartiles: its lower and upper quartile; None of too few rounds.
         dense_peak_bytes, pruned_peak_bytes: most memory held at once by tensors of one forward (without the weights).
     """
 
     batch_size: int
     dense_seconds: float
     pruned_seconds: float
-    speedup: float
-    speedup_quartiles: tuple[float, float]
-    decision_share: float
+    speedup: float | None
+    speedup_quartiles: Quartiles | None
+    decision_share: float | None
+    decision_quartiles: Quartiles | None
     dense_peak_bytes: int
     pruned_peak_bytes: int
 
@@ -48,27 +51,28 @@ class BenchmarkReport:
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        rows = [{**asdict(row), "of_ideal": row.speedup / self.macs.ideal_speedup} for row in self.rows]
+        """JSON values; None for what cannot be told from noise."""
+        rows = [{**asdict(row), "of_ideal": over(row.speedup, self.macs.ideal_speedup)} for row in self.rows]
         return {"rows": rows, "macs": self.macs.to_dict(), "rounds": self.rounds, "environment": self.environment}
 
     def summary(self) -> str:
         """A table with a row a batch size."""
         ideal = self.macs.ideal_speedup
         lines = [
-            f"{'batch':>5}{'dense img/s':>13}{'pruned img/s':>14}{'speed-up':>10}{'[quartiles]':>14}{'ideal':>7}"
-            f"{'of ideal':>10}{'decision':>10}{'peak memory MB':>17}"
+            f"{'batch':>5}{'dense img/s':>13}{'pruned img/s':>14}{'speed-up':>21}{'ideal':>7}"
+            f"{'of ideal':>10}{'decision':>24}{'peak memory MB':>17}"
         ]
         for row in self.rows:
             dense_rate, pruned_rate = row.images_per_second
-            quartiles = "[{:.2f}, {:.2f}]".format(*row.speedup_quartiles)
             memory = f"{row.dense_peak_bytes / 1e6:.0f} -> {row.pruned_peak_bytes / 1e6:.0f}"
             lines.append(
-                f"{row.batch_size:>5}{dense_rate:>13.1f}{pruned_rate:>14.1f}{row.speedup:>9.2f}x{quartiles:>14}"
-                f"{ideal:>6.2f}x{row.speedup / ideal:>10.2f}{row.decision_share:>10.1%}{memory:>17}"
+                f"{row.batch_size:>5}{dense_rate:>13.1f}{pruned_rate:>14.1f}"
+                f"{cell(row.speedup, row.speedup_quartiles, '.2f'):>21}{ideal:>7.2f}"
+                f"{shown(over(row.speedup, ideal), '.2f'):>10}"
+                f"{cell(row.decision_share, row.decision_quartiles, '.1%'):>24}{memory:>17}"
             )
         setting = ", ".join(f"{key} {value}" for key, value in self.environment.items())
-        lines.append(f"{self.rounds} interleaved rounds; medians; {setting}")
+        lines.append(f"{self.rounds} interleaved rounds; medians; {explained(''.join(lines), self.rounds)}; {setting}")
         return "\n".join(lines)
 
 
@@ -84,10 +88,12 @@ def measure_images(arms: Arms, batch_size: int, image_size: tuple[int, int] | No
         run(**inputs)
 
     measured = arms.interleave(lambda: seconds(forward), repeats, f"batch {batch_size}")
+    share, share_quartiles = decision_share(**measured)
     return BenchmarkRow(
         batch_size,
         **vars(Timing.of(measured["dense"], measured["pruned"])),
-        decision_share=decision_share(**measured),
+        decision_share=share,
+        decision_quartiles=share_quartiles,
         dense_peak_bytes=arms.run("dense", lambda: peak_bytes(forward)),
         pruned_peak_bytes=arms.run("pruned", lambda: peak_bytes(forward)),
     )

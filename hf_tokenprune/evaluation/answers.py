@@ -1,21 +1,22 @@
 """What a vision-language model answers, dense against pruned on the same questions: exact match, kind by kind."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
+from hf_tokenprune.benchmark.medians import Quartiles, cell
 from hf_tokenprune.errors import TokenPruneError, UnsupportedModelError
-from hf_tokenprune.evaluation.loop import batches, eval_mode, in_dtype_of, place, synchronize
+from hf_tokenprune.evaluation.loop import batches, in_dtype_of, place
 from hf_tokenprune.evaluation.optional import require
 from hf_tokenprune.evaluation.questions import AskedSample, QuestionDataset, is_right
-from hf_tokenprune.evaluation.report import DENSE, check_names, paired_difference
+from hf_tokenprune.evaluation.report import paired_difference, speed_notes
 from hf_tokenprune.evaluation.tables import aligned, filled, markdown, number, plain, with_interval
+from hf_tokenprune.evaluation.turns import DENSE, Speed, Turns, Variants, check_names
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Answers:
 
     Attributes:
         texts: answers.
-        seconds: time spent in ``generate``; of the slowest process in a distributed run.
+        seconds: time spent in ``generate``; of the slowest process for every batch of a distributed run. Times of two
+            models that ran one after the other do not compare: `evaluate_answers` lets them take turns.
     """
 
     texts: tuple[str, ...]
@@ -58,19 +60,22 @@ class AnswersRow:
         overall: all questions.
         kinds: exact match by kind of question; empty if no question says its kind.
         agreement: fraction of questions with the same answer as the dense run's, but for case and spaces.
-        questions_per_second: through ``generate``; one pass, so expect some percent of noise.
+        questions_per_second: through ``generate``; see `Speed.per_second`. None without timing.
         macs: multiply-adds of the prefill of a question, as given by the caller.
-        speed_up: questions_per_second over those of the dense run.
+        speed_up: median over batches of the dense run's time over this one's, taken in turn. None where it cannot be
+            told from noise, without timing, and of fewer than three full batches. Longer answers take longer.
+        speed_up_quartiles: over batches.
         ideal_speed_up: MACs of the dense run over those of this one, if both were given.
     """
 
     name: str
     overall: ExactMatch
     kinds: dict[str, ExactMatch]
-    questions_per_second: float
+    questions_per_second: float | None = None
     agreement: float | None = None
     macs: float | None = None
     speed_up: float | None = None
+    speed_up_quartiles: Quartiles | None = None
     ideal_speed_up: float | None = None
 
 
@@ -91,8 +96,9 @@ class AnswersReport:
         dense: Answers,
         runs: Mapping[str, Answers],
         macs: Mapping[str, float] | None = None,
+        speeds: Mapping[str, Speed] | None = None,
     ) -> "AnswersReport":
-        """Compare ``runs`` with ``dense``; ``macs`` of the prefill by name, ``"dense"`` included.
+        """Compare ``runs`` with ``dense``; ``macs`` of the prefill and ``speeds`` by name, ``"dense"`` included.
 
         Raises:
             TokenPruneError: a run of another number of questions or called "dense", MACs of a run that there is not.
@@ -125,16 +131,18 @@ class AnswersReport:
         rows = []
         for name, run in every.items():
             compared = name != DENSE
+            speed = (speeds or {}).get(name, Speed())
             same = [is_right(text, (other,)) for text, other in zip(run.texts, dense.texts, strict=True)]
             rows.append(
                 AnswersRow(
                     name=name,
                     overall=score(name, slice(None)),
                     kinds={kind: score(name, chosen) for kind, chosen in members.items()},
-                    questions_per_second=len(questions) / run.seconds,
+                    questions_per_second=speed.per_second,
                     agreement=sum(same) / len(same) if compared else None,
                     macs=macs.get(name),
-                    speed_up=dense.seconds / run.seconds if compared else None,
+                    speed_up=speed.speed_up,
+                    speed_up_quartiles=speed.speed_up_quartiles,
                     ideal_speed_up=macs[DENSE] / macs[name] if compared and {DENSE, name} <= set(macs) else None,
                 )
             )
@@ -146,14 +154,21 @@ class AnswersReport:
 
     def summary(self) -> str:
         """The table as plain text, with what it rests on above and below."""
-        return f"{self._caption()}\n\n{aligned(*self._table())}\n\n{_NOTES}"
+        return f"{self._caption()}\n\n{aligned(*self._table())}\n\n{self._notes()}"
 
     def to_markdown(self) -> str:
         """The same as Markdown."""
-        return f"{self._caption()}\n\n{markdown(*self._table())}\n\n{_NOTES}"
+        return f"{self._caption()}\n\n{markdown(*self._table())}\n\n{self._notes()}"
 
     def _caption(self) -> str:
         return f"{self.rows[0].overall.n} questions, every run on the same ones. Exact match in %."
+
+    def _notes(self) -> str:
+        return (
+            "[ ]: 95 % interval of the difference in percentage points, Bonett-Price for paired proportions; questions "
+            "about one image count as independent. GMACs and ideal: prefill. "
+            f"{speed_notes(self.rows, 'questions/s: generate() only, longer answers take longer')}"
+        )
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         first = self.rows[0]
@@ -169,23 +184,17 @@ class AnswersReport:
             "agreement %": lambda row: number(row.agreement, ".1f", 100),
             "GMACs": lambda row: number(row.macs, ".3f", 1e-9),
             "questions/s": lambda row: number(row.questions_per_second, ".1f"),
-            "speed-up": lambda row: number(row.speed_up, ".2f"),
+            "speed-up": lambda row: cell(row.speed_up, row.speed_up_quartiles, ".2f"),
             "ideal": lambda row: number(row.ideal_speed_up, ".2f"),
         }
         return filled(cells | {title: [cell(row) for row in self.rows] for title, cell in columns.items()})
-
-
-_NOTES = (
-    "[ ]: 95 % interval of the difference in percentage points, Bonett-Price for paired proportions; questions about "
-    "one image count as independent. GMACs and ideal: prefill. questions/s: generate() only, one pass."
-)
 
 
 def evaluate_answers(
     model: nn.Module,
     questions: QuestionDataset,
     processor: Any,
-    variants: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    variants: Variants,
     macs: Mapping[str, float] | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 32,
@@ -193,11 +202,11 @@ def evaluate_answers(
     accelerator: Any = None,
     progress: bool = True,
 ) -> AnswersReport:
-    """Ask a vision-language model as it is, then within each variant, the same questions.
+    """Ask a vision-language model as it is and within each variant the same questions, in turn on every batch.
 
     Args:
         variants: name -> function that makes a context manager, in which ``model`` is changed: for example
-            ``{"DivPrune": lambda: pruned(model, config)}``.
+            ``{"DivPrune": lambda: pruned(model, config)}``. It is entered anew for every batch.
         macs: multiply-adds of the prefill of ``"dense"`` and of the variants; any may be left out.
 
     The other arguments are those of `collect_answers`.
@@ -207,17 +216,12 @@ def evaluate_answers(
             `collect_answers` raises.
     """
     check_names(variants, macs or {})
-
-    def run(name: str) -> Answers:
-        return collect_answers(
-            model, questions, processor, batch_size, max_new_tokens, prompt, accelerator, progress, desc=name
-        )
-
-    dense, runs = run(DENSE), {}
-    for name, variant in variants.items():
-        with variant():
-            runs[name] = run(name)
-    return AnswersReport.from_answers(questions, dense, runs, macs)
+    texts, turns, counts = _ask(
+        model, questions, processor, variants, batch_size, max_new_tokens, prompt, accelerator, progress, "answer"
+    )
+    slowest = turns.slowest()
+    dense, *runs = ((name, Answers(tuple(own), sum(slowest[name]))) for name, own in texts.items())
+    return AnswersReport.from_answers(questions, dense[1], dict(runs), macs, turns.speeds(counts))
 
 
 def collect_answers(
@@ -254,8 +258,28 @@ def collect_answers(
         UnsupportedModelError: the model does not generate.
         ImportError: `accelerate` is not installed.
     """
+    texts, turns, _ = _ask(
+        model, questions, processor, {}, batch_size, max_new_tokens, prompt, accelerator, progress, desc
+    )
+    return Answers(tuple(texts[DENSE]), sum(turns.slowest()[DENSE]))
+
+
+def _ask(
+    model: nn.Module,
+    questions: QuestionDataset,
+    processor: Any,
+    variants: Variants,
+    batch_size: int,
+    max_new_tokens: int,
+    prompt: str | None,
+    accelerator: Any,
+    progress: bool,
+    desc: str,
+) -> tuple[dict[str, list[str]], Turns, list[int]]:
+    """Answers by arm, the turns with their times, and the number of questions in every batch of all processes."""
     accelerate = require("accelerate")
-    if not hasattr(model, "generate"):
+    answer: Any = getattr(model, "generate", None)
+    if answer is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no generate(); load it with AutoModelForImageTextToText"
         )
@@ -273,30 +297,21 @@ def collect_answers(
 
     loader = batches(questions, batch_size, collate, accelerator)
     place(model, accelerator)
-    texts: list[str] = []
-    seconds = 0.0
-
-    def generate(inputs: dict[str, Tensor]) -> Tensor:
-        return model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False
-        )
-
-    with eval_mode(model), torch.inference_mode(), accelerator.autocast():
-        bar = tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process))
-        for step, batch in enumerate(bar):
-            inputs = in_dtype_of(model, dict(batch))
-            if step == 0:
-                generate(inputs)
-            synchronize(accelerator.device)
-            start = time.perf_counter()
-            tokens = generate(inputs)
-            synchronize(accelerator.device)
-            seconds += time.perf_counter() - start
+    turns = Turns(model, variants, accelerator)
+    counts: list[int] = []
+    texts: dict[str, list[str]] = {name: [] for name in turns.arms}
+    for batch in tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process)):
+        inputs = in_dtype_of(model, dict(batch))
+        generate = partial(answer, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        if not counts:
+            turns.warm_up(generate)
+        for name, tokens in turns.take(generate).items():
             answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             # Drops what was repeated to give every process a full last batch.
-            texts += accelerator.gather_for_metrics([text.strip() for text in answers], use_gather_object=True)
-        slowest = accelerator.gather(torch.tensor([seconds], device=accelerator.device)).max()
-    return Answers(tuple(texts), float(slowest))
+            own = accelerator.gather_for_metrics([text.strip() for text in answers], use_gather_object=True)
+            texts[name] += own
+        counts.append(len(own))
+    return texts, turns, counts
 
 
 def mean_text_tokens(model: Any, questions: QuestionDataset, processor: Any, prompt: str | None = None) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmark import BenchmarkReport
+from ..benchmark.medians import cell, explained, over, shown
 from ..config import PruneConfig
 from ..cost import config_for_macs
 from ..engine import find_adapter, options, plan
@@ -39,7 +40,7 @@ class Comparison:
         """A dictionary a run, the dense one first: fractions, percentage points, nats, GMACs and images a second.
 
         ``images_per_second`` is the dense model's median over all runs, times the run's speed-up: a machine that slows
-        down between runs does not change their order.
+        down between runs does not change their order. What cannot be told from noise is None, beside its quartiles.
         """
         found = []
         dense_rate = statistics.median(each.rows[0].images_per_second[0] for each in self.timing.values())
@@ -62,12 +63,17 @@ class Comparison:
                 row |= {"images_per_second": dense_rate, "speedup": 1.0, "ideal_speedup": 1.0}
             else:
                 (measured,), ideal = report.rows, report.macs.ideal_speedup
+                fast, slow = measured.speedup_quartiles, measured.decision_quartiles
                 row |= {
-                    "images_per_second": dense_rate * measured.speedup,
+                    "images_per_second": None if measured.speedup is None else dense_rate * measured.speedup,
                     "speedup": measured.speedup,
+                    "speedup_low": fast and fast[0],
+                    "speedup_high": fast and fast[1],
                     "ideal_speedup": ideal,
-                    "of_ideal": measured.speedup / ideal,
+                    "of_ideal": over(measured.speedup, ideal),
                     "decision_share": measured.decision_share,
+                    "decision_low": slow and slow[0],
+                    "decision_high": slow and slow[1],
                 }
             found.append(row)
         return found
@@ -92,6 +98,14 @@ class Comparison:
         def column(form: str, name: str, scale: float = 1.0) -> list[str]:
             return [number(row.get(name), form, scale) for row in rows]
 
+        def measured(form: str, name: str, ends: str) -> list[str]:
+            return [
+                cell(row[name], (row[f"{ends}_low"], row[f"{ends}_high"]), form)
+                if row.get(f"{ends}_low") is not None
+                else shown(row.get(name), form)
+                for row in rows
+            ]
+
         intervals = [(row["top1_difference_low"], row["top1_difference_high"]) for row in rows]
         table = filled(
             {
@@ -104,14 +118,16 @@ class Comparison:
                 "agreement %": column(".1f", "agreement", 100),
                 "KL, nats": column(".4f", "kl_nats"),
                 "images/s": column(".1f", "images_per_second"),
-                "speed-up": column(".2f", "speedup"),
+                "speed-up": measured(".2f", "speedup", "speedup"),
                 "ideal": column(".2f", "ideal_speedup"),
                 "of ideal": column(".2f", "of_ideal"),
-                "decision %": column(".1f", "decision_share", 100),
+                "decision": measured(".1%", "decision_share", "decision"),
             }
         )
         setting = ", ".join(f"{key} {value}" for key, value in self.setting().items())
-        return f"{markdown(*table)}\n\n{setting}. [ ]: 95 % intervals, Bonett-Price for paired proportions."
+        text, rounds = markdown(*table), self.setting()["interleaved rounds"]
+        intervals_are = "[ ] beside top-1: 95 % intervals, Bonett-Price for paired proportions"
+        return f"{text}\n\n{setting}. {intervals_are}; beside speed: {explained(text, rounds)}."
 
     def setting(self) -> dict[str, Any]:
         """What the numbers depend on besides model and configs."""

@@ -1,10 +1,9 @@
 """Run a classifier over images and keep its logits: on one device, or on many through `accelerate`."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from hf_tokenprune.evaluation.images import ImageDataset
 from hf_tokenprune.evaluation.optional import require
 from hf_tokenprune.evaluation.preprocess import PreprocessedImages, collate
 from hf_tokenprune.evaluation.scores import as_logits
+from hf_tokenprune.evaluation.turns import DENSE, Turns, Variants
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Logits:
     Attributes:
         logits: ``(n, C)`` float32 on the CPU.
         labels: ``(n,)`` int64 on the CPU, -1 where an image has none; None if no image has one.
-        seconds: time spent in forward passes; of the slowest process in a distributed run.
+        seconds: time spent in forward passes; of the slowest process for every batch of a distributed run. Times of two
+            models that ran one after the other do not compare: `evaluate_paired` lets them take turns.
     """
 
     logits: Tensor
@@ -81,31 +82,75 @@ def collect_logits(
             raise TokenPruneError("processor is missing: pass AutoImageProcessor.from_pretrained(the model's path)")
         images = PreprocessedImages(images, processor)
     accelerator = accelerator or accelerate.Accelerator()
+    logits, labels = Rows(len(images)), Rows(len(images))
+
+    def keep(said: dict[str, Tensor], label: Tensor) -> None:
+        logits.add(said[DENSE])
+        labels.add(label)
+
+    turns, _ = run_in_turn(model, images, {}, keep, batch_size, accelerator, progress, desc)
+    return Logits(
+        logits=as_logits(logits.all, f"logits of {desc!r}"),
+        labels=labels.all if bool((labels.all >= 0).any()) else None,
+        seconds=sum(turns.slowest()[DENSE]),
+    )
+
+
+def run_in_turn(
+    model: nn.Module,
+    images: PreprocessedImages,
+    variants: Variants,
+    on_batch: Callable[[dict[str, Tensor], Tensor], None],
+    batch_size: int,
+    accelerator: Any,
+    progress: bool,
+    desc: str = "evaluate",
+) -> tuple[Turns, list[int]]:
+    """Every batch through the model as it is and through its variants; see `collect_logits` and `Turns`.
+
+    Args:
+        on_batch: is given, on every process, the ``(B, C)`` float32 logits by arm and the ``(B,)`` labels (-1 for none)
+            of the batches of all processes together, on the CPU.
+
+    Returns:
+        The turns with their times, and the number of images in every batch, all processes together.
+    """
     loader = batches(images, batch_size, collate, accelerator)
     place(model, accelerator)
-    rows, labels, seconds = [], [], 0.0
-    with eval_mode(model), torch.inference_mode(), accelerator.autocast():
-        bar = tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process))
-        for step, batch in enumerate(bar):
-            inputs = in_dtype_of(model, batch["inputs"])
-            if step == 0:
-                images.check_labels(_forward(model, inputs).shape[1])
-            synchronize(accelerator.device)
-            start = time.perf_counter()
-            logits = _forward(model, inputs)
-            synchronize(accelerator.device)
-            seconds += time.perf_counter() - start
+    turns = Turns(model, variants, accelerator)
+    counts: list[int] = []
+    for batch in tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process)):
+        call = partial(_forward, model, in_dtype_of(model, batch["inputs"]))
+        if not counts:
+            images.check_labels(turns.warm_up(call).shape[1])
+        said = {name: logits.float() for name, logits in turns.take(call).items()}
+        with torch.inference_mode():
             # Drops what was repeated to give every process a full last batch.
-            logits, label = accelerator.gather_for_metrics((logits.float(), batch["labels"]))
-            rows.append(logits.cpu())
-            labels.append(label.cpu())
-        slowest = accelerator.gather(torch.tensor([seconds], device=accelerator.device)).max()
-    all_labels = torch.cat(labels)
-    return Logits(
-        logits=as_logits(torch.cat(rows), f"logits of {desc!r}"),
-        labels=all_labels if bool((all_labels >= 0).any()) else None,
-        seconds=float(slowest),
-    )
+            said, labels = accelerator.gather_for_metrics((said, batch["labels"]))
+        counts.append(len(labels))
+        on_batch({name: logits.cpu() for name, logits in said.items()}, labels.cpu())
+    return turns, counts
+
+
+class Rows:
+    """A tensor of ``n`` rows that comes in parts, in their order, and is held once.
+
+    Attributes:
+        all: ``(n, ...)``.
+    """
+
+    all: Tensor
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.filled = 0
+
+    def add(self, part: Tensor) -> None:
+        """The next rows."""
+        if not self.filled:
+            self.all = torch.empty(self.n, *part.shape[1:], dtype=part.dtype)
+        self.all[self.filled : self.filled + len(part)] = part
+        self.filled += len(part)
 
 
 def batches(data: Any, batch_size: int, collate: Callable[[Any], Any], accelerator: Any) -> Any:
@@ -125,18 +170,6 @@ def place(model: nn.Module, accelerator: Any) -> None:
     """Move a model to the accelerator's device, unless it was dispatched over devices."""
     if getattr(model, "hf_device_map", None) is None and _device(model) != accelerator.device:
         model.to(accelerator.device)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module's own flag back: ``model.train()`` would also wake those that were frozen in eval."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -161,9 +194,3 @@ def in_dtype_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor
     """Inputs with floats in the dtype of the model's weights."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a device, so that a clock sees what it did."""
-    if device.type != "cpu":  # kernels run behind the clock's back
-        torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""Images to model inputs, once for all runs that share them."""
+"""Images to model inputs, once for all arms that share a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -26,39 +26,30 @@ class Batch(TypedDict):
 
 
 class PreprocessedImages(Dataset[Example]):
-    """Images behind an image processor; what was made of them is kept in memory if all of it fits.
+    """Images behind an image processor.
 
     Args:
         images: what `load_images` returns.
         processor: an image processor of transformers, or a callable like one: ``processor(images=[image],
             return_tensors="pt")`` gives a mapping of ``(1, ...)`` tensors.
-        cache_bytes: keep the results if those of all images fit into this many bytes; 0 keeps none.
     """
 
-    def __init__(self, images: ImageDataset, processor: Callable[..., Mapping[str, Any]], cache_bytes: int = 0) -> None:
+    def __init__(self, images: ImageDataset, processor: Callable[..., Mapping[str, Any]]) -> None:
         self.images = images
         self.processor = processor
-        self.cache_bytes = cache_bytes
-        self._cache: dict[int, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Example:
-        """Decode and process one image, or take it from memory.
+        """Decode and process one image.
 
         Raises:
             DataError: it cannot be decoded; the message names it.
         """
         label = self.images.labels[index]
-        inputs = self._cache.get(index)
-        if inputs is None:
-            batch = self.processor(images=[self.images[index]["image"]], return_tensors="pt")
-            inputs = {key: value[0] for key, value in batch.items() if isinstance(value, Tensor)}
-            # All images become inputs of one size, so the first tells whether all fit. In a distributed run a process
-            # fills in only what it is asked for.
-            if sum(value.nbytes for value in inputs.values()) * len(self) <= self.cache_bytes:
-                self._cache[index] = inputs
+        batch = self.processor(images=[self.images[index]["image"]], return_tensors="pt")
+        inputs = {key: value[0] for key, value in batch.items() if isinstance(value, Tensor)}
         return {"inputs": inputs, "label": -1 if label is None else label}
 
     def check_labels(self, n_classes: int) -> None:

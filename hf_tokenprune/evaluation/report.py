@@ -1,21 +1,54 @@
 """Dense against pruned on the same images: the numbers, their intervals, and tables of them."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hf_tokenprune.benchmark.medians import NOISE, ROUNDS, Quartiles, cell
 from hf_tokenprune.errors import TokenPruneError
-from hf_tokenprune.evaluation.images import ImageDataset
-from hf_tokenprune.evaluation.loop import Logits, collect_logits
-from hf_tokenprune.evaluation.preprocess import PreprocessedImages
-from hf_tokenprune.evaluation.scores import kl_divergence, mean_interval, paired_interval, summarize, topk_correct
+from hf_tokenprune.evaluation.loop import Logits
+from hf_tokenprune.evaluation.scores import (
+    agreement,
+    as_labels,
+    as_logits,
+    kl_divergence,
+    mean_interval,
+    paired_interval,
+    topk_correct,
+)
 from hf_tokenprune.evaluation.tables import aligned, filled, markdown, number, plain, with_interval
+from hf_tokenprune.evaluation.turns import DENSE, Speed, check_names
 
-DENSE = "dense"
+
+@dataclass(frozen=True)
+class Scored:
+    """What the images of one run come to: ``(n,)`` each, kept in the place of ``(n, C)`` logits.
+
+    Attributes:
+        top1: bool, the label has the largest logit; see `scores.topk_correct`.
+        top5: bool, it is among the five largest.
+        same: bool, the class is that of the dense run.
+        kl: float64, KL(softmax(dense) || softmax(this)) in nats.
+    """
+
+    top1: Tensor
+    top5: Tensor
+    same: Tensor
+    kl: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, dense_logits: Tensor, labels: Tensor) -> "Scored":
+        """From ``(n, C)`` float32 logits and ``(n,)`` labels, negative where missing."""
+        top1, top5 = (topk_correct(logits, labels, k) for k in (1, 5))
+        return cls(top1, top5, agreement(dense_logits, logits), kl_divergence(dense_logits, logits))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scored"]) -> "Scored":
+        """One behind the other."""
+        return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -25,7 +58,7 @@ class PairedRow:
     Attributes:
         name: of the run; the first row is ``"dense"``.
         n: number of images.
-        images_per_second: of the forward passes; one pass over the images, so expect some percent of noise.
+        images_per_second: of the forward passes; see `Speed.per_second`. None without timing.
         accuracy: top-1, fraction of the labelled images.
         accuracy_difference: to the dense run on the same images, in percentage points; negative is a loss.
         accuracy_interval: 95 % interval of that difference, in percentage points; see `scores.paired_interval`. It is
@@ -37,13 +70,15 @@ class PairedRow:
         kl: mean KL(softmax(dense) || softmax(this)) in nats.
         kl_interval: its 95 % interval, mean +- 1.96 sd / sqrt(n), cut at 0; None for a single image.
         macs: multiply-adds per image, as given by the caller.
-        speed_up: images_per_second over those of the dense run.
+        speed_up: median over batches of the dense run's time over this one's, taken in turn. None where it cannot be
+            told from noise, without timing, and of fewer than three full batches.
+        speed_up_quartiles: over batches.
         ideal_speed_up: MACs of the dense run over those of this one, if both were given: what the speed-up could be.
     """
 
     name: str
     n: int
-    images_per_second: float
+    images_per_second: float | None = None
     accuracy: float | None = None
     accuracy_difference: float | None = None
     accuracy_interval: tuple[float, float] | None = None
@@ -55,6 +90,7 @@ class PairedRow:
     kl_interval: tuple[float, float] | None = None
     macs: float | None = None
     speed_up: float | None = None
+    speed_up_quartiles: Quartiles | None = None
     ideal_speed_up: float | None = None
 
 
@@ -74,15 +110,46 @@ class PairedReport:
     def from_logits(
         cls, dense: Logits, runs: Mapping[str, Logits], macs: Mapping[str, float] | None = None
     ) -> "PairedReport":
-        """Compare ``runs`` with ``dense``; ``macs`` per image by name, ``"dense"`` included.
+        """Compare ``runs`` with ``dense``, without their speed: they did not take turns.
+
+        Args:
+            macs: per image by name, ``"dense"`` included.
 
         Raises:
             TokenPruneError: runs of other images or classes, a run called "dense", MACs of a run that there is not.
         """
-        macs = macs or {}
-        check_names(runs, macs)
-        rows = [_dense_row(dense, macs), *(_row(name, run, dense, macs) for name, run in runs.items())]
-        return cls(tuple(rows), 0 if dense.labels is None else int((dense.labels >= 0).sum()))
+        check_names(runs, macs or {})
+        for name, run in runs.items():
+            if run.logits.shape != dense.logits.shape or not _same(run.labels, dense.labels):
+                raise TokenPruneError(
+                    f"run {name!r} has logits of shape {tuple(run.logits.shape)}, the dense run "
+                    f"{tuple(dense.logits.shape)}, or they have other labels; both must see the same images in the "
+                    "same order"
+                )
+        logits = {name: as_logits(run.logits, f"logits of {name!r}") for name, run in {DENSE: dense, **runs}.items()}
+        labels = torch.full((dense.n,), -1) if dense.labels is None else as_labels(dense.labels, logits[DENSE])
+        return cls.from_scores(
+            {name: Scored.of(own, logits[DENSE], labels) for name, own in logits.items()}, labels >= 0, macs
+        )
+
+    @classmethod
+    def from_scores(
+        cls,
+        runs: Mapping[str, Scored],
+        known: Tensor,
+        macs: Mapping[str, float] | None = None,
+        speeds: Mapping[str, Speed] | None = None,
+    ) -> "PairedReport":
+        """The report of runs by name, the dense one first.
+
+        Args:
+            known: ``(n,)`` bool, which images have a label.
+        """
+        speeds = speeds or {}
+        rows = [
+            _row(name, run, runs[DENSE], known, macs or {}, speeds.get(name, Speed())) for name, run in runs.items()
+        ]
+        return cls(tuple(rows), int(known.sum()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: ``images``, ``labelled`` and ``rows`` with the fields and units of `PairedRow`. A number
@@ -102,10 +169,7 @@ class PairedReport:
 
     def _notes(self) -> str:
         accuracy = "differences in percentage points, Bonett-Price for paired proportions; " if self.labelled else ""
-        return (
-            f"[ ]: 95 % intervals ({accuracy}KL: normal). KL(dense || run) in nats. "
-            "images/s: forward passes only, one pass."
-        )
+        return f"[ ]: 95 % intervals ({accuracy}KL: normal). KL(dense || run) in nats. {speed_notes(self.rows)}"
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Header and cells; columns that are empty in all rows are left out."""
@@ -118,124 +182,56 @@ class PairedReport:
             "KL": lambda row: with_interval(row.kl, row.kl_interval, ".3g"),
             "GMACs": lambda row: number(row.macs, ".3f", 1e-9),
             "images/s": lambda row: number(row.images_per_second, ".1f"),
-            "speed-up": lambda row: number(row.speed_up, ".2f"),
+            "speed-up": lambda row: cell(row.speed_up, row.speed_up_quartiles, ".2f"),
             "ideal": lambda row: number(row.ideal_speed_up, ".2f"),
         }
         return filled({title: [cell(row) for row in self.rows] for title, cell in columns.items()})
 
 
-def evaluate_paired(
-    model: nn.Module,
-    images: ImageDataset,
-    processor: Callable[..., Mapping[str, Any]],
-    variants: Mapping[str, Callable[[], AbstractContextManager[Any]]],
-    macs: Mapping[str, float] | None = None,
-    batch_size: int = 32,
-    accelerator: Any = None,
-    progress: bool = True,
-    cache_bytes: int = 2 * 10**9,
-) -> PairedReport:
-    """Run a model as it is, then within each variant, on the same images.
-
-    Args:
-        model: a classifier; see `collect_logits`, also for the arguments not listed here.
-        images: what `load_images` returns.
-        processor: image processor of the model.
-        variants: name -> function that makes a context manager, in which ``model`` is changed: for example
-            ``{"ToMe r=8": lambda: pruned(model, config)}``.
-        macs: multiply-adds per image of ``"dense"`` and of the variants; any may be left out.
-        cache_bytes: images are processed once, if what becomes of them fits into this many bytes, else for every run.
-
-    Raises:
-        TokenPruneError: see `PairedReport.from_logits`; names are checked before anything runs. And what
-            `collect_logits` raises.
-    """
-    check_names(variants, macs or {})
-    prepared = PreprocessedImages(images, processor, cache_bytes)
-    dense, runs = collect_runs(model, prepared, variants, batch_size, accelerator, progress)
-    return PairedReport.from_logits(dense, runs, macs)
-
-
-def collect_runs(
-    model: nn.Module,
-    images: PreprocessedImages,
-    variants: Mapping[str, Callable[[], AbstractContextManager[Any]]],
-    batch_size: int,
-    accelerator: Any,
-    progress: bool,
-) -> tuple[Logits, dict[str, Logits]]:
-    """What a model says as it is, and within each variant by its name; see `evaluate_paired` and `collect_logits`."""
-
-    def run(name: str) -> Logits:
-        return collect_logits(
-            model, images, batch_size=batch_size, accelerator=accelerator, progress=progress, desc=name
-        )
-
-    dense = run(DENSE)
-    runs = {}
-    for name, variant in variants.items():
-        with variant():
-            runs[name] = run(name)
-    return dense, runs
-
-
-def check_names(runs: Mapping[str, Any], macs: Mapping[str, float]) -> None:
-    """Names of runs, and of those whose MACs are known.
-
-    Raises:
-        TokenPruneError: a run called "dense", MACs of a run that there is not.
-    """
-    if DENSE in runs:
-        raise TokenPruneError(f"a run is called {DENSE!r}, which names the model as it is; call it otherwise")
-    if unknown := sorted(set(macs) - {DENSE, *runs}):
-        raise TokenPruneError(f"macs of {', '.join(map(repr, unknown))}, but the runs are {[DENSE, *runs]}")
-
-
-def _dense_row(dense: Logits, macs: Mapping[str, float]) -> PairedRow:
-    scores = summarize(dense.logits, dense.labels)
-    return PairedRow(
-        name=DENSE,
-        n=dense.n,
-        accuracy=scores.get("accuracy"),
-        top5_accuracy=scores.get("top5_accuracy"),
-        macs=macs.get(DENSE),
-        images_per_second=dense.images_per_second,
+def _row(name: str, run: Scored, dense: Scored, known: Tensor, macs: Mapping[str, float], speed: Speed) -> PairedRow:
+    row = PairedRow(
+        name=name,
+        n=len(known),
+        accuracy=float(run.top1[known].double().mean()) if known.any() else None,
+        top5_accuracy=float(run.top5[known].double().mean()) if known.any() else None,
+        macs=macs.get(name),
+        images_per_second=speed.per_second,
+        speed_up=speed.speed_up,
+        speed_up_quartiles=speed.speed_up_quartiles,
     )
-
-
-def _row(name: str, run: Logits, dense: Logits, macs: Mapping[str, float]) -> PairedRow:
-    if run.logits.shape != dense.logits.shape or not _same(run.labels, dense.labels):
-        raise TokenPruneError(
-            f"run {name!r} has logits of shape {tuple(run.logits.shape)}, the dense run {tuple(dense.logits.shape)}, "
-            "or they have other labels; both must see the same images in the same order"
-        )
-    scores = summarize(run.logits, dense.labels, dense.logits)
+    if name == DENSE:
+        return row
     top1: tuple[Any, Any] = (None, None)
     top5: tuple[Any, Any] = (None, None)
-    if dense.labels is not None:
-        known = dense.labels >= 0
-        top1, top5 = (
-            paired_difference(*(topk_correct(logits, dense.labels, k)[known] for logits in (dense.logits, run.logits)))
-            for k in (1, 5)
-        )
-    kl_interval = mean_interval(kl_divergence(dense.logits, run.logits))
-    return PairedRow(
-        name=name,
-        n=run.n,
-        accuracy=scores.get("accuracy"),
+    if known.any():
+        top1 = paired_difference(dense.top1[known], run.top1[known])
+        top5 = paired_difference(dense.top5[known], run.top5[known])
+    kl_interval = mean_interval(run.kl)
+    return replace(
+        row,
         accuracy_difference=top1[0],
         accuracy_interval=top1[1],
-        top5_accuracy=scores.get("top5_accuracy"),
         top5_difference=top5[0],
         top5_interval=top5[1],
-        agreement=scores["agreement"],
-        kl=scores["kl"],
+        agreement=float(run.same.double().mean()),
+        kl=float(run.kl.mean()),
         kl_interval=kl_interval and (max(kl_interval[0], 0.0), kl_interval[1]),
-        macs=macs.get(name),
-        images_per_second=run.images_per_second,
-        speed_up=run.images_per_second / dense.images_per_second,
-        ideal_speed_up=macs[DENSE] / macs[name] if DENSE in macs and name in macs else None,
+        ideal_speed_up=macs[DENSE] / macs[name] if {DENSE, name} <= set(macs) else None,
     )
+
+
+def speed_notes(rows: Sequence[Any], what: str = "images/s: forward passes only") -> str:
+    """What stands under a table with the columns of speed, or in their place.
+
+    Args:
+        rows: with ``speed_up`` and ``speed_up_quartiles``, the dense one first.
+        what: the rate is, and of what.
+    """
+    if all(row.speed_up_quartiles is None for row in rows):
+        return f"No speed-up: it takes turns on at least {ROUNDS} full batches; `bench` measures it."
+    noise = any(row.speed_up_quartiles and row.speed_up is None for row in rows)
+    told = f"; {NOISE}: not measurable here, quartiles on both sides of 1" if noise else ""
+    return f"{what}, in turn on every batch; speed-up: median over batches [quartiles]{told}."
 
 
 def paired_difference(dense_correct: Tensor, correct: Tensor) -> tuple[float, tuple[float, float]]:

@@ -1,21 +1,22 @@
 """Image-text retrieval with two-tower models (CLIP, SigLIP): recall at K, dense against pruned on the same pairs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_tokenprune.benchmark.medians import Quartiles, cell
 from hf_tokenprune.errors import DataError
 from hf_tokenprune.evaluation.images import ImageDataset
-from hf_tokenprune.evaluation.loop import Logits, place
+from hf_tokenprune.evaluation.loop import Rows, place, run_in_turn
 from hf_tokenprune.evaluation.optional import require
 from hf_tokenprune.evaluation.preprocess import PreprocessedImages
-from hf_tokenprune.evaluation.report import DENSE, check_names, collect_runs, paired_difference
-from hf_tokenprune.evaluation.scores import topk_correct
+from hf_tokenprune.evaluation.report import paired_difference, speed_notes
+from hf_tokenprune.evaluation.scores import as_logits, topk_correct
 from hf_tokenprune.evaluation.tables import aligned, filled, markdown, number, plain, with_interval
+from hf_tokenprune.evaluation.turns import DENSE, Variants, check_names
 from hf_tokenprune.evaluation.zero_shot import ImageTower, embed_texts
 
 DIRECTIONS = ("image to text", "text to image")
@@ -54,9 +55,10 @@ class RetrievalRow:
     name: str
     image_to_text: tuple[Recall, ...]
     text_to_image: tuple[Recall, ...]
-    images_per_second: float
+    images_per_second: float | None = None
     macs: float | None = None
     speed_up: float | None = None
+    speed_up_quartiles: Quartiles | None = None
     ideal_speed_up: float | None = None
 
 
@@ -92,8 +94,8 @@ class RetrievalReport:
     def _notes(self) -> str:
         return (
             "R@K: queries with a right answer among the K most similar. [ ]: 95 % intervals of the differences in "
-            "percentage points, Bonett-Price for paired proportions, queries taken as independent. images/s: forward "
-            "passes of the image tower only, one pass."
+            "percentage points, Bonett-Price for paired proportions, queries taken as independent. "
+            f"{speed_notes(self.rows, 'images/s: forward passes of the image tower only')}"
         )
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
@@ -110,7 +112,7 @@ class RetrievalReport:
             columns[f"R@{recall.k} vs dense"] = [with_interval(each.difference, each.interval, "+.2f") for each in own]
         columns["GMACs"] = [number(row.macs, ".3f", 1e-9) for row, _, _ in lines]
         columns["images/s"] = [number(row.images_per_second, ".1f") for row, _, _ in lines]
-        columns["speed-up"] = [number(row.speed_up, ".2f") for row, _, _ in lines]
+        columns["speed-up"] = [cell(row.speed_up, row.speed_up_quartiles, ".2f") for row, _, _ in lines]
         columns["ideal"] = [number(row.ideal_speed_up, ".2f") for row, _, _ in lines]
         return filled(columns)
 
@@ -119,13 +121,12 @@ def evaluate_retrieval(
     model: nn.Module,
     pairs: Sequence[tuple[Any, str | Sequence[str]]],
     processor: Callable[..., Any],
-    variants: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    variants: Variants,
     ks: Sequence[int] = (1, 5, 10),
     macs: Mapping[str, float] | None = None,
     batch_size: int = 32,
     accelerator: Any = None,
     progress: bool = True,
-    cache_bytes: int = 2 * 10**9,
 ) -> RetrievalReport:
     """Find captions for images and images for captions, with a two-tower model as it is, then within each variant.
 
@@ -160,28 +161,37 @@ def evaluate_retrieval(
     image_numbers = torch.arange(len(images))
     image_of_text = image_numbers.repeat_interleave(torch.tensor([len(own) for own in captions]))
 
-    def hits(run: Logits) -> tuple[Tensor, Tensor]:
+    embeddings = {name: Rows(len(images)) for name in (DENSE, *variants)}
+
+    def keep(said: dict[str, Tensor], _: Tensor) -> None:
+        for name, part in said.items():
+            embeddings[name].add(as_logits(part, f"embeddings of {name!r}"))
+
+    def hits(run: Tensor) -> tuple[Tensor, Tensor]:
         return (
-            _hits(run.logits, image_numbers, texts, image_of_text, ks),
-            _hits(texts, image_of_text, run.logits, image_numbers, ks),
+            _hits(run, image_numbers, texts, image_of_text, ks),
+            _hits(texts, image_of_text, run, image_numbers, ks),
         )
 
-    prepared = PreprocessedImages(images, processor, cache_bytes)
-    dense, runs = collect_runs(ImageTower(model), prepared, variants, batch_size, accelerator, progress)
-    before = hits(dense)
-    to_text, to_image = (_recalls(ks, found) for found in before)
-    rows = [RetrievalRow(DENSE, to_text, to_image, dense.images_per_second, macs.get(DENSE))]
-    for name, run in runs.items():
-        to_text, to_image = (_recalls(ks, *found) for found in zip(hits(run), before, strict=True))
+    prepared = PreprocessedImages(images, processor)
+    turns, counts = run_in_turn(ImageTower(model), prepared, variants, keep, batch_size, accelerator, progress)
+    before, speeds, rows = hits(embeddings[DENSE].all), turns.speeds(counts), []
+    for name, speed in speeds.items():
+        if name == DENSE:
+            to_text, to_image = (_recalls(ks, found) for found in before)
+        else:
+            after = hits(embeddings[name].all)
+            to_text, to_image = (_recalls(ks, *found) for found in zip(after, before, strict=True))
         rows.append(
             RetrievalRow(
                 name=name,
                 image_to_text=to_text,
                 text_to_image=to_image,
-                images_per_second=run.images_per_second,
+                images_per_second=speed.per_second,
                 macs=macs.get(name),
-                speed_up=run.images_per_second / dense.images_per_second,
-                ideal_speed_up=macs[DENSE] / macs[name] if DENSE in macs and name in macs else None,
+                speed_up=speed.speed_up,
+                speed_up_quartiles=speed.speed_up_quartiles,
+                ideal_speed_up=macs[DENSE] / macs[name] if name != DENSE and {DENSE, name} <= set(macs) else None,
             )
         )
     return RetrievalReport(tuple(rows), images=len(images), captions=len(texts))

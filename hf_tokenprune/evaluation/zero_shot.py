@@ -5,7 +5,6 @@ The image tower may be pruned; texts are embedded once, by the text tower, which
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,9 +13,11 @@ from torch import Tensor, nn
 
 from hf_tokenprune.errors import DataError, TokenPruneError, UnsupportedModelError
 from hf_tokenprune.evaluation.images import ImageDataset
-from hf_tokenprune.evaluation.loop import eval_mode, place
+from hf_tokenprune.evaluation.loop import place
 from hf_tokenprune.evaluation.optional import require
-from hf_tokenprune.evaluation.report import PairedReport, evaluate_paired
+from hf_tokenprune.evaluation.paired import evaluate_paired
+from hf_tokenprune.evaluation.report import PairedReport
+from hf_tokenprune.evaluation.turns import Variants, eval_mode
 
 TEMPLATES = ("a photo of a {}.",)
 _TEXTS = 256  # in one forward pass of the text tower
@@ -139,13 +140,12 @@ def evaluate_zero_shot(
     images: ImageDataset,
     processor: Callable[..., Any],
     class_names: Sequence[str] | None,
-    variants: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    variants: Variants,
     templates: Sequence[str] = TEMPLATES,
     macs: Mapping[str, float] | None = None,
     batch_size: int = 32,
     accelerator: Any = None,
     progress: bool = True,
-    cache_bytes: int = 2 * 10**9,
 ) -> PairedReport:
     """Zero-shot classification with a two-tower model as it is, then within each variant, on the same images.
 
@@ -184,7 +184,6 @@ def evaluate_zero_shot(
         batch_size=batch_size,
         accelerator=accelerator,
         progress=progress,
-        cache_bytes=cache_bytes,
     )
 
 

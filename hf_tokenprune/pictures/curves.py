@@ -17,6 +17,8 @@ AXES = {"gmacs": "GMACs an image", "images_per_second": "images/s, measured"}
 def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """KL and accuracy over work and over measured speed, a line a method, as PNG.
 
+    A run whose speed could not be told from noise (None) stands over its work only.
+
     Args:
         rows: of :meth:`hf_tokenprune.compare.Comparison.rows`, the dense run first.
 
@@ -34,7 +36,8 @@ def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
     for column, (x, label) in enumerate(AXES.items()):
         for i, method in enumerate(dict.fromkeys(row["method"] for row in runs)):
-            points = sorted((row for row in runs if row["method"] == method), key=lambda row: float(row[x]))
+            own = [row for row in runs if row["method"] == method and row[x] is not None]
+            points = sorted(own, key=lambda row: float(row[x]))
             style = {"color": COLOURS[i % 10], "marker": MARKERS[i % 10], "label": method, "alpha": 0.85}
             where = [row[x] for row in points]
             panels[0, column].plot(where, [max(row["kl_nats"], 1e-6) for row in points], **style)

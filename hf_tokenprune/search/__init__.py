@@ -18,7 +18,7 @@ from ..config import PruneConfig
 from ..cost.decoder import TEXT_TOKENS
 from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan
 from ..errors import ConfigError, PruneStateError
-from ..evaluation.loop import eval_mode
+from ..evaluation.turns import eval_mode
 from ..signals import Shape
 from .answers import AnswerObjective
 from .free import Free, free_names

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine import find_adapter
 from ..errors import UnsupportedModelError
-from ..evaluation.loop import eval_mode
+from ..evaluation.turns import eval_mode
 
 RATE = 0.05
 SMOOTHNESS = 0.2
