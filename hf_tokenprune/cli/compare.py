@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from .data_options import ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, OfDtypeOpt, OnDeviceOpt, columns, placement
 from .options import (
     ClassNamesOpt,
     ConfigOpt,
@@ -46,6 +47,11 @@ def compare(
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of the timing.")] = 5,
     threads: ThreadsOpt = None,
     class_names: ClassNamesOpt = None,
+    image_column: ImageColumnOpt = None,
+    label_column: LabelColumnOpt = None,
+    no_labels: NoLabelsOpt = False,
+    device: OnDeviceOpt = None,
+    dtype: OfDtypeOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Methods side by side at equal work (-g): accuracy, KL and measured speed, as table (CSV, Markdown) and picture.
@@ -59,14 +65,17 @@ def compare(
     from ..evaluation.optional import require
     from ..evaluation.run import paired_report
 
+    accelerator, of_dtype = placement(device, dtype)
+    which = columns(image_column, label_column, no_labels)
     check_vision(model, "compare")
     new_folder(out)
     require("matplotlib", "plot")
     if not gmacs and (method or not prune_config):
         raise ConfigError("methods compare at equal work: give budgets with --gmacs, such as -g 1.0 -g 0.85")
-    accelerator = require("accelerate").Accelerator()
-    dataset = load_images(images, limit=limit, split=split)
+    dataset = load_images(images, limit=limit, split=split, **which)
     loaded = load_dense(model, "cpu")
+    if of_dtype is not None:
+        loaded.to(of_dtype)
     if method or prune_config:
         variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
     else:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from .data_options import ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, OfDtypeOpt, OnDeviceOpt, columns, placement
 from .options import (
     ClassNamesOpt,
     ConfigOpt,
@@ -46,24 +47,36 @@ def evaluate(
     template: TemplateOpt = None,
     prompt: PromptOpt = None,
     new_tokens: NewTokensOpt = None,
+    image_column: ImageColumnOpt = None,
+    label_column: LabelColumnOpt = None,
+    no_labels: NoLabelsOpt = False,
+    device: OnDeviceOpt = None,
+    dtype: OfDtypeOpt = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Accuracy of the dense and the pruned model on the same images, with 95 % intervals; zero-shot for CLIP.
 
-    Of a vision-language model: exact match of its answers. Runs on the device accelerate chooses; for several:
+    Of a vision-language model: exact match of its answers. Runs on accelerate's device, or --device; on several by
     `accelerate launch --multi_gpu -m hf_tokenprune.cli eval ...`.
     """
     from ..evaluation import load_images, load_questions
-    from ..evaluation.optional import require
     from ..evaluation.run import evaluate_model
 
+    accelerator, of_dtype = placement(device, dtype)
+    images = columns(image_column, label_column, no_labels)
     decoder = kind_of(empty_model(model)) != "vision"
     no_effect = {"--prompt": prompt, "--new-tokens": new_tokens}
-    check_effect(decoder, {"--class-names": class_names, "--template": template} if decoder else no_effect)
-    accelerator = require("accelerate").Accelerator()
-    dataset = (load_questions if decoder else load_images)(data, limit=limit, split=split)
+    of_images = {
+        "--class-names": class_names, "--template": template, "--image-column": image_column,
+        "--label-column": label_column, "--no-labels": no_labels or None,
+    }  # fmt: skip
+    check_effect(decoder, of_images if decoder else no_effect)
+    load: Any = load_questions if decoder else partial(load_images, **images)
+    dataset = load(data, limit=limit, split=split)
     loaded = load_dense(model, "cpu")
+    if of_dtype is not None:
+        loaded.to(of_dtype)
     choose = partial(configs_for, loaded, model, method, set_, gmacs, prune_config)
     report, variants = evaluate_model(
         model, loaded, dataset, choose, class_names=class_names, templates=template, prompt=prompt,

@@ -9,6 +9,7 @@ import typer
 
 from ..config import PruneConfig
 from ..errors import ConfigError
+from .data_options import ImageColumnOpt, LabelColumnOpt
 from .options import (
     ClassNamesOpt,
     DeviceOpt,
@@ -54,6 +55,8 @@ def search(
     trials: TrialsOpt = None,
     seed: int = 0,
     split: SplitOpt = None,
+    image_column: ImageColumnOpt = None,
+    label_column: LabelColumnOpt = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Images, evenly spread: 300; or made: 64.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 50; with a decoder 4.")] = None,
     class_names: ClassNamesOpt = None,
@@ -72,7 +75,11 @@ def search(
     place = device_for(device)
     decoder = kind_of(empty_model(model)) != "vision"
     no_effect = {"--question": question, "--prompt": prompt, "--new-tokens": new_tokens}
-    check_effect(decoder, {"--class-names": class_names, "--synthetic": synthetic or None} if decoder else no_effect)
+    of_images = {
+        "--class-names": class_names, "--synthetic": synthetic or None, "--image-column": image_column,
+        "--label-column": label_column,
+    }  # fmt: skip
+    check_effect(decoder, of_images if decoder else no_effect)
     if (images is None) != synthetic:
         raise ConfigError("give IMAGES to search on, or --synthetic for images made from the model, one of the two")
     given = parse_fields(set_ or [])
@@ -81,7 +88,8 @@ def search(
     loaded = load_dense(model, place).eval()
     result, text = search_images(
         model, loaded, images, config, out, budget, free=free, fixed=given,
-        split=split, limit=limit or (64 if synthetic else 300), batch_size=batch_size or (4 if decoder else 50),
+        split=split, image_column=image_column, label_column=label_column,
+        limit=limit or (64 if synthetic else 300), batch_size=batch_size or (4 if decoder else 50),
         class_names=class_names, questions=question, prompt=prompt, new_tokens=new_tokens, progress=not as_json,
         strategy=strategy, goal=goal, trials=trials, seed=seed, latency_batch_size=latency_batch,
     )  # fmt: skip

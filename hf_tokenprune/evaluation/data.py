@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_tokenprune.errors import DataError
 from hf_tokenprune.evaluation.folders import from_csv, from_folder
-from hf_tokenprune.evaluation.images import ImageDataset, check_files, to_label
+from hf_tokenprune.evaluation.images import ImageDataset, check_files, to_labels
 from hf_tokenprune.evaluation.optional import require
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -33,7 +33,8 @@ def load_images(
         limit: use at most this many, evenly spaced over the source; None for all.
         split: which split of a dataset, or which subfolder (``val``) of a folder.
         image_column: column or key of the images.
-        label_column: column or key of the labels; None evaluates without. A label of None or -1 is a missing one.
+        label_column: column or key of the labels; None evaluates without. A label of None or -1 is a missing one. Texts
+            that are no numbers are names of classes, which are found among those of the model.
 
     Raises:
         DataError: nothing there, a column is missing, a label is not an integer, an image file is broken (files are
@@ -71,6 +72,9 @@ def _from_path(
         if split is not None:
             raise DataError(f"{folder} has no subfolder {split!r} for split={split!r}; leave split out, or name one")
         return from_folder(folder, label_column)
+    if folder.suffix == ".parquet" and folder.is_file():
+        dataset = load_dataset("parquet", split or "train", data_files=str(folder))
+        return _from_dataset(dataset, None, image_column, label_column)
     if folder.exists():
         raise DataError(f"{folder} is a file; give the folder it is in")
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
@@ -78,8 +82,8 @@ def _from_path(
     raise DataError(f"the folder {folder} does not exist; check the path (working directory: {Path.cwd()})")
 
 
-def load_dataset(path: str, split: str | None) -> Any:
-    """One split of a `datasets` dataset, from a folder or the Hub.
+def load_dataset(path: str, split: str | None, **options: Any) -> Any:
+    """One split of a `datasets` dataset, from a folder or the Hub; ``options`` are those of ``datasets.load_dataset``.
 
     Raises:
         DataError: no such dataset or split. ImportError: the package `datasets` is not installed.
@@ -88,7 +92,7 @@ def load_dataset(path: str, split: str | None) -> Any:
     try:
         if any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # save_to_disk wrote it
             return one_split(datasets.load_from_disk(path), split)
-        return one_split(datasets.load_dataset(path, split=split), None)
+        return one_split(datasets.load_dataset(path, split=split, **options), None)
     except DataError:
         raise
     except Exception as error:  # no network, no such dataset, no such split, unknown files: each has its own type
@@ -126,14 +130,18 @@ def _from_dataset(source: Any, split: str | None, image_column: str, label_colum
     for column, argument in ((image_column, "image_column"), (label_column, "label_column")):
         if column is not None and column not in dataset.column_names:
             have = ", ".join(map(repr, dataset.column_names))
-            without = ", or None to evaluate without labels" if column == label_column else ""
-            raise DataError(f"{argument}={column!r}: the dataset has the columns {have}; name one of them{without}")
+            without = ", or None to evaluate without labels (--no-labels)" if column == label_column else ""
+            option = f"--{argument.replace('_', '-')}"
+            raise DataError(
+                f"{argument}={column!r}: the dataset has the columns {have}; name one of them ({option}){without}"
+            )
     dataset = dataset.with_format(None)
     classes: Sequence[str] | None = None
     labels: list[int | None] = [None] * len(dataset)
     if label_column is not None:
         classes = getattr(dataset.features[label_column], "names", None)
-        labels = [to_label(value, f"row {i}") for i, value in enumerate(dataset[label_column][:])]
+        labels, named = to_labels(dataset[label_column][:], [f"row {i}" for i in range(len(dataset))])
+        classes = classes or named
     dataset = dataset.select_columns([image_column])
     encoded = require("datasets").Image(decode=False)
     if isinstance(dataset.features[image_column], type(encoded)):  # decoding is ours, so that an error names the row
@@ -150,7 +158,7 @@ def _from_sequence(source: Any, split: str | None, image_column: str, label_colu
         )
     if split is not None:
         raise DataError(f"split={split!r} was given, but {type(source).__name__} has no splits; leave split out")
-    labels: list[int | None] = []
+    values = []
     for i in range(len(source)):
         item = source[i]
         needed = [column for column in (image_column, label_column) if column is not None]
@@ -159,8 +167,10 @@ def _from_sequence(source: Any, split: str | None, image_column: str, label_colu
                 f"item {i} is {_describe(item)}; expected a mapping with {image_column!r}"
                 + (f" and {label_column!r} (None to evaluate without labels)" if label_column is not None else "")
             )
-        labels.append(None if label_column is None else to_label(item[label_column], f"item {i}"))
-    return ImageDataset(_Column(source, image_column), [f"item {i}" for i in range(len(source))], labels)
+        values.append(None if label_column is None else item[label_column])
+    names = [f"item {i}" for i in range(len(source))]
+    labels, classes = to_labels(values, names)
+    return ImageDataset(_Column(source, image_column), names, labels, classes)
 
 
 def _describe(item: Any) -> str:

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_tokenprune.errors import DataError
-from hf_tokenprune.evaluation.images import ImageDataset, to_label
+from hf_tokenprune.evaluation.images import ImageDataset, to_labels
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
 
 
 def from_csv(folder: Path, label_column: str | None) -> ImageDataset:
@@ -25,18 +27,19 @@ def from_csv(folder: Path, label_column: str | None) -> ImageDataset:
             if lacking := sorted(needed - set(reader.fieldnames or ())):
                 raise DataError(
                     f"{table} has no column {', '.join(map(repr, lacking))} (it has: {reader.fieldnames or 'no header'}"
-                    "); name it so in the first line, or pass label_column=..., or None to evaluate without labels"
+                    "); name it so in the first line, or another one (label_column, --label-column), or None to "
+                    "evaluate without labels (--no-labels)"
                 )
             rows = [(reader.line_num, row) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{table} cannot be read as CSV in UTF-8 ({error}); save it again as such") from error
     if not rows:
         raise DataError(f"{table} lists no images; write one line for each under its header")
-    paths, labels = [], []
-    for line, row in rows:
-        paths.append(_find(folder, row["file"], f"{table}, line {line}"))
-        labels.append(None if label_column is None else to_label(row[label_column], f"{table}, line {line}"))
-    return ImageDataset(paths, list(map(str, paths)), labels)
+    where = [f"{table}, line {line}" for line, _ in rows]
+    paths = [_find(folder, row["file"], place) for (_, row), place in zip(rows, where, strict=True)]
+    values = [None if label_column is None else row[label_column] for _, row in rows]
+    labels, classes = to_labels(values, where)
+    return ImageDataset(paths, list(map(str, paths)), labels, classes)
 
 
 def _find(folder: Path, file: str | None, where: str) -> Path:
@@ -53,6 +56,8 @@ def from_folder(folder: Path, label_column: str | None) -> ImageDataset:
         DataError: no images, or images both beside and in the subfolders; the message names the folder.
     """
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if classes and set(map(str.lower, classes)) <= _SPLITS:
+        raise DataError(f"{folder} holds the splits {', '.join(map(repr, classes))}; name one (split, --split)")
     flat = list(_images(folder, "*"))
     labelled = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name, "**/*")]
     if flat and labelled:

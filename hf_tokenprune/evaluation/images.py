@@ -2,6 +2,7 @@
 
 import io
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -12,6 +13,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from hf_tokenprune.errors import DataError
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
 class Sample(TypedDict):
@@ -31,8 +34,8 @@ class ImageDataset(Dataset[Sample]):
             ``"bytes"`` or ``"path"`` as `datasets` stores images.
         names: what to call each image in a message.
         labels: class index or None, one an image.
-        classes: names of the classes in the order of their labels, where the source says so. Then the model must have
-            exactly as many: other labels would be taken for its classes without notice.
+        classes: names of the classes in the order of their labels, where the source says so. They are found among those
+            of the model; one whose classes have no names must have exactly as many.
     """
 
     sources: Sequence[Any]
@@ -95,9 +98,23 @@ def to_label(value: Any, where: str) -> int | None:
     if label < -1 or isinstance(value, bool):
         raise DataError(
             f"{where}: label {value!r} is not a class index; write 0, 1, 2, ... in the order of the model's classes, "
-            "or evaluate without labels (label_column=None)"
+            "or evaluate without labels (label_column=None, --no-labels)"
         )
     return None if label == -1 else label
+
+
+def to_labels(values: Sequence[Any], where: Sequence[str]) -> tuple[list[int | None], tuple[str, ...] | None]:
+    """Class indices; of names, their places among the sorted names, and these. A name is a text that is no number.
+
+    Raises:
+        DataError: see `to_label`; a label that is a name beside others that are none.
+    """
+    given = [value for value in values if value is not None and value != ""]
+    if not given or not all(isinstance(value, str) and not _NUMBER.fullmatch(value.strip()) for value in given):
+        return [to_label(value, place) for value, place in zip(values, where, strict=True)], None
+    classes = sorted(set(given))
+    order = {name: i for i, name in enumerate(classes)}
+    return [order.get(value) for value in values], tuple(classes)
 
 
 def check_files(paths: Iterable[Path]) -> None:

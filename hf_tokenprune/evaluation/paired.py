@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_tokenprune.evaluation.classes import in_classes_of, names_of
 from hf_tokenprune.evaluation.images import ImageDataset
 from hf_tokenprune.evaluation.loop import run_in_turn
 from hf_tokenprune.evaluation.optional import require
@@ -32,18 +33,22 @@ def evaluate_paired(
 
     Args:
         model: a classifier; see `collect_logits`, also for the arguments not listed here.
-        images: what `load_images` returns.
+        images: what `load_images` returns. Names of classes are found among those of the model, see
+            `classes.in_classes_of`; the report says so.
         processor: image processor of the model.
         variants: name -> function that makes a context manager, in which ``model`` is changed: for example
             ``{"ToMe r=8": lambda: pruned(model, config)}``. It is entered anew for every batch.
         macs: multiply-adds per image of ``"dense"`` and of the variants; any may be left out.
 
     Raises:
+        DataError: a class of the images is none of the model's.
         TokenPruneError: see `PairedReport.from_logits`; names are checked before anything runs. And what
             `collect_logits` raises.
     """
     check_names(variants, macs or {})
     accelerator = accelerator or require("accelerate").Accelerator()
+    names = names_of(model)
+    images, mapping = (images, None) if names is None else in_classes_of(images, names)
     parts: dict[str, list[Scored]] = {name: [] for name in (DENSE, *variants)}
     known: list[Tensor] = []
 
@@ -56,4 +61,4 @@ def evaluate_paired(
     prepared = PreprocessedImages(images, processor)
     turns, counts = run_in_turn(model, prepared, variants, score, batch_size, accelerator, progress)
     scores = {name: Scored.joined(own) for name, own in parts.items()}
-    return PairedReport.from_scores(scores, torch.cat(known), macs, turns.speeds(counts))
+    return PairedReport.from_scores(scores, torch.cat(known), macs, turns.speeds(counts), mapping)

@@ -63,13 +63,13 @@ class PreprocessedImages(Dataset[Example]):
             if label is not None and label >= n_classes:
                 raise DataError(
                     f"{name}: label {label} is outside the model's {n_classes} classes (0..{n_classes - 1}); correct "
-                    "the label, or evaluate without labels (label_column=None)"
+                    "the label, or evaluate without labels (label_column=None, --no-labels)"
                 )
         if classes is not None and len(classes) != n_classes:
             raise DataError(
                 f"the images have {len(classes)} classes ({', '.join(classes[:3])}, ...), the model has {n_classes}, "
                 "so its class numbers mean something else; give the model's in a labels.csv or in an integer column, "
-                "or evaluate without labels (label_column=None)"
+                "or evaluate without labels (label_column=None, --no-labels)"
             )
 
 

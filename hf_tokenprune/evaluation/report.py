@@ -101,10 +101,12 @@ class PairedReport:
     Attributes:
         rows: the runs.
         labelled: on how many of the images the accuracies rest.
+        classes: how the classes of the images became those of the model; None: by their numbers.
     """
 
     rows: tuple[PairedRow, ...]
     labelled: int
+    classes: str | None = None
 
     @classmethod
     def from_logits(
@@ -139,6 +141,7 @@ class PairedReport:
         known: Tensor,
         macs: Mapping[str, float] | None = None,
         speeds: Mapping[str, Speed] | None = None,
+        classes: str | None = None,
     ) -> "PairedReport":
         """The report of runs by name, the dense one first.
 
@@ -149,12 +152,13 @@ class PairedReport:
         rows = [
             _row(name, run, runs[DENSE], known, macs or {}, speeds.get(name, Speed())) for name, run in runs.items()
         ]
-        return cls(tuple(rows), int(known.sum()))
+        return cls(tuple(rows), int(known.sum()), classes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: ``images``, ``labelled`` and ``rows`` with the fields and units of `PairedRow`. A number
         that JSON cannot hold (a KL of infinity) is None."""
-        return {"images": self.rows[0].n, "labelled": self.labelled, "rows": [plain(asdict(row)) for row in self.rows]}
+        about = {"images": self.rows[0].n, "labelled": self.labelled, "classes": self.classes}
+        return {**about, "rows": [plain(asdict(row)) for row in self.rows]}
 
     def summary(self) -> str:
         """The table as plain text, columns aligned, with what it rests on above and below."""
@@ -165,7 +169,8 @@ class PairedReport:
         return f"{self._caption()}\n\n{markdown(*self._table())}\n\n{self._notes()}"
 
     def _caption(self) -> str:
-        return f"{self.rows[0].n} images ({self.labelled} labelled), every run on the same ones."
+        how = f", {self.classes}" if self.classes else ""
+        return f"{self.rows[0].n} images ({self.labelled} labelled{how}), every run on the same ones."
 
     def _notes(self) -> str:
         accuracy = "differences in percentage points, Bonett-Price for paired proportions; " if self.labelled else ""

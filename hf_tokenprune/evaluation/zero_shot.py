@@ -5,6 +5,7 @@ The image tower may be pruned; texts are embedded once, by the text tower, which
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_tokenprune.errors import DataError, TokenPruneError, UnsupportedModelError
+from hf_tokenprune.evaluation.classes import any_is_known, in_classes_of
 from hf_tokenprune.evaluation.images import ImageDataset
 from hf_tokenprune.evaluation.loop import place
 from hf_tokenprune.evaluation.optional import require
@@ -173,9 +175,10 @@ def evaluate_zero_shot(
             "class_names is None: the images do not say what their classes are called; give a name for every label, in "
             "their order, or put the images into a folder per class"
         )
+    images, mapping = _in_classes_of(images, class_names)
     accelerator = accelerator or require("accelerate").Accelerator()
     place(model, accelerator)
-    return evaluate_paired(
+    report = evaluate_paired(
         _Classifier(model, zero_shot_classifier(model, processor, class_names, templates)),
         images,
         processor,
@@ -185,6 +188,15 @@ def evaluate_zero_shot(
         accelerator=accelerator,
         progress=progress,
     )
+    return replace(report, classes=mapping)
+
+
+def _in_classes_of(images: ImageDataset, class_names: Sequence[str]) -> tuple[ImageDataset, str | None]:
+    """Labels by name; by place where the images call no class as the texts do (WordNet ids, say)."""
+    names = dict(enumerate(class_names))
+    if images.classes is None or not any_is_known(images.classes, names):
+        return images, None if images.classes is None else "classes by their place"
+    return in_classes_of(images, names)
 
 
 def _two_towers(model: nn.Module) -> Any:

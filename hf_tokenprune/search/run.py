@@ -17,6 +17,7 @@ from ..engine import find_adapter
 from ..errors import ConfigError
 from ..evaluation import ImageDataset, load_images, load_processor, load_questions
 from ..evaluation.answers import prompts
+from ..evaluation.classes import in_classes_of, names_of
 from ..evaluation.preprocess import PreprocessedImages, collate
 from ..evaluation.zero_shot import similarity_to_classes
 from . import SearchResult, search
@@ -39,6 +40,8 @@ def search_images(
     free: list[str] | None,
     fixed: Collection[str],
     split: str | None,
+    image_column: str | None,
+    label_column: str | None,
     limit: int,
     batch_size: int,
     class_names: Path | None,
@@ -57,6 +60,7 @@ def search_images(
             what ``load_questions`` takes, or with ``questions`` what ``load_images`` does.
         budget: ``macs``, ``seconds`` and ``speedup``, of which one is not None.
         free, fixed: as for ``search``; ["none"] is no field, and what is free need not be fixed.
+        image_column, label_column: of a dataset of images; None: "image", "label". Labels are read where they are used.
         class_names: for a model with a text tower: file with a class in each line; its answers are similarities.
         questions, prompt: vision-language models: what every image is asked, None: ``images`` says; and the text around
             a question, as for ``collect_answers``.
@@ -81,9 +85,14 @@ def search_images(
             raise ConfigError("without images there are no labels and no class names: use another --goal")
         batches = _synthetic(model, limit, batch_size, options["seed"], progress)
     else:
-        run, batches, labels = _real(
-            path, model, load_images(images, limit=limit, split=split), batch_size, class_names
+        # Labels are read where they are used: for this goal, and for the names of classes of a model with a text tower.
+        needed = goal == "accuracy" or (hasattr(model, "get_text_features") and class_names is None)
+        if label_column and not needed:
+            raise ConfigError(f"--label-column {label_column} has no effect: labels are for --goal accuracy")
+        dataset = load_images(
+            images, limit, split, image_column or "image", (label_column or "label") if needed else None
         )
+        run, batches, labels = _real(path, model, dataset, batch_size, class_names)
     noun = "prompts" if "input_ids" in batches[0] else "images"
     count = sum(len(batch.get("input_ids", next(iter(batch.values())))) for batch in batches)
     bar = tqdm(desc=f"search {config.method}", unit="evaluation", disable=not progress)
@@ -131,8 +140,11 @@ def _real(
             raise ConfigError("the images have labels without names: give --class-names FILE, a line a class")
         processor = AutoProcessor.from_pretrained(path)
         run = similarity_to_classes(model, processor, names)
+        dataset, _ = in_classes_of(dataset, dict(enumerate(names)))
     elif class_names:
         raise ConfigError("--class-names has no effect: this model has a classifier of its own")
+    elif (own := names_of(model)) is not None:
+        dataset, _ = in_classes_of(dataset, own)
     prepared = PreprocessedImages(dataset, processor or load_processor(path))
     examples = list(DataLoader(prepared, batch_size=batch_size, collate_fn=collate))
     labels = torch.cat([batch["labels"] for batch in examples])
@@ -155,7 +167,7 @@ def _asked(
 
     images: ImageDataset
     if questions:
-        images = load_images(source, limit=limit, split=split)
+        images = load_images(source, limit=limit, split=split, label_column=None)
         asked = [(i, question) for i in range(len(images)) for question in questions]
     else:
         dataset = load_questions(source, limit=limit, split=split)
