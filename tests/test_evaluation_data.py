@@ -74,7 +74,7 @@ def test_csv_from_a_spreadsheet(listed):
             "labels.csv, line 3: there is no file 'gone.png'.*add it or delete the line",
         ),
         ("file,label\n,1\n", "line 2: there is no file ''"),
-        ("file,label\na.png,dog\n", "line 2: label 'dog' is not a class index; write 0, 1, 2"),
+        ("file,label\na.png,dog\nimages/b.png,3\n", "line 2: label 'dog' is not a class index; write 0, 1, 2"),
         ("file,label\na.png,1.0\n", "label '1.0' is not a class index"),
         ("file,label\na.png,-2\n", "label '-2' is not a class index"),
         ("file,label\n\xff\n", "cannot be read as CSV in UTF-8"),
@@ -284,12 +284,16 @@ def test_dataset_dict_needs_a_split(dataset):
     [
         ({"image_column": "img"}, "image_column='img': the dataset has the columns 'image', 'label'.*name one of them"),
         ({"label_column": "labels"}, "label_column='labels'.*or None to evaluate without labels"),
-        ({"label_column": "text"}, "row 0: label 'a' is not a class index"),
     ],
 )
 def test_dataset_columns(dataset, columns, says):
     with pytest.raises(DataError, match=says):
         load_images(dataset, **columns)
+
+
+def test_a_column_of_texts_names_classes(dataset):
+    images = load_images(dataset, label_column="text")
+    assert images.classes == ("a", "b", "c") and labels(images) == [0, 1, 2]
 
 
 def test_streaming_dataset_is_refused(dataset):

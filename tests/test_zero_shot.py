@@ -347,8 +347,10 @@ def test_labels_and_class_folders(tmp_path):
     images = load_images(tmp_path)
     report = evaluate_zero_shot(model, images, processor, images.classes, {}, progress=False)
     assert (report.labelled, report.rows[0].accuracy) == (2, 0.5)  # the same picture, one of them called right
+    found = evaluate_zero_shot(model, images, processor, ["dog", "bird", "Cat"], {}, progress=False)
+    assert (found.labelled, found.classes) == (2, "classes by name"), "fewer, and in another order"
     with pytest.raises(DataError, match="the images have 2 classes"):
-        evaluate_zero_shot(model, images, processor, NAMES, {}, progress=False)
+        evaluate_zero_shot(model, images, processor, ["a", "b", "c"], {}, progress=False)
     with pytest.raises(DataError, match="label 2 is outside the model's 2 classes"):
         evaluate_zero_shot(model, labelled(3), processor, NAMES[:2], {}, progress=False)
     with pytest.raises(TokenPruneError, match="a run is called 'dense'"):

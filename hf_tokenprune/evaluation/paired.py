@@ -48,7 +48,9 @@ def evaluate_paired(
     check_names(variants, macs or {})
     accelerator = accelerator or require("accelerate").Accelerator()
     names = names_of(model)
-    images, mapping = (images, None) if names is None else in_classes_of(images, names)
+    mapping = "classes by their place" if images.classes is not None else None
+    if names is not None:
+        images, mapping = in_classes_of(images, names)
     parts: dict[str, list[Scored]] = {name: [] for name in (DENSE, *variants)}
     known: list[Tensor] = []
 
