@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .data_options import ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, OfDtypeOpt, OnDeviceOpt, columns, placement
+from .data_options import ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, OfDtypeOpt, PlaceOpt, columns, placement
 from .options import (
     ClassNamesOpt,
     ConfigOpt,
@@ -50,7 +50,7 @@ def compare(
     image_column: ImageColumnOpt = None,
     label_column: LabelColumnOpt = None,
     no_labels: NoLabelsOpt = False,
-    device: OnDeviceOpt = None,
+    device: PlaceOpt = None,
     dtype: OfDtypeOpt = None,
     as_json: JsonOpt = False,
 ) -> None:

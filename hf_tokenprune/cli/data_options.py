@@ -19,7 +19,7 @@ LabelColumnOpt = Annotated[
 NoLabelsOpt = Annotated[
     bool, typer.Option("--no-labels", help="Evaluate without: agreement and KL to the dense model alone.")
 ]
-OnDeviceOpt = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ... Default: accelerate's.")]
+PlaceOpt = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ... Default: accelerate's.")]
 OfDtypeOpt = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Default: the checkpoint's.")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .data_options import ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, OfDtypeOpt, OnDeviceOpt, columns, placement
+from .data_options import ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, OfDtypeOpt, PlaceOpt, columns, placement
 from .options import (
     ClassNamesOpt,
     ConfigOpt,
@@ -50,7 +50,7 @@ def evaluate(
     image_column: ImageColumnOpt = None,
     label_column: LabelColumnOpt = None,
     no_labels: NoLabelsOpt = False,
-    device: OnDeviceOpt = None,
+    device: PlaceOpt = None,
     dtype: OfDtypeOpt = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: JsonOpt = False,
