@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
-from hf_tokenprune.errors import DataError
+from hf_tokenprune.errors import ConfigError, DataError
 from hf_tokenprune.evaluation import ImageDataset, load_images
+from hf_tokenprune.evaluation.accelerator import accelerator_on
 from hf_tokenprune.evaluation.classes import in_classes_of
 
 datasets = pytest.importorskip("datasets")
@@ -133,3 +136,14 @@ def test_one_set_in_every_form_has_one_accuracy(digits: list[dict[str, Any]], tm
     ):
         refused = run("eval", MODEL_DIR, listed, "-m", "random", *options)
         assert refused.exit_code == 1 and says in refused.output, refused.output
+
+
+def test_a_device_and_several_processes_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = SimpleNamespace(num_processes=2, device="one of two", is_main_process=True)
+    monkeypatch.setattr("accelerate.Accelerator", lambda: accelerator)
+    assert accelerator_on(None) is accelerator
+    with pytest.raises(ConfigError, match="--device cpu: a launcher started 2 processes"):
+        accelerator_on(torch.device("cpu"))
+    accelerator.num_processes = 1
+    placed = accelerator_on(torch.device("meta"))
+    assert placed.device.type == "meta" and placed.is_main_process and accelerator.device == "one of two"

@@ -126,8 +126,8 @@ class Comparison:
         )
         setting = ", ".join(f"{key} {value}" for key, value in self.setting().items())
         text, rounds = markdown(*table), self.setting()["interleaved rounds"]
-        intervals_are = "[ ] beside top-1: 95 % intervals, Bonett-Price for paired proportions"
-        return f"{text}\n\n{setting}. {intervals_are}; beside speed: {explained(text, rounds)}."
+        labelled = "[ ] beside top-1: 95 % intervals, Bonett-Price for paired proportions; beside speed: "
+        return f"{text}\n\n{setting}. {labelled if self.accuracy.labelled else ''}{explained(text, rounds)}."
 
     def setting(self) -> dict[str, Any]:
         """What the numbers depend on besides model and configs."""
