@@ -72,7 +72,7 @@ class Record:
         # Not when they come in: gradient checkpointing runs the blocks once more, last one first.
         for name in sorted(self._local, key=_order):
             keep = self._local[name]
-            original = keep if original is None else original.gather(1, keep)
+            original = keep if original is None else original.gather(1, keep.to(original.device))
             kept[name] = original.sort(dim=1).values
         return LayerDict(kept)
 

@@ -140,7 +140,9 @@ class Signals:
     def map_attention(self, function: Callable[..., Tensor], *batched: Tensor) -> Tensor:
         """``function(attention, *batched)`` for the whole batch, worked out piece by piece and joined."""
         assert self.attention is not None, "a stage that reads 'attention' must list it in `needs`"
-        sizes = [len(piece) for piece in self.attention]
+        if len(self.attention) == 1:
+            return function(self.attention[0], *batched)
+        sizes = [piece.shape[0] for piece in self.attention]
         rows = (tensor.split(sizes) for tensor in batched)
         return torch.cat([function(*piece) for piece in zip(self.attention, *rows, strict=True)])
 

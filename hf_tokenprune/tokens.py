@@ -6,6 +6,7 @@ Axes: B batch, P protected tokens, N prunable tokens, D width, n kept.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import TokenPruneError
@@ -14,6 +15,24 @@ from .errors import TokenPruneError
 def num_to_keep(num_tokens: int, keep_ratio: float) -> int:
     """``max(1, floor(num_tokens · keep_ratio))``, and 0 of 0. The epsilon keeps 0.7 · 10 at 7."""
     return max(1, math.floor(num_tokens * keep_ratio + 1e-9)) if num_tokens else 0
+
+
+is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
+"""Whether a graph is being exported, of any batch size and for any device (torch 2.6 tells of ONNX alone)."""
+
+
+def stable_order(values: Tensor, descending: bool = False) -> Tensor:
+    """Positions (B, N) int64 that sort each row of ``values`` (B, N); ties: lower position first, on every device.
+
+    Exported graphs have no stable sort, which ONNX has no operator for: there groups of equal values and positions in
+    them are sorted once more, as one integer. That is a few operations more, so elsewhere the stable sort stays.
+    """
+    if not is_exporting():
+        return values.argsort(dim=1, descending=descending, stable=True)
+    num_tokens = values.shape[1]
+    ranked, positions = values.sort(dim=1, descending=descending)
+    group = F.pad((ranked[:, 1:] != ranked[:, :-1]).to(torch.int64).cumsum(1), (1, 0))
+    return (group * num_tokens + positions).sort(dim=1).values % max(num_tokens, 1)
 
 
 def top_tokens(importance: Tensor, n_keep: int) -> Tensor:
@@ -31,8 +50,7 @@ def top_tokens(importance: Tensor, n_keep: int) -> Tensor:
     """
     if not 0 <= n_keep <= importance.shape[1]:
         raise TokenPruneError(f"n_keep={n_keep}: expected 0 <= n_keep <= {importance.shape[1]}, the number of tokens")
-    order = importance.argsort(dim=1, descending=True, stable=True)
-    return order[:, :n_keep].sort(dim=1).values
+    return stable_order(importance, descending=True)[:, :n_keep].sort(dim=1).values
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

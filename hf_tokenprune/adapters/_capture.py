@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..signals import Signals
+from ..tokens import is_exporting
 
 CAPTURE_NAME = "hf_tokenprune_capture"
 CAPTURE_ARGUMENT = "token_prune_capture"
@@ -48,9 +49,13 @@ class Capture:
     def signals(
         self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool, sizes: Tensor | None = None
     ) -> Signals:
-        """What was captured, with the states (B, T, D) that entered the block and those that are to be pruned."""
-        attention = tuple(self.attention) or None
-        return Signals(tokens, inputs, num_protected, has_cls, attention, sizes=sizes, **self.found)
+        """What was captured, with the states (B, T, D) that entered the block and those that are to be pruned.
+
+        All on the device of ``tokens``: a tower's features may be those of another block than the one that scores.
+        """
+        attention = tuple(piece.to(tokens.device) for piece in self.attention) or None
+        found = {name: tensor.to(tokens.device) for name, tensor in self.found.items()}
+        return Signals(tokens, inputs, num_protected, has_cls, attention, sizes=sizes, **found)
 
 
 def enable_capture(attention: nn.Module) -> None:
@@ -60,6 +65,11 @@ def enable_capture(attention: nn.Module) -> None:
     shadow.token_prune_original = original
     shadow._attn_implementation_internal = CAPTURE_NAME
     attention.config = shadow
+
+
+def is_captured(attention: nn.Module) -> bool:
+    """Whether :func:`enable_capture` has changed this module; a second method must not read through the first."""
+    return hasattr(attention.config, "token_prune_original")
 
 
 def disable_capture(attention: nn.Module) -> None:
@@ -101,11 +111,13 @@ def capture_attention_forward(
     piece = _piece(query, key)
     heads = query.shape[1]
     with torch.autocast(query.device.type, enabled=False):
-        for i, (q, k, v) in enumerate(zip(*(tensor.split(piece) for tensor in (query, key, value)), strict=True)):
+        whole = piece == query.shape[0]  # not split, which would fix the batch size of an exported graph
+        splits = ((x,) if whole else x.split(piece) for x in (query, key, value))
+        for i, (q, k, v) in enumerate(zip(*splits, strict=True)):
             flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))  # (b · H, T, d)
             start, beta = query.new_zeros((), dtype=torch.float32), 0
             if capture.bias is not None:
-                start, beta = capture.bias[i * piece : i * piece + len(q)].repeat_interleave(heads, 0).squeeze(1), 1
+                start, beta = capture.bias[i * piece : i * piece + q.shape[0]].repeat_interleave(heads, 0).squeeze(1), 1
             logits = torch.baddbmm(start, flat_q.float(), flat_k.float().mT, beta=beta, alpha=scaling)
             attention = logits.softmax(-1)
             capture.attention.append(attention.detach().unflatten(0, q.shape[:2]))
@@ -118,7 +130,7 @@ def capture_attention_forward(
 
 def _piece(query: Tensor, key: Tensor) -> int:
     """Samples of the batch to work on at a time."""
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" or is_exporting():
         return query.shape[0]
     return max(1, CACHE_BYTES // (4 * query.shape[1] * query.shape[2] * key.shape[2]))
 

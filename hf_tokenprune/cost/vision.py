@@ -109,7 +109,9 @@ def model_cost(
         where = "queries" if exact else stage.where if stage else "after_block"
         blocks.append(BlockCost(tokens_in, tokens_out, block_macs(shape, where, tokens_in, tokens_out)))
         prunable = left
-    head = shape.head_macs + shape.head_token_macs * blocks[-1].tokens_out
+    # A head that pools by attention gets every patch back where tokens were merged.
+    pooled = blocks[0].tokens_in if any(stage.merges for stage in stages) else blocks[-1].tokens_out
+    head = shape.head_macs + shape.head_token_macs * pooled
     return ModelCost(patch_embedding, tuple(blocks), head)
 
 

@@ -65,5 +65,5 @@ class ATSStage(Stage):
 def sampled(scores: Tensor, count: int) -> Tensor:
     """(B, N) 1 where the inverse of the cumulative ``scores`` (B, N) hits at 1/2k, 3/2k, ..., (2k − 1)/2k, else 0."""
     quantiles = (torch.arange(count, device=scores.device) + 0.5) / max(count, 1)
-    hits = torch.searchsorted(scores.cumsum(1), quantiles.expand(len(scores), -1).contiguous())
+    hits = torch.searchsorted(scores.cumsum(1), quantiles.expand(scores.shape[0], -1).contiguous())
     return torch.zeros_like(scores).scatter(1, hits.clamp_max(scores.shape[1] - 1), 1.0)

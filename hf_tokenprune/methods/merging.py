@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..signals import ModelShape, Reduction, Signals, Stage
-from ..tokens import top_tokens
+from ..tokens import stable_order, top_tokens
 from .visionwise import VisionConfig
 
 C = TypeVar("C", bound="MergingConfig")
@@ -214,10 +214,10 @@ def merge_cheapest(matching: Matching, cost: Tensor, weights: Tensor, n_keep: in
     were not merged go on in front of those that were sought: the next layer deals them out in that order.
     """
     count = weights.shape[1] - n_keep
-    order = cost.argsort(dim=1, stable=True)
+    order = stable_order(cost)
     pairs, unmerged = order[:, :count], order[:, count:].sort(dim=1).values
     merged, found = matching.looking[pairs], matching.found.gather(1, pairs)
-    keep = torch.cat([matching.looking[unmerged], matching.sought.expand(len(cost), -1)], dim=1)
+    keep = torch.cat([matching.looking[unmerged], matching.sought.expand(cost.shape[0], -1)], dim=1)
     return Reduction(keep, merged, unmerged.shape[1] + found, shares(weights, merged, matching.sought[found]))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import Where
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
-from ..tokens import num_to_keep
+from ..tokens import num_to_keep, stable_order
 from .layerwise import LayerwiseConfig, scaled_ratio
 from .merging import everything, mean_keys, merged_into, prunable_sizes
 
@@ -114,7 +114,7 @@ def match_by_energy(similarity: Tensor, margin: float, count: int) -> tuple[Tens
     The 2k tokens of greatest energy take part: in that order the 1st, 3rd, ... each join the most similar of the 2nd,
     4th, ...
     """
-    order = energy(similarity, margin).argsort(dim=1, descending=True, stable=True)[:, : 2 * count]
+    order = stable_order(energy(similarity, margin), descending=True)[:, : 2 * count]
     merged, partners = order[:, 0::2], order[:, 1::2]
     rows = similarity.gather(1, merged.unsqueeze(-1).expand(-1, -1, similarity.shape[2]))
     between = rows.gather(2, partners.unsqueeze(1).expand(-1, count, -1))

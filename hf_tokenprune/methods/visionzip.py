@@ -118,7 +118,7 @@ class VisionZipStage(Stage):
 
 def complement(chosen: Tensor, num_tokens: int) -> Tensor:
     """(B, R) ascending: the positions of ``num_tokens`` that ``chosen`` (B, n) does not name."""
-    rest = torch.ones(len(chosen), num_tokens, device=chosen.device).scatter(1, chosen, 0.0)
+    rest = torch.ones(chosen.shape[0], num_tokens, device=chosen.device).scatter(1, chosen, 0.0)
     return top_tokens(rest, num_tokens - chosen.shape[1])
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
-from ..tokens import gather_tokens, num_to_keep, position_noise, top_tokens, with_protected
+from ..tokens import gather_tokens, num_to_keep, position_noise, stable_order, top_tokens, with_protected
 from .layerwise import LayerwiseConfig
 
 Partition = Literal["sequential_unimportant", "sequential_important", "alternate", "random", "none"]
@@ -316,7 +316,7 @@ def least_similar(features: Tensor, importance: Tensor, n_keep: int, partition: 
     """
     num_tokens = importance.shape[1]
     half = num_tokens // 2
-    order = importance.argsort(dim=1, descending=True, stable=True)
+    order = stable_order(importance, descending=True)
     if partition == "none":
         ranked = gather_tokens(features, order)
         less_important = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=order.device).tril(-1)
@@ -330,7 +330,7 @@ def least_similar(features: Tensor, importance: Tensor, n_keep: int, partition: 
         elif partition == "alternate":
             partners, candidates = order[:, : 2 * half : 2], torch.cat([order[:, 1::2], order[:, 2 * half :]], 1)
         else:
-            shuffled = position_noise(num_tokens, 0, order.device).argsort(stable=True).expand_as(order)
+            shuffled = stable_order(position_noise(num_tokens, 0, order.device)).expand_as(order)
             partners, candidates = shuffled[:, :half], shuffled[:, half:]
         nearest = similarity(gather_tokens(features, candidates), gather_tokens(features, partners), metric).amax(-1)
     redundancy = torch.full_like(importance, -math.inf).scatter(1, candidates, nearest)

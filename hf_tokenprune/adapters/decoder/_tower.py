@@ -86,7 +86,8 @@ class RestoreMarks:
     """Forward hook of the projector: tokens that came in as all zero go out as NaN again."""
 
     def __call__(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        return torch.where((args[0] == 0).all(-1, keepdim=True), torch.nan, output)
+        # accelerate moves what enters the projector behind the hooks
+        return torch.where((args[0] == 0).all(-1, keepdim=True).to(output.device), torch.nan, output)
 
 
 def mark(states: Tensor, keep: Tensor, tokens: Tensor | None, index: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def scoring_attention(tower: PreTrainedModel, feature_layer: int | list[int]) ->
     """The attention module of the block that makes the features.
 
     Raises:
-        UnsupportedModelError: an unknown tower, or features of several layers.
+        UnsupportedModelError: an unknown tower, one that is pruned itself, or features of several layers.
     """
     kind = tower.config.model_type
     if kind not in HAS_CLS:
@@ -114,6 +115,11 @@ def scoring_attention(tower: PreTrainedModel, feature_layer: int | list[int]) ->
         raise UnsupportedModelError(
             f"vision_feature_layer={feature_layer}: methods that choose tokens in the vision tower need one block's "
             "output as features. Use one that works in the decoder, such as divprune"
+        )
+    if any(hasattr(block, "token_prune") for block in blocks):
+        raise UnsupportedModelError(
+            "the vision tower is pruned itself, and methods that choose tokens in it read the attention of all its "
+            "tokens. Use one that works in the decoder, such as divprune, or call unprune on the tower first"
         )
     block = blocks[feature_layer - 1 if feature_layer > 0 else feature_layer + len(blocks)]
     attention: nn.Module = getattr(block, "self_attn", None) or block.attention

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from ...errors import DOCS, UnsupportedModelError
 from ...signals import ModelShape, Stage
-from .._capture import disable_capture, enable_capture
+from .._capture import disable_capture, enable_capture, is_captured
 from .._swap import check_swappable, swap_class
 from ._block import BlockState, PrunedVisionBlock, Recorder
-from ._carry import StartCarry
+from ._carry import StartCarry, check_bias
 
 
 class VisionAdapter:
@@ -33,6 +33,8 @@ class VisionAdapter:
     """Those of ``full_grid_heads`` that can work where the last block restores all tokens."""
     protected_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = ()
     """Model classes that read protected tokens only after the last block."""
+    pooling_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = ()
+    """Model classes that pool all patches after the last block: where tokens were merged, they get all of them back."""
     encoder_hooks: ClassVar[tuple[Callable[..., Any], ...]] = ()
     """Forward pre-hooks (with keyword arguments) that the encoder needs while it is pruned."""
 
@@ -98,14 +100,16 @@ class VisionAdapter:
                     f"{type(stage).__name__} needs {', '.join(sorted(stage.needs))}, but with where='queries' tokens "
                     'leave before there are queries of all; use where="mid_block"'
                 )
-        implementation = self.encoder(model).config._attn_implementation
-        if any(stage.proportional for stage in stages) and implementation not in ("sdpa", "eager"):
-            raise UnsupportedModelError(
-                f"attention {implementation!r} takes no bias for the sizes of merged tokens; load the model with "
-                'attn_implementation="sdpa"'
-            )
+        if any(stage.proportional for stage in stages):
+            check_bias(self.encoder(model).config._attn_implementation)
         for index, block in enumerate(self.blocks(model)):
             check_swappable(block, self.block_class.stock_class, f"block {index}")
+            if is_captured(self.attention(block)):
+                raise UnsupportedModelError(
+                    f"the attention of block {index} is read by the method that prunes the model around this encoder; "
+                    "call unprune on that model first, or prune it with a method that works in the decoder, such as "
+                    "divprune"
+                )
 
     def attach(
         self,
@@ -125,6 +129,8 @@ class VisionAdapter:
         by_layer = {stage.layer: stage for stage in stages}
         proportional = any(stage.proportional for stage in stages)
         carries = needs_carry(stages, exact_last_block, restore)
+        # A mean or an attention over merged tokens would not count their sizes; over restored patches it does.
+        restore = restore or (any(stage.merges for stage in stages) and isinstance(model, self.pooling_heads))
         # Blocks behind the first stage are told to run without the full-length mask; all of them take a carry out.
         first = 0 if carries else min(by_layer)
         for index, block in enumerate(self.blocks(model)):
@@ -144,7 +150,7 @@ class VisionAdapter:
             )
             if proportional or (stage is not None and stage.needs and stage.where != "queries"):
                 enable_capture(self.attention(block))
-        hooks = [*self.encoder_hooks, *([StartCarry()] if carries else [])]
+        hooks = [*self.encoder_hooks, *([StartCarry(proportional)] if carries else [])]
         encoder = self.encoder(model)
         handles = [encoder.register_forward_pre_hook(hook, with_kwargs=True) for hook in hooks]
         encoder.__dict__["token_prune_handles"] = handles

@@ -6,6 +6,7 @@ Axes: B batch, T tokens that enter, P protected ones, n that stay, H heads, D wi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -109,8 +110,10 @@ class PrunedVisionBlock(nn.Module):
         """The stock block, with ``stage.num_kept`` of the prunable tokens going on: (B, T, D) -> (B, P + n, D)."""
         refuse_mask(attention_mask)
         state, carry = self.token_prune, token_prune_carry
+        if carry is not None:
+            carry.on_device(state.layer, hidden_states.device)
         num_prunable = hidden_states.shape[1] - state.num_protected
-        stage = state.stage if state.stage and state.stage.num_kept(num_prunable) < num_prunable else None
+        stage = state.stage if state.stage and num_kept(state.stage, num_prunable) < num_prunable else None
         if carry is not None:
             carry.on_block(state.layer)
         bias = carry.bias(state.layer) if carry is not None and state.proportional else None
@@ -166,7 +169,7 @@ class PrunedVisionBlock(nn.Module):
 
     def _reduce(self, stage: Stage, tokens: Tensor, inputs: Tensor, capture: Capture, carry: Carry | None) -> Tensor:
         state = self.token_prune
-        n_keep = stage.num_kept(tokens.shape[1] - state.num_protected)
+        n_keep = num_kept(stage, tokens.shape[1] - state.num_protected)
         sizes = carry.sizes.get(state.layer) if carry is not None else None
         # Autocast would take the scores to half precision.
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
@@ -183,10 +186,21 @@ class PrunedVisionBlock(nn.Module):
         return gather_tokens(tokens, with_protected(reduction.keep, state.num_protected))
 
 
+def num_kept(stage: Stage, num_prunable: int) -> int:
+    """Tokens that ``stage`` leaves, as a number for a compiler too. With ``dynamic=True`` ratios and sizes are symbols
+    to it, and counts of one layer after the other are nested floors, which it would simplify for hours."""
+    return index(stage.num_kept(num_prunable))
+
+
 def refuse_mask(attention_mask: Tensor | None) -> None:
     """Masks are as long as the full sequence; one that masks nothing (all that ViTs make) can be left out."""
     if attention_mask is None:
         return
+    if not isinstance(attention_mask, Tensor):
+        raise UnsupportedModelError(
+            f"this attention makes masks of another kind ({type(attention_mask).__name__}), as long as the full "
+            'sequence; call model.set_attn_implementation("sdpa") for a pruned model'
+        )
     message = "a pruned vision model takes no attention_mask; call unprune(model) to use one"
     if torch.compiler.is_compiling() and attention_mask.dim() == 4:  # the values are not known yet
         require(attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0, message)

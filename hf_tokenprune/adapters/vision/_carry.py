@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import UnsupportedModelError
 from ...signals import Reduction
 from ...tokens import gather_tokens
 
@@ -36,6 +37,12 @@ class Carry:
     sizes: dict[int, Tensor] = field(default_factory=dict)
     owner: dict[int, Tensor] = field(default_factory=dict)
     left: dict[int, Tensor] = field(default_factory=dict)
+
+    def on_device(self, layer: int, device: torch.device) -> None:
+        """Take what enters a block to where it runs. accelerate moves the tensors among its arguments, not these."""
+        for entries in (self.sizes, self.owner, self.left):
+            if layer in entries:
+                entries[layer] = entries[layer].to(device)
 
     def bias(self, layer: int) -> Tensor | None:
         """(B, 1, 1, P + N) float32 for the attention logits: a token of size s counts like s tokens (ToMe, eq. 1)."""
@@ -99,8 +106,24 @@ def _owner(reduction: Reduction, entering: int) -> Tensor:
     return owner.scatter(1, reduction.merged, reduction.into)
 
 
+def check_bias(implementation: str | None) -> None:
+    """Raise UnsupportedModelError for an attention that takes no bias for the sizes of merged tokens."""
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"attention {implementation!r} takes no bias for the sizes of merged tokens; load the model with "
+            'attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
+        )
+
+
+@dataclass
 class StartCarry:
-    """Forward pre-hook of the encoder: sends a :class:`Carry` along. Importable, so that a model can be pickled."""
+    """Forward pre-hook of the encoder: sends a :class:`Carry` along. Importable, so that a model can be pickled.
+
+    Attributes:
+        proportional: sizes bias the attention, which may have been changed since ``prune``.
+    """
+
+    proportional: bool
 
     def __call__(self, encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
@@ -108,6 +131,9 @@ class StartCarry:
             value = kwargs.get(name, getattr(encoder.config, name, None))
             return value is not None and value is not False
 
+        if self.proportional:
+            config: Any = encoder.config
+            check_bias(config._attn_implementation)
         attentions = wants("output_attentions")
         # The exact last block serves neither request, and in training dropout would differ.
         exact = not (encoder.training or attentions or wants("output_hidden_states"))

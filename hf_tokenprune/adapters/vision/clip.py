@@ -4,7 +4,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPModel, CLIPVisionModelWithProjection
+from transformers.models.clip.modeling_clip import (
+    CLIPEncoderLayer,
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+)
 
 from ...registry import register_adapter
 from ...signals import ModelShape
@@ -52,6 +57,7 @@ PrunedCLIPEncoderLayer.__name__ = CLIPEncoderLayer.__name__
 class CLIPAdapter(VisionAdapter):
     block_class = PrunedCLIPEncoderLayer
     protected_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = (CLIPModel, CLIPVisionModelWithProjection)
+    pooling_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = (CLIPForImageClassification,)
     has_cls = True
     heads: ClassVar[tuple[str, ...]] = ("visual_projection", "classifier")
     """Linear layers behind the tower that read images."""

@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Backbone, Dinov2Layer
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Backbone, Dinov2ForImageClassification, Dinov2Layer
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersBackbone,
+    Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersLayer,
 )
 
@@ -66,6 +67,7 @@ PrunedDinov2WithRegistersLayer.__name__ = Dinov2WithRegistersLayer.__name__
 class Dinov2Adapter(VisionAdapter):
     block_class: ClassVar = PrunedDinov2Layer
     full_grid_heads: ClassVar = {Dinov2Backbone: FEATURE_MAPS}
+    pooling_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = (Dinov2ForImageClassification,)
 
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
         encoder: Any = self.encoder(model).encoder
@@ -98,3 +100,4 @@ class Dinov2Adapter(VisionAdapter):
 class Dinov2WithRegistersAdapter(Dinov2Adapter):
     block_class: ClassVar = PrunedDinov2WithRegistersLayer
     full_grid_heads: ClassVar = {Dinov2WithRegistersBackbone: FEATURE_MAPS}
+    pooling_heads: ClassVar = (Dinov2WithRegistersForImageClassification,)

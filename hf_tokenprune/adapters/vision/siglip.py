@@ -4,7 +4,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from transformers.models.siglip.modeling_siglip import (
+    SiglipEncoderLayer,
+    SiglipForImageClassification,
+    SiglipModel,
+    SiglipVisionModel,
+)
 
 from ...registry import register_adapter
 from ...signals import ModelShape
@@ -24,6 +29,11 @@ PrunedSiglipEncoderLayer.__name__ = SiglipEncoderLayer.__name__
 class SiglipAdapter(CLIPAdapter):
     block_class = PrunedSiglipEncoderLayer
     protected_heads: ClassVar = ()
+    pooling_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = (
+        SiglipModel,
+        SiglipVisionModel,
+        SiglipForImageClassification,
+    )
     provides = frozenset({"attention", "queries", "keys", "values"})
     has_cls = False
     heads: ClassVar = ("classifier",)

@@ -6,7 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.siglip2.modeling_siglip2 import Siglip2EncoderLayer, Siglip2ForImageClassification
+from transformers.models.siglip2.modeling_siglip2 import (
+    Siglip2EncoderLayer,
+    Siglip2ForImageClassification,
+    Siglip2Model,
+    Siglip2VisionModel,
+)
 
 from ...registry import register_adapter
 from ._block import require
@@ -45,6 +50,7 @@ class Siglip2Adapter(SiglipAdapter):
     block_class: ClassVar = PrunedSiglip2EncoderLayer
     full_grid_heads: ClassVar = {Siglip2ForImageClassification: "it averages patches under the mask of the whole image"}
     restored_heads: ClassVar = (Siglip2ForImageClassification,)
+    pooling_heads: ClassVar = (Siglip2Model, Siglip2VisionModel)
     encoder_hooks: ClassVar = (WholeImages(),)
 
     def image_inputs(self, model: PreTrainedModel, pixels: Tensor) -> dict[str, Any]:
