@@ -10,8 +10,8 @@ from torch import Tensor
 from hf_tokenprune import PruneConfig, prune, record
 from hf_tokenprune.registry import get_adapter
 
-from .emulated_devices import FIRST, SECOND, Devices, put, spread
 from .families import first_tensor, images, inputs_for, methods_for, refused, supported_classes, tiny_model
+from .two_devices import FIRST, SECOND, Devices, put, spread
 
 ADAPTERS = list({type(get_adapter(family)): (family, cls) for family, cls in supported_classes()}.values())
 
