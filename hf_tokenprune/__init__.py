@@ -3,31 +3,37 @@
 >>> from hf_tokenprune import ZeroTPruneConfig, prune, unprune
 >>> prune(model, ZeroTPruneConfig())  # in place  # doctest: +SKIP
 >>> unprune(model)  # and back, bit for bit  # doctest: +SKIP
+
+Names are imported when they are first used: importing the package alone does not import torch.
 """
 
-from .config import PruneConfig
-from .engine import prune, pruned, unprune
-from .errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
-from .methods.ats import ATSConfig
-from .methods.cls_attention import ClsAttentionConfig
-from .methods.divprune import DivPruneConfig
-from .methods.evit import EViTConfig
-from .methods.exact import ExactConfig
-from .methods.fastv import FastVConfig
-from .methods.pitome import PiToMeConfig
-from .methods.pyramiddrop import PyramidDropConfig
-from .methods.random import RandomConfig
-from .methods.salience_merge import SalienceMergeConfig
-from .methods.stack import StackConfig
-from .methods.tome import ToMeConfig
-from .methods.transprune import TransPruneConfig
-from .methods.uniform import UniformConfig
-from .methods.visionzip import VisionZipConfig
-from .methods.zero_tprune import ZeroTPruneConfig
-from .presets import Preset, get_preset, list_presets
-from .recording import record
-from .registry import list_adapters, list_methods, register_adapter, register_method
-from .sharing import disable_auto, enable_auto, from_pretrained, save_pretrained
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import PruneConfig
+    from .engine import prune, pruned, unprune
+    from .errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
+    from .methods.ats import ATSConfig
+    from .methods.cls_attention import ClsAttentionConfig
+    from .methods.divprune import DivPruneConfig
+    from .methods.evit import EViTConfig
+    from .methods.exact import ExactConfig
+    from .methods.fastv import FastVConfig
+    from .methods.pitome import PiToMeConfig
+    from .methods.pyramiddrop import PyramidDropConfig
+    from .methods.random import RandomConfig
+    from .methods.salience_merge import SalienceMergeConfig
+    from .methods.stack import StackConfig
+    from .methods.tome import ToMeConfig
+    from .methods.transprune import TransPruneConfig
+    from .methods.uniform import UniformConfig
+    from .methods.visionzip import VisionZipConfig
+    from .methods.zero_tprune import ZeroTPruneConfig
+    from .presets import Preset, get_preset, list_presets
+    from .recording import record
+    from .registry import list_adapters, list_methods, register_adapter, register_method
+    from .sharing import disable_auto, enable_auto, from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 
@@ -69,3 +75,46 @@ __all__ = [
     "save_pretrained",
     "unprune",
 ]
+
+_NAMES = {
+    "config": ("PruneConfig",),
+    "engine": ("prune", "pruned", "unprune"),
+    "errors": ("ConfigError", "PruneStateError", "TokenPruneError", "UnsupportedModelError"),
+    "methods.ats": ("ATSConfig",),
+    "methods.cls_attention": ("ClsAttentionConfig",),
+    "methods.divprune": ("DivPruneConfig",),
+    "methods.evit": ("EViTConfig",),
+    "methods.exact": ("ExactConfig",),
+    "methods.fastv": ("FastVConfig",),
+    "methods.pitome": ("PiToMeConfig",),
+    "methods.pyramiddrop": ("PyramidDropConfig",),
+    "methods.random": ("RandomConfig",),
+    "methods.salience_merge": ("SalienceMergeConfig",),
+    "methods.stack": ("StackConfig",),
+    "methods.tome": ("ToMeConfig",),
+    "methods.transprune": ("TransPruneConfig",),
+    "methods.uniform": ("UniformConfig",),
+    "methods.visionzip": ("VisionZipConfig",),
+    "methods.zero_tprune": ("ZeroTPruneConfig",),
+    "presets": ("Preset", "get_preset", "list_presets"),
+    "recording": ("record",),
+    "registry": ("list_adapters", "list_methods", "register_adapter", "register_method"),
+    "sharing": ("disable_auto", "enable_auto", "from_pretrained", "save_pretrained"),
+}
+"""The same as above for those who run it: public names by the module that has them."""
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module that has some, imported at its first use (PEP 562)."""
+    if name in _MODULES:
+        value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = value  # from now on without this function
+        return value
+    if name in {module.partition(".")[0] for module in _NAMES}:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import inspect
 import os
 import subprocess
@@ -250,11 +251,45 @@ def test_public_names_are_documented(name: str) -> None:
         assert not [key for key, member in own.items() if not inspect.getdoc(getattr(thing, key))]
 
 
-def test_all_is_sorted_and_complete() -> None:
+def test_public_names_are_the_same_to_type_checkers_and_when_run() -> None:
+    """``__all__``, the imports that type checkers read, and the table from which names are imported at first use."""
     assert hf_tokenprune.__all__ == sorted(set(hf_tokenprune.__all__))
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    names = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert names == set(hf_tokenprune.__all__)
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    checked = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom) and node.level == 1
+        checked |= {alias.name: f"{PACKAGE.name}.{node.module}" for alias in node.names if alias.asname is None}
+    assert set(checked) == set(hf_tokenprune.__all__) <= set(dir(hf_tokenprune))
+    for name, module in checked.items():
+        assert getattr(hf_tokenprune, name) is getattr(importlib.import_module(module), name)
+
+
+def in_a_new_process(code: str) -> str:
+    """What ``code`` prints there, where nothing is imported yet."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_names_are_imported_at_first_use_and_unknown_ones_are_an_error() -> None:
+    code = f"""
+import sys, hf_tokenprune as package
+assert set(package.__all__) <= set(dir(package))
+assert not [name for name in sys.modules if name.partition(".")[0] in ("torch", "transformers")]
+assert not [name for name in sys.modules if name.startswith("{PACKAGE.name}.")]
+package.ToMeConfig
+assert "torch" in sys.modules and "transformers" not in sys.modules
+package.methods.tome, package.errors.ConfigError
+try:
+    package.prun
+except AttributeError as error:
+    print(error)
+"""
+    assert in_a_new_process(code) == f"module '{PACKAGE.name}' has no attribute 'prun'\n"
 
 
 def test_types_are_shipped() -> None:
@@ -264,15 +299,8 @@ def test_types_are_shipped() -> None:
     assert "py.typed" in setup["options.package_data"]["hf_tokenprune"].split()
 
 
-def test_importing_the_package_imports_nothing_optional() -> None:
+def test_using_the_package_imports_nothing_optional() -> None:
     heavy = ["evaluate", "datasets", "accelerate", "matplotlib", "sklearn", "scipy", "PIL", "typer"]
     heavy += [f"hf_tokenprune.{part}" for part in sorted(PARTS - CORE)]
-    code = f"import sys, hf_tokenprune; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stdout + done.stderr
+    code = f"import sys; from hf_tokenprune import *; print([name for name in {heavy} if name in sys.modules])"
+    assert in_a_new_process(code) == "[]\n"
