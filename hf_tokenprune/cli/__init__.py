@@ -1,4 +1,7 @@
-"""``hf-tokenprune``: list, info, apply, eval, compare, search, bench and demo from a shell; one file a command."""
+"""``hf-tokenprune``: list, presets, info, apply, eval, compare, search, bench and demo from a shell; one file a command.
+
+What a command needs besides its options is imported when it runs, so that help and completion do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,20 @@ from .demo import demo
 from .eval import evaluate
 from .info import info
 from .list import list_
+from .presets import presets
 from .search import search
+from .version import VersionOpt
 
-app = typer.Typer(
-    help="Training-free token pruning for Hugging Face Transformers.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main(version: VersionOpt = False) -> None:
+    """Training-free token pruning for Hugging Face Transformers."""
+
+
 app.command("list")(list_)
+app.command()(presets)
 app.command()(info)
 app.command()(apply)
 app.command("eval")(evaluate)

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..config import PruneConfig
 from ..errors import ConfigError
 from .data_options import ImageColumnOpt, LabelColumnOpt
 from .options import (
@@ -70,6 +69,7 @@ def search(
 
     Started again with the same arguments after an interruption, it goes on where it was.
     """
+    from ..config import PruneConfig
     from ..search.run import search_images
 
     place = device_for(device)

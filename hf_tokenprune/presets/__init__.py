@@ -33,6 +33,11 @@ def list_presets() -> list[str]:
     return sorted(_read())
 
 
+def describe_presets() -> dict[str, dict[str, Any]]:
+    """JSON values of all presets by name: ``config`` and ``provenance``. No method is imported for it."""
+    return {name: dict(entry) for name, entry in sorted(_read().items())}
+
+
 def get_preset(name: str) -> Preset:
     """The preset of this name.
 
