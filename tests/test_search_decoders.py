@@ -339,9 +339,9 @@ def test_what_is_refused() -> None:
         with pytest.raises(ConfigError, match=match):
             search(model, config or DivPruneConfig(), given, **{"macs": 0.8 * cost(model).dense.macs, **options})
 
-    error("speedup means a budget of", macs=None, speedup=0.9)
+    error("speedup=0.9 means a budget of", macs=None, speedup=0.9)
     error("text_tokens=0", macs=None, speedup=1.5, text_tokens=0)
-    error("latency_batch_size=4 has no effect on a budget of macs", latency_batch_size=4)
+    error("latency_batch_size=4 has no effect on a budget of MACs", latency_batch_size=4)
     error("run has no effect on a vision-language model", run=lambda batch: batch)
     error("more than 0 and less than the dense", macs=1e15)
     error("out of reach", TransPruneConfig(accumulate_layers=(5,)), macs=0.3 * cost(model).dense.macs)

@@ -1,4 +1,4 @@
-"""``hf-tokenprune``: list, presets, info, apply, eval, compare, search, bench and demo from a shell; one file a command.
+"""``hf-tokenprune``: list, presets, info, apply, eval, compare, search, bench, demo in a shell; one file a command.
 
 What a command needs besides its options is imported when it runs, so that help and completion do not wait for it.
 """
@@ -18,7 +18,11 @@ from .presets import presets
 from .search import search
 from .version import VersionOpt
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.callback()

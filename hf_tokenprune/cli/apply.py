@@ -22,6 +22,7 @@ from .options import (
     save_processor,
     show,
 )
+from .output import writable_folder
 
 
 @readable_errors
@@ -39,7 +40,7 @@ def apply(
     from ..engine import prune
     from ..sharing import save_pretrained
 
-    new_folder(out)
+    writable_folder(new_folder(out))
     loaded = load_dense(model, "cpu")
     variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
     if len(variants) != 1:

@@ -30,6 +30,7 @@ from .options import (
     readable_errors,
     show,
 )
+from .output import telling_on_interrupt, writable_folder
 
 
 @readable_errors
@@ -72,6 +73,7 @@ def compare(
     require("matplotlib", "plot")
     if not gmacs and (method or not prune_config):
         raise ConfigError("methods compare at equal work: give budgets with --gmacs, such as -g 1.0 -g 0.85")
+    writable_folder(out)
     dataset = load_images(images, limit=limit, split=split, **which)
     loaded = load_dense(model, "cpu")
     if of_dtype is not None:
@@ -80,17 +82,31 @@ def compare(
         variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
     else:
         variants = every_method(loaded, gmacs or [])
-    accuracy = paired_report(
-        model, loaded, dataset, variants, class_names=class_names, batch_size=batch_size, accelerator=accelerator,
-        progress=not as_json,
-    )  # fmt: skip
-    loaded.to(accelerator.device).eval()
+    command, saved = shlex.join(["hf-tokenprune", *sys.argv[1:]]), accelerator.is_main_process
     timing: dict[str, Any] = {}
-    for number, (name, config) in enumerate(variants.items(), 1):
-        if not as_json:
-            typer.echo(f"timing {number} of {len(variants)}: {name}", err=True)
-        timing[name] = benchmark(loaded, config, (batch_size,), rounds, threads=threads)
-    comparison = Comparison(accuracy, timing, variants)
-    if accelerator.is_main_process:
-        files = comparison.save(out, shlex.join(["hf-tokenprune", *sys.argv[1:]]))
+    with telling_on_interrupt(lambda: _left_by(out, len(timing), len(variants))):
+        accuracy = paired_report(
+            model, loaded, dataset, variants, class_names=class_names, batch_size=batch_size, accelerator=accelerator,
+            progress=not as_json,
+        )  # fmt: skip
+        comparison = Comparison(accuracy, timing, variants)
+        if saved:
+            comparison.save(out, command)
+        loaded.to(accelerator.device).eval()
+        for number, (name, config) in enumerate(variants.items(), 1):
+            if not as_json:
+                typer.echo(f"timing {number} of {len(variants)}: {name}", err=True)
+            timing[name] = benchmark(loaded, config, (batch_size,), rounds, threads=threads)
+            if saved:
+                files = comparison.save(out, command)
+    if saved:
+        files.append(comparison.draw(out))
         show(as_json, comparison.to_dict(), "\n".join([f"{comparison.to_markdown()}\n", *map(str, files)]))
+
+
+def _left_by(out: Path, timed: int, runs: int) -> str:
+    """What an interrupted comparison leaves."""
+    if not (out / "accuracy.md").exists():
+        return "the accuracy was not measured to its end, and nothing is saved; --limit makes it shorter"
+    table = f", and {timed} with their speed in {out / 'comparison.csv'}" if timed else ""
+    return f"the accuracy of {runs} runs is in {out / 'accuracy.md'}{table}; configs beside it"

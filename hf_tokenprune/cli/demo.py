@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import JsonOpt, readable_errors, show
+from .output import writable_folder
 
 
 @readable_errors
@@ -19,5 +20,5 @@ def demo(
     """Three packaged models (ViT, CLIP, LLaVA), dense and pruned by every method: accuracy, speed, pictures."""
     from ..demo.run import run_demo
 
-    result = run_demo(out, limit=limit, progress=not as_json)
+    result = run_demo(writable_folder(out), limit=limit, progress=not as_json)
     show(as_json, result.to_dict(), result.summary())

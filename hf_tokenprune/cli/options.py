@@ -12,6 +12,8 @@ import typer
 
 from ..config import CONFIG_NAME, PruneConfig, as_config
 from ..errors import ConfigError, TokenPruneError
+from .checkpoint import first_line, load_weights, read_config
+from .messages import flags_of, in_flags, warnings_in_lines
 
 if TYPE_CHECKING:
     import torch
@@ -110,14 +112,18 @@ DtypeOpt = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that a user can act on are one line on stderr and exit code 1, not a traceback."""
+    """Errors that a user can act on are one line on stderr and exit code 1, not a traceback; warnings one line too."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        def words(said: object) -> str:
+            return in_flags(str(said), flags_of(command), [item.partition("=")[0] for item in kwargs.get("set_") or ()])
+
         try:
-            command(*args, **kwargs)
+            with warnings_in_lines(words):
+                command(*args, **kwargs)
         except (TokenPruneError, ImportError, OSError) as error:
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            typer.secho(f"error: {words(error)}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from error
 
     return run
@@ -167,11 +173,13 @@ def configs_for(
 
 def parse_fields(items: list[str]) -> dict[str, Any]:
     """``field=value`` strings; a value that is not JSON is a string."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise ConfigError(f"--set {item!r}: expected field=value")
+        if name in fields:
+            raise ConfigError(f"--set {name} is given twice; keep one")
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -187,14 +195,16 @@ def device_for(name: str) -> torch.device:
     """
     import torch
 
+    reason = "no such device"
     try:
         device = torch.device(name)
+        reason = ""
         torch.zeros(1, device=device).item()  # a name may be right and the device, its driver or its build missing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         others = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] if accelerator else []
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"--device {name}: {reason}; here there is {', '.join(['cpu', *others])}") from error
+        here = ", ".join(["cpu", *others])
+        raise ConfigError(f"--device {name}: {reason or first_line(error)}; here there is {here}") from error
     return device
 
 
@@ -214,20 +224,16 @@ def dtype_for(name: str) -> torch.dtype:
 
 def load_dense(path: str, device: str | torch.device) -> Any:
     """The stock model, whatever config the checkpoint carries."""
-    from transformers import AutoConfig
-
     from ..sharing.pretrained import class_of
 
-    return class_of(AutoConfig.from_pretrained(path)).from_pretrained(path).to(device)
+    return load_weights(class_of(read_config(path)), path).to(device)
 
 
 def random_model(path: str) -> Any:
     """The model with random weights, from its config alone."""
-    from transformers import AutoConfig
-
     from ..sharing.pretrained import class_of
 
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     return class_of(config)._from_config(config)
 
 

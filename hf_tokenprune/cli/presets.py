@@ -13,7 +13,9 @@ from .options import JsonOpt, readable_errors, show
 @readable_errors
 def presets(
     method: Annotated[str | None, typer.Option("--method", "-m", help="Those of this method.")] = None,
-    model: Annotated[str | None, typer.Option(help="Those for models with this in their name: deit, clip-base.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Those for models with this in their name: deit, clip-base.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Configs that come with the package, for --prune-config of other commands; by --json their fields too."""

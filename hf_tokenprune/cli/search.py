@@ -34,6 +34,7 @@ from .options import (
     readable_errors,
     show,
 )
+from .output import telling_on_interrupt, writable_folder
 
 
 @readable_errors
@@ -52,7 +53,7 @@ def search(
     goal: GoalOpt = None,
     free: FreeOpt = None,
     trials: TrialsOpt = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of strategies that draw, and of made images.")] = 0,
     split: SplitOpt = None,
     image_column: ImageColumnOpt = None,
     label_column: LabelColumnOpt = None,
@@ -85,12 +86,23 @@ def search(
     given = parse_fields(set_ or [])
     config = PruneConfig.for_method(method, **given)
     budget = {"macs": gmacs and gmacs * 1e9, "seconds": milliseconds and milliseconds / 1000, "speedup": speedup}
+    writable_folder(out)
     loaded = load_dense(model, place).eval()
-    result, text = search_images(
-        model, loaded, images, config, out, budget, free=free, fixed=given,
-        split=split, image_column=image_column, label_column=label_column,
-        limit=limit or (64 if synthetic else 300), batch_size=batch_size or (4 if decoder else 50),
-        class_names=class_names, questions=question, prompt=prompt, new_tokens=new_tokens, progress=not as_json,
-        strategy=strategy, goal=goal, trials=trials, seed=seed, latency_batch_size=latency_batch,
-    )  # fmt: skip
-    show(as_json, result.to_dict(), text)
+    with telling_on_interrupt(lambda: _left_by(out)):
+        report, text = search_images(
+            model, loaded, images, config, out, budget, free=free, fixed=given,
+            split=split, image_column=image_column, label_column=label_column,
+            limit=limit or (64 if synthetic else 300), batch_size=batch_size or (4 if decoder else 50),
+            class_names=class_names, questions=question, prompt=prompt, new_tokens=new_tokens, progress=not as_json,
+            strategy=strategy, goal=goal, trials=trials, seed=seed, latency_batch_size=latency_batch,
+        )  # fmt: skip
+    show(as_json, report, text)
+
+
+def _left_by(out: Path) -> str:
+    """What an interrupted search leaves."""
+    from ..search.journal import JOURNAL
+
+    if not (out / JOURNAL).exists():
+        return "nothing was measured yet"
+    return f"what was measured is in {out / JOURNAL}; the same command goes on from there"

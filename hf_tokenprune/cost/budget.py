@@ -40,7 +40,10 @@ def config_within(
         return left[-1] / shape.num_prunable
 
     measure, limit = (kept, value) if name == "keep" else (macs_of, dense / value if name == "speedup" else value)
-    found = weakest(config, lambda strength: config.by_rule(strength, shape), measure, limit, name)
+    unit = "" if name == "keep" else " MACs"
+    found = weakest(
+        config, lambda strength: config.by_rule(strength, shape), measure, limit, f"{name}={value:.4g}", unit
+    )
     assert isinstance(found, type(config))
     plan(found, shape)  # a config that is asked for and does nothing is an error
     return found
@@ -72,12 +75,12 @@ def config_for_macs(
         plan(config, shape)  # raises, and says what the method works on
     dense = count(()).macs
     if not 0 < macs < dense:
-        raise ConfigError(f"macs={macs:.4g}: expected more than 0 and less than the dense model's {dense:.4g}")
+        raise ConfigError(f"macs={macs:.4g}: expected more than 0 and less than the dense model's {dense:.4g} MACs")
 
     def macs_of(candidate: PruneConfig) -> float:
         return float(count(candidate.stages_for(shape), **options(candidate)).macs)
 
-    return weakest(config, config.scaled, macs_of, macs, "macs")
+    return weakest(config, config.scaled, macs_of, macs, f"macs={macs:.4g}")
 
 
 def weakest(
@@ -85,9 +88,10 @@ def weakest(
     at_strength: Callable[[float], PruneConfig],
     measure: Callable[[PruneConfig], float],
     limit: float,
-    name: str,
+    called: str,
+    unit: str = " MACs",
 ) -> PruneConfig:
-    """The config of least strength whose ``measure`` is at most ``limit``; ``name`` is what an error calls it.
+    """The config of least strength whose ``measure``, in ``unit``, is at most ``limit``, in an error ``called`` so.
 
     Raises:
         ConfigError: no strength reaches it, or the method has no schedule to scale.
@@ -95,7 +99,7 @@ def weakest(
     try:
         at_strength(1.0)
     except NotImplementedError as error:
-        raise ConfigError(f"{name}={limit:.4g}: {error}; set the fields of this config instead of a budget") from error
+        raise ConfigError(f"{called}: {error}; set the fields of this config instead of a budget") from error
 
     def least(candidate: Callable[[float], PruneConfig], high: float) -> float:
         """The least strength up to ``high``, which is within the limit, that is within it too."""
@@ -109,8 +113,8 @@ def weakest(
     while measure(at_strength(high)) > limit:
         if high > 100:
             raise ConfigError(
-                f"{name}={limit:.4g} is out of reach of this {config.method} schedule, which ends at "
-                f"{measure(at_strength(high)):.4g}; prune in more or earlier layers"
+                f"{called} is out of reach of this {config.method} schedule, which ends at "
+                f"{measure(at_strength(high)):.4g}{unit}; prune in more or earlier layers"
             )
         high *= 2
     best = at_strength(least(at_strength, high))

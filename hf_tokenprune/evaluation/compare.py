@@ -7,7 +7,7 @@ import io
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,23 +135,42 @@ class Comparison:
         timed = {"batch size": first.rows[0].batch_size, "interleaved rounds": first.rounds}
         return {"images": self.accuracy.rows[0].n, **timed, **first.environment}
 
+    def timed(self) -> Comparison:
+        """Of the runs that have been timed so far, and the dense one."""
+        names = {self.accuracy.rows[0].name, *self.timing}
+        rows = tuple(row for row in self.accuracy.rows if row.name in names)
+        configs = {name: config for name, config in self.configs.items() if name in names}
+        return Comparison(replace(self.accuracy, rows=rows), self.timing, configs)
+
     def save(self, folder: Path, command: str) -> list[Path]:
-        """Write table, picture and configs into ``folder``; returns where. ``command`` goes under the table.
+        """Write the tables of accuracy and, as far as they are timed, of all runs, and configs; returns where.
+
+        Args:
+            command: goes under the tables.
+        """
+        configs, files = folder / "configs", {"accuracy.md": self.accuracy.to_markdown()}
+        if self.timing:
+            timed = self.timed()
+            files |= {"comparison.md": timed.to_markdown(), "comparison.csv": timed.to_csv()}
+        configs.mkdir(parents=True, exist_ok=True)
+        for name, config in self.configs.items():
+            config.save_pretrained(configs / name)
+        for name, text in files.items():
+            below = f"\n\n```bash\n{command}\n```\n" if name.endswith(".md") else ""
+            (folder / name).write_text(text + below, encoding="utf-8")
+        return [*(folder / name for name in files), configs]
+
+    def draw(self, folder: Path) -> Path:
+        """The picture of all runs, in ``folder``; returns where.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
         from ..pictures.curves import draw_comparison
 
-        configs = folder / "configs"
-        configs.mkdir(parents=True, exist_ok=True)
-        for name, config in self.configs.items():
-            config.save_pretrained(configs / name)
-        table, text, picture = (folder / f"comparison.{suffix}" for suffix in ("csv", "md", "png"))
-        table.write_text(self.to_csv(), encoding="utf-8")
-        text.write_text(f"{self.to_markdown()}\n\n```bash\n{command}\n```\n", encoding="utf-8")
+        picture = folder / "comparison.png"
         draw_comparison(self.rows(), picture)
-        return [table, text, picture, configs]
+        return picture
 
 
 def every_method(model: Any, budgets: Sequence[float]) -> dict[str, PruneConfig]:

@@ -68,7 +68,7 @@ class SearchResult:
 def search(
     model: Any,
     config: ConfigLike,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Mapping[str, Tensor]] | Callable[[], Sequence[Mapping[str, Tensor]]],
     *,
     macs: float | None = None,
     seconds: float | None = None,
@@ -85,7 +85,7 @@ def search(
     free: Sequence[str] | None = None,
     fixed: Collection[str] = (),
     journal: Path | None = None,
-    on_start: Callable[[int, float], None] = lambda evaluations, seconds: None,
+    on_start: Callable[[int, int, float], None] = lambda evaluations, inputs, seconds: None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> SearchResult:
     """The schedule of a method that changes the model's answers least within a budget.
@@ -94,7 +94,7 @@ def search(
         model: dense, with an adapter; left as it was.
         config: the method, and the values of all fields that are not searched.
         batches: inputs of the model, on its device; they need no labels. Of a vision-language model inputs of
-            ``generate``, padded on the left.
+            ``generate``, padded on the left. Or a function that makes them: it is called when nothing else is wrong.
         macs: budget of one image in multiply-adds; of a vision-language model that of the prefill of a prompt with one.
         seconds: budget of a forward of ``latency_batch_size`` images (None: 1) on this machine; of a vision-language
             model that of the prefill of as many prompts with one image each.
@@ -117,7 +117,7 @@ def search(
             method's ``search_fields`` that ``config`` leaves at their defaults, as far as the model works with others.
         fixed: fields that are not chosen then, though they are at their defaults.
         journal: file of measurements: a search that is interrupted goes on where it was.
-        on_start: told how many evaluations are coming, and about how many seconds they take at most.
+        on_start: told how many evaluations are coming, on how many inputs, and how many seconds they take at most.
         on_trial: told every measurement.
 
     Raises:
@@ -134,16 +134,13 @@ def search(
     check_strategy(strategy, trials)
     goal = goal or ("kl" if is_decoder else "geometric_kl")
     check_goal(goal)
-    given = [name for name, value in (("macs", macs), ("seconds", seconds), ("speedup", speedup)) if value is not None]
-    if len(given) != 1:
-        raise ConfigError(f"give one of macs, seconds and speedup, got {', '.join(given) or 'none'}")
+    name, value = one_budget(macs=macs, seconds=seconds, speedup=speedup)
     if macs is not None and latency_batch_size is not None:
-        raise ConfigError(f"latency_batch_size={latency_batch_size} has no effect on a budget of macs; leave it out")
+        raise ConfigError(f"latency_batch_size={latency_batch_size} has no effect on a budget of MACs; leave it out")
     idle = {"run": run} if is_decoder else {"text_tokens": text_tokens, "new_tokens": new_tokens}
-    for name, value in idle.items():
-        if value is not None:
-            kind = "vision-language model" if is_decoder else "vision encoder"
-            raise ConfigError(f"{name} has no effect on a {kind}; leave it out")
+    for argument in (argument for argument, value in idle.items() if value is not None):
+        kind = "vision-language model" if is_decoder else "vision encoder"
+        raise ConfigError(f"{argument} has no effect on a {kind}; leave it out")
     if not batches:
         raise ConfigError("batches is empty: give inputs to search on")
     places = config.search_places(shape), config.prunable(shape)
@@ -156,7 +153,7 @@ def search(
     check(config)
     names = free_names(config, free, fixed, shape, check)
     if strategy == "rule" and not names:
-        raise ConfigError("strategy='rule' chooses free fields, and there are none; config.for_budget gives the rule")
+        raise ConfigError("strategy='rule' chooses free fields, and there are none; without a search a budget gives it")
     with eval_mode(model):
         notes = Journal(journal)
 
@@ -168,12 +165,14 @@ def search(
         latency = None if macs is not None else Latency(model, batch_size, untimed, notes, text_tokens)
         if latency is not None:
             dense = latency.dense
-        budget = next(value for value in (macs, seconds, speedup) if value is not None)
+        budget = value
         if speedup is not None:
             budget = dense / speedup if speedup > 0 else 0.0
         if not 0 < budget < dense:
+            unit = "MACs" if latency is None else "s"
             raise ConfigError(
-                f"{given[0]} means a budget of {budget:.4g}: expected more than 0 and less than the dense {dense:.4g}"
+                f"{name}={value:.4g} means a budget of {budget:.4g} {unit}: expected more than 0 and less than the "
+                f"dense model's {dense:.4g} {unit}"
             )
 
         @cache
@@ -181,7 +180,9 @@ def search(
             costs = latency.costs(candidate, budget) if latency else untimed(candidate)
             return Space(candidate, shape, costs, budget)
 
-        space = space_of(config)
+        space, fields = space_of(config), Free(names, shape, check, space_of)
+        start = fields.first_within(space, by_rule=strategy == "rule")
+        batches = batches() if callable(batches) else batches
         objective: Objective | AnswerObjective
         settings: dict[str, Any] = {"strategy": strategy, "goal": goal, "seed": seed}
         if is_decoder:
@@ -189,13 +190,15 @@ def search(
             settings |= {"text_tokens": text_tokens or TEXT_TOKENS, "new_tokens": objective.new_tokens}
         else:
             objective = Objective(model, batches, goal, labels, run)
-        problem = Problem(space, objective, notes, on_trial, Free(names, shape, check, space_of))
+        problem = Problem(space, objective, notes, on_trial, fields)
         find = STRATEGIES[strategy]
         count = trials if trials is not None else {"dynamic": 30, "rule": 0}.get(strategy, 100)
         if strategy != "rule" and (config.one_stage or len(space.slots) == 1):
             settings["strategy"], find, count = "every_place", every_place, len(space.slots)
-        on_start(*_estimate(problem, settings["strategy"], count))
+        evaluations, time = _estimate(problem, settings["strategy"], count)
+        on_start(evaluations, objective.n, time)
         rule = problem.rule()
+        problem.space = start
         choose_fields(problem)
         rule_of_fields = problem.rule()
         best = find(problem, seed, count)
@@ -212,6 +215,16 @@ def search(
         additivity=None if problem.table is None else additivity(problem, problem.table),
         settings={**settings, "free": list(names), "trials": count, "inputs": objective.n},
     )
+
+
+def one_budget(**budgets: float | None) -> tuple[str, float]:
+    """The one that is given; ConfigError if that is not exactly one."""
+    given = [(name, value) for name, value in budgets.items() if value is not None]
+    if len(given) != 1:
+        *others, last = (f"{name}=" for name in budgets)
+        got = ", ".join(f"{name}=" for name, _ in given) or "none"
+        raise ConfigError(f"give one of {', '.join(others)} and {last}, got {got}")
+    return given[0]
 
 
 def _sample(config: PruneConfig, shape: Shape) -> PruneConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..config import PruneConfig
@@ -31,6 +31,35 @@ class Free:
     def others(self, space: Space, name: str) -> list[Space]:
         """The spaces that other values of one field lead to, where they fit the model."""
         return [self.space_of(config) for config in alternatives(space.config, name, self.shape, self.check)]
+
+    def first_within(self, space: Space, by_rule: bool) -> Space:
+        """The space if a schedule of it is within the budget, else the first that the fields lead to where one is.
+
+        Args:
+            by_rule: the schedule shall be that of the method's rule.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        errors = []
+        for each in self._all(space):
+            try:
+                each.check_reach(by_rule)
+            except ConfigError as error:
+                errors.append(error)
+            else:
+                return each
+        raise errors[0]
+
+    def _all(self, space: Space) -> Iterator[Space]:
+        """A space, and those that any values of all fields lead to; one by one, since timing one takes a while."""
+        spaces = [space]
+        yield space
+        for name in self.names:
+            for each in tuple(spaces):
+                for other in self.others(each, name):
+                    spaces.append(other)
+                    yield other
 
 
 def alternatives(

@@ -147,7 +147,7 @@ class Latency:
             whole = float(np.interp(entering + others, self.lengths, self.of_block))
             return whole * untimed.step(place, entering, left) / untimed.step(0, entering, entering) + choice
 
-        return Costs(self.dense, self.fixed, step)
+        return Costs(self.dense, self.fixed, step, "s")
 
     def _timed(self, label: str, arms: Sequence[Callable[[], Any]]) -> list[float]:
         """Seconds of the dense model, and each arm's time as a part of that in the same round: medians over rounds."""

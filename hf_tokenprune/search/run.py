@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,13 @@ from ..evaluation.answers import prompts
 from ..evaluation.classes import in_classes_of, names_of
 from ..evaluation.preprocess import PreprocessedImages, collate
 from ..evaluation.zero_shot import similarity_to_classes
-from . import SearchResult, search
+from . import SearchResult, one_budget, search
+from .journal import JOURNAL, REPORT, check_same_search
 from .objective import check_goal
 from .strategies import check_strategy
 from .synthetic import synthesize
 
-JOURNAL = "journal.jsonl"
-REPORT = "search.json"
+Batches = list[dict[str, Tensor]]
 
 
 def search_images(
@@ -51,8 +53,8 @@ def search_images(
     strategy: str | None,
     goal: Any,
     **options: Any,
-) -> tuple[SearchResult, str]:
-    """Search, write ``prune_config.json``, ``search.json`` and the journal into ``out``; the result and its summary.
+) -> tuple[dict[str, Any], str]:
+    """Search, write ``prune_config.json``, ``search.json`` and the journal into ``out``; the report and its summary.
 
     Args:
         path: of the model's checkpoint, for its processor.
@@ -67,13 +69,25 @@ def search_images(
         strategy: as for ``search``; None: "rule" for images made from the model, which tell fields apart but not
             schedules, else "dynamic".
         options: other arguments of ``search``.
+
+    Raises:
+        ConfigError: ``out`` holds the result of another search, or a config that no search wrote; what ``search`` and
+            the data raise.
     """
+    asked = {
+        **{"model": path, "images": images, "config": config.to_dict(), **budget, "free": free, "set": [*fixed]},
+        **{"split": split, "limit": limit, "batch_size": batch_size, "strategy": strategy, "goal": goal, **options},
+        **{"class_names": class_names and str(class_names), "questions": questions, "prompt": prompt},
+    }
+    one_budget(**budget)  # as much as can be told before images are read or made
+    check_same_search(out, asked)
     strategy = strategy or ("rule" if images is None else "dynamic")
-    check_strategy(strategy, options["trials"])  # before images are read or made
+    check_strategy(strategy, options["trials"])
     if goal is not None:
         check_goal(goal)
     run: Any = None
     labels: Tensor | None = None
+    batches: Batches | Callable[[], Batches]
     if find_adapter(model).shape(model).kind == "decoder":
         if goal == "accuracy":
             raise ConfigError("--goal accuracy is about classes; use another one, or give tokens of answers in Python")
@@ -83,7 +97,7 @@ def search_images(
     elif images is None:
         if goal == "accuracy" or class_names:
             raise ConfigError("without images there are no labels and no class names: use another --goal")
-        batches = _synthetic(model, limit, batch_size, options["seed"], progress)
+        batches = partial(_synthetic, model, limit, batch_size, options["seed"], progress)
     else:
         # Labels are read where they are used: for this goal, and for the names of classes of a model with a text tower.
         needed = goal == "accuracy" or (hasattr(model, "get_text_features") and class_names is None)
@@ -93,16 +107,16 @@ def search_images(
             images, limit, split, image_column or "image", (label_column or "label") if needed else None
         )
         run, batches, labels = _real(path, model, dataset, batch_size, class_names)
-    noun = "prompts" if "input_ids" in batches[0] else "images"
-    count = sum(len(batch.get("input_ids", next(iter(batch.values())))) for batch in batches)
-    bar = tqdm(desc=f"search {config.method}", unit="evaluation", disable=not progress)
+    bar = tqdm(disable=True)
 
-    def start(evaluations: int, seconds: float) -> None:
-        bar.reset(total=evaluations)
+    def start(evaluations: int, inputs: int, seconds: float) -> None:
+        nonlocal bar
         time = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-        bar.write(f"{evaluations} evaluations on {count} {noun}, at most about {time}")
+        noun = "prompts" if "text_tokens" in options else "images"
+        tqdm.write(f"{evaluations} evaluations on {inputs} {noun}, at most about {time}", sys.stderr)
+        bar = tqdm(total=evaluations, desc=f"search {config.method}", unit="evaluation")
 
-    with bar:
+    try:
         result = search(
             model,
             config,
@@ -119,12 +133,12 @@ def search_images(
             on_trial=lambda trial: bar.update(),
             **options,
         )
+    finally:
+        bar.close()
+    report = {**result.to_dict(), "asked": asked}
     result.config.save_pretrained(out)
-    (out / REPORT).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return result, summary(result, out)
-
-
-Batches = list[dict[str, Tensor]]
+    (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report, summary(result, out)
 
 
 def _real(

@@ -31,11 +31,13 @@ class Costs:
         dense: of the model as it is.
         fixed: everything that no schedule changes.
         step: (place, prunable tokens that enter, that leave) -> cost of the layer; of a place in front of them 0.
+        unit: of all of them, "MACs" or "s".
     """
 
     dense: float
     fixed: float
     step: Callable[[int, int, int], float]
+    unit: str = "MACs"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,29 @@ class Space:
         """Of one image."""
         entering = (self.num_tokens, *schedule)
         return self.costs.fixed + sum(map(self.costs.step, self.places, entering, schedule))
+
+    @cached_property
+    def tightest(self) -> Schedule:
+        """The schedule that costs least: as many tokens as may be leave, in the first places, and in as many as pay."""
+        stages = self.slots[:1] if self.config.one_stage else self.slots
+        wanted = ([0.0] * (slot + 1) + [float(self.num_tokens)] * (len(self.places) - slot - 1) for slot in stages)
+        return min(map(self.clamped, wanted), key=self.cost)
+
+    def check_reach(self, by_rule: bool = False) -> None:
+        """Raise ConfigError if no schedule, or not that of the method's rule, is within the budget."""
+        if by_rule and self.rule():
+            return
+        unit, least = self.costs.unit, self.cost(self.tightest)
+        asked = f"a budget of {self.budget:.4g} {unit} is out of reach of"
+        if least > self.budget:
+            raise ConfigError(
+                f"{asked} {self.config.method} on this model, whose strongest schedule takes {least:.4g} {unit}; raise "
+                "it, or take another method"
+            )
+        if by_rule:
+            raise ConfigError(
+                f"{asked} the rule of {self.config.method} on this model; raise it, or search its schedules, on images"
+            )
 
     def clamped(self, wanted: list[float]) -> Schedule:
         """The schedule nearest to ``wanted`` counts, place by place."""

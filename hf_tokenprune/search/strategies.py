@@ -109,8 +109,8 @@ def solve(problem: Problem, table: np.ndarray) -> Schedule:
                 choice[j, bins:][better] = i
         best = new
         choices.append(choice)
-    if not np.isfinite(best).any():
-        raise ConfigError(_out_of_reach(space))
+    if not np.isfinite(best).any():  # costs are rounded up, and counts come in strides
+        return _tightest(space)
     j, used = (int(index) for index in np.unravel_index(np.argmin(best), best.shape))
     found: list[float] = [counts[j]]
     for place, choice in zip(reversed(space.places), reversed(choices), strict=True):
@@ -159,9 +159,7 @@ def coordinate_descent(problem: Problem, seed: int = 0, trials: int = 60) -> Tri
     start = problem.best_of(space)
     if start is None:
         evenly = space.within([1.0] * len(space.places))
-        if evenly is None:
-            raise ConfigError(_out_of_reach(space))
-        start = problem.measure(evenly, discard=False)
+        start = problem.measure(evenly or _tightest(space), discard=False)
     current, value, num_tokens = start.schedule, start.distortion, space.num_tokens
     size = num_tokens / 8
     for _ in range(trials):
@@ -197,14 +195,15 @@ def monte_carlo(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
     return _best(problem)
 
 
-def _out_of_reach(space: Space) -> str:
-    return f"budget {space.budget:.4g} is out of reach of {space.config.method} on this model"
+def _tightest(space: Space) -> Schedule:
+    """The schedule that costs least, where there is no choice; ConfigError if that is too much."""
+    space.check_reach()
+    return space.tightest
 
 
 def _best(problem: Problem) -> Trial:
-    if problem.best is None:
-        raise ConfigError(f"no schedule within the budget {problem.space.budget:.4g} was found; raise it")
-    return problem.best
+    """The best schedule that was measured; where none of those proposed was within the budget, the tightest one."""
+    return problem.best or problem.measure(_tightest(problem.space), discard=False)
 
 
 def with_optuna(problem: Problem, seed: int = 0, trials: int = 100) -> Trial:
@@ -249,9 +248,9 @@ def rule_alone(problem: Problem, seed: int = 0, trials: int = 0) -> Trial:
     Raises:
         ConfigError: the rule does not reach the budget.
     """
+    problem.space.check_reach(by_rule=True)
     found = problem.rule()
-    if found is None:
-        raise ConfigError(f"the rule: {_out_of_reach(problem.space)}")
+    assert found is not None
     return found
 
 
@@ -265,8 +264,14 @@ STRATEGIES: dict[str, Callable[..., Trial]] = {
 
 
 def check_strategy(strategy: str, trials: int | None) -> None:
-    """Raise ConfigError unless there is this strategy, and a number of trials has an effect on it."""
+    """Raise ConfigError unless there is this strategy, and a number of trials has an effect on it.
+
+    Raises:
+        ImportError: what it needs is not installed.
+    """
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
     if strategy == "rule" and trials is not None:
         raise ConfigError(f"trials={trials} has no effect with strategy='rule', which tries no schedules; leave it out")
+    if strategy == "optuna":
+        require("optuna", "optuna")
