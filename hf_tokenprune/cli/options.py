@@ -95,7 +95,10 @@ FreeOpt = Annotated[
 SplitOpt = Annotated[str | None, typer.Option(help="Split of a dataset, or subfolder.")]
 LimitOpt = Annotated[int | None, typer.Option(help="At most so many images, evenly spread.", min=1)]
 ClassNamesOpt = Annotated[
-    Path | None, typer.Option(help="For CLIP-like models: a text file with the name of class 0, 1, ... in its lines.")
+    Path | None,
+    typer.Option(
+        exists=True, dir_okay=False, help="For CLIP-like: a text file with the name of class 0, 1, ... in its lines."
+    ),
 ]
 TemplateOpt = Annotated[
     list[str] | None,
