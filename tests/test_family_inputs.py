@@ -45,6 +45,16 @@ def test_vit_mae_that_masks_is_refused() -> None:
     assert snapshot(model) == before
 
 
+def test_vit_mae_that_masks_later_is_refused() -> None:
+    model = tiny_model("vit_mae", ViTMAEModel)
+    expected = states(prune(model, CONFIG), pixel_values=images())
+    model.config.mask_ratio = 0.75
+    with pytest.raises(UnsupportedModelError, match=r"mask_ratio=0.75.*set model.config.mask_ratio = 0"):
+        states(model, pixel_values=images())
+    model.config.mask_ratio = 0.0
+    assert torch.equal(states(model, pixel_values=images()), expected)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_siglip2_with_a_mask_that_masks_nothing(attention: str) -> None:
     """It is left out, as the result without it shows; the head would compare it with all patches."""

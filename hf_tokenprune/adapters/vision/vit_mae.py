@@ -29,13 +29,23 @@ def in_order(pixels: Tensor, patch_size: int | tuple[int, int] | list[int]) -> T
     return torch.arange(num_patches, device=pixels.device).expand(pixels.shape[0], -1)
 
 
+def check_whole_images(mask_ratio: float) -> None:
+    """Raise UnsupportedModelError where patches are masked."""
+    if mask_ratio:
+        raise UnsupportedModelError(
+            f"mask_ratio={mask_ratio}: the encoder sees a random part of the patches in random order; for features of "
+            "whole images set model.config.mask_ratio = 0"
+        )
+
+
 class RasterOrder:
-    """Forward pre-hook: patches stay in their order, as methods and records suppose, and are not shuffled."""
+    """Forward pre-hook: patches stay in their order, as methods and records suppose, and are not shuffled or masked."""
 
     def __call__(self, encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         names = ("pixel_values", "noise", "interpolate_pos_encoding", "attention_mask")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         config: Any = encoder.config
+        check_whole_images(config.mask_ratio)  # it may have been set since
         noise = given.get("noise")
         if noise is None:
             noise = in_order(given["pixel_values"], config.patch_size)
@@ -55,9 +65,5 @@ class ViTMAEAdapter(ViTAdapter):
         return {**super().image_inputs(model, pixels), "noise": in_order(pixels, model.config.patch_size)}
 
     def check(self, model: PreTrainedModel, stages: tuple[Stage, ...], **options: Any) -> None:
-        if model.config.mask_ratio:
-            raise UnsupportedModelError(
-                f"mask_ratio={model.config.mask_ratio}: the encoder sees a random part of the patches in random order; "
-                "for features of whole images set model.config.mask_ratio = 0"
-            )
+        check_whole_images(model.config.mask_ratio)
         super().check(model, stages, **options)
