@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from hf_tokenprune import PruneConfig, UnsupportedModelError, prune, record
+from hf_tokenprune.adapters._capture import Capture, capture_attention_forward, enable_capture
 from hf_tokenprune.adapters.vision._carry import Carry
 from hf_tokenprune.engine import plan
 from hf_tokenprune.methods.tome import ToMeStage
@@ -210,6 +211,23 @@ def test_token_mass_is_conserved(pair: Any, monkeypatch: pytest.MonkeyPatch) -> 
         assert each.min() >= 1 and torch.equal(each, each.round())
         assert each.sum(1).tolist() == [shape.num_patches + shape.num_protected] * BATCH
     assert sizes[-1].shape[1] < sizes[0].shape[1]
+
+
+def test_sizes_bias_the_attention_of_their_own_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps are made in pieces of the batch; each has the sizes of its samples. Against one softmax of them all."""
+    model = tiny_model("vit", ViTModel)
+    attention = get_adapter("vit").attention(get_adapter("vit").blocks(model)[0])
+    enable_capture(attention)
+    queries, keys, values = torch.randn(3, 5, 4, 9, 8)
+    sizes = torch.randint(1, 5, (5, 9)).float()
+    capture = Capture(frozenset({"attention"}), sizes.log()[:, None, None])
+    monkeypatch.setattr("hf_tokenprune.adapters._capture.CACHE_BYTES", 2 * 4 * 4 * 9 * 9)
+    output, _ = capture_attention_forward(attention, queries, keys, values, None, 0.3, token_prune_capture=capture)
+    assert len(capture.attention) == 3
+    weights = (queries @ keys.mT * 0.3).exp() * sizes[:, None, None]
+    expected = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(torch.cat(capture.attention), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(output, (expected @ values).transpose(1, 2), atol=1e-6, rtol=1e-5)
 
 
 # -- restored patches ------------------------------------------------------------------------------------------------
