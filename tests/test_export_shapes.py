@@ -21,14 +21,15 @@ CONFIGS = [
 ]
 
 
-def classifier(config: PruneConfig) -> Any:
-    return prune(tiny_model("vit", ViTForImageClassification, num_hidden_layers=4), config)
+def classifier(config: PruneConfig, depth: int) -> Any:
+    """Few blocks: the compiler takes seconds for each that prunes."""
+    return prune(tiny_model("vit", ViTForImageClassification, num_hidden_layers=depth), config)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
 def test_a_graph_of_any_batch_size_has_no_stable_sort(config: PruneConfig) -> None:
     """ONNX has no operator for it."""
-    model = classifier(config)
+    model = classifier(config, depth=2)
     sizes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
     with torch.no_grad():
         exported = torch.export.export(model, (), {"pixel_values": images(2)}, dynamic_shapes=sizes)
@@ -76,7 +77,7 @@ def test_ties_go_to_the_lower_position(
 @pytest.mark.parametrize("config", [EViTConfig(), ZeroTPruneConfig()], ids=lambda config: config.method)
 def test_counts_are_numbers_to_a_compiler_of_dynamic_shapes(config: PruneConfig) -> None:
     """As formulas of symbolic ratios they are nested floors, which it did not come back from simplifying."""
-    model, shapes = classifier(config), []
+    model, shapes = classifier(config, depth=3), []
 
     def backend(graph: torch.fx.GraphModule, example_inputs: Any) -> torch.fx.GraphModule:
         values = (node.meta.get("example_value") for node in graph.graph.nodes)

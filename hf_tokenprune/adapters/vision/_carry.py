@@ -29,7 +29,7 @@ class Carry:
         sizes: (B, P + N) float32, patches that each token stands for; no entry: one each.
         owner: (B, M) int64, place among the N prunable tokens of the one that stands for each of the M original ones;
             -1: it has left.
-        left: (B, M, D), last states of those that have left.
+        left: (B, M, D), last states of those that have left; no entry: none has.
     """
 
     exact: bool
@@ -68,9 +68,13 @@ class Carry:
         batch, entering, width = tokens.shape
         stands = _owner(reduction, entering)
         owner, left = self.owner.get(layer), self.left.get(layer)
-        if owner is None or left is None:
+        if left is None and _stays_of(reduction) == entering:  # nothing has left: merging alone needs no states
+            self.owner[layer + 1] = stands if owner is None else stands.gather(1, owner)
+            return
+        if owner is None:
             owner = torch.arange(entering, device=tokens.device).expand(batch, -1)
-            left = tokens.new_zeros(batch, entering, width)
+        if left is None:
+            left = tokens.new_zeros(batch, owner.shape[1], width)
         place = owner.clamp(min=0)
         after = torch.where(owner >= 0, stands.gather(1, place), -1)
         leaving = (owner >= 0) & (after < 0)
@@ -80,12 +84,18 @@ class Carry:
     def restored(self, layer: int, tokens: Tensor, num_protected: int) -> Tensor:
         """(B, P + N, D) that left ``layer`` as (B, P + M, D): every patch has the state of who stands for it, or its
         own last one."""
-        owner = self.owner.get(layer + 1)
+        owner, left = self.owner.get(layer + 1), self.left.get(layer + 1)
         if owner is None:
             return tokens
-        standing = gather_tokens(tokens[:, num_protected:], owner.clamp(min=0))
-        patches = torch.where((owner >= 0).unsqueeze(-1), standing, self.left[layer + 1])
+        patches = gather_tokens(tokens[:, num_protected:], owner if left is None else owner.clamp(min=0))
+        if left is not None:
+            patches = torch.where((owner >= 0).unsqueeze(-1), patches, left)
         return torch.cat([tokens[:, :num_protected], patches], dim=1)
+
+
+def _stays_of(reduction: Reduction) -> int:
+    """How many of the entering tokens survive, or are merged into one that does."""
+    return reduction.keep.shape[1] + (0 if reduction.merged is None else reduction.merged.shape[1])
 
 
 def _sums(sizes: Tensor, reduction: Reduction) -> Tensor:
