@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UnsupportedModelError
@@ -110,32 +111,37 @@ def read_layout(
     flat = host.flatten()
     number = flat % GONE
     kinds = torch.where(number > 0, IMAGE, TEXT).byte()
-    images: list[Tensor] = []
+    spans: list[tuple[int, int]] = []  # first and last token of each image, counted through all rows
     for n in number.unique().tolist():
         if n:
             places = (number == n).nonzero().flatten()
             told = tell(n, _runs(places, length))
-            for image, own in zip(told, places.split([image.length for image in told]), strict=True):
-                kinds[own[list(image.newlines)]] = newline
-                images.append(own)
+            *begins, _ = bounds = [0, *accumulate(image.length for image in told)]
+            newlines = [begin + i for begin, image in zip(begins, told, strict=True) for i in image.newlines]
+            kinds[places[newlines]] = newline
+            spans += zip(places[begins].tolist(), places[[end - 1 for end in bounds[1:]]].tolist(), strict=True)
     kinds[flat & GONE > 0] = DROPPED
     kinds[flat & PAD > 0] = PADDING
 
+    spans.sort()
+    before = F.pad((kinds == IMAGE).cumsum(0), (1, 0))
+    inside = before[[last + 1 for _, last in spans]] - before[[first for first, _ in spans]]
     counts: list[list[int]] = [[] for _ in range(batch)]
-    ends = [0] * batch
-    for own in sorted(images, key=lambda own: int(own[0])):
-        (row, first), (last_row, last) = divmod(int(own[0]), length), divmod(int(own[-1]), length)
-        if last_row != row or first < ends[row]:
+    ends = [row * length for row in range(batch)]
+    for (first, last), count in zip(spans, inside.tolist(), strict=True):
+        row = first // length
+        if last // length != row or first < ends[row]:
             raise UnsupportedModelError(
                 "the placeholders of an image are not together in one sample: a pruned model cannot tell whose they "
                 "are. Give every image with its own prompt, leave prefill_chunk_size out, or unprune(model)"
             )
-        counts[row].append(int((kinds[own] == IMAGE).sum()))
+        counts[row].append(count)
         ends[row] = last + 1
     rows = kinds.view(batch, length)
-    is_text = rows == TEXT
-    text = (is_text | (rows == NEWLINE)).sum(1).tolist()
-    tail = [int(row[end:].sum()) if end else 0 for row, end in zip(is_text, ends, strict=True)]
+    text = ((rows == TEXT) | (rows == NEWLINE)).sum(1).tolist()
+    before = F.pad((kinds == TEXT).cumsum(0), (1, 0))
+    behind = (before[length::length] - before[ends]).tolist()
+    tail = [own if images else 0 for own, images in zip(behind, counts, strict=True)]
     aligned = bool((rows[:, -1] != PADDING).all())
     rows = rows.to(marks.device)
     return rows, Layout(tuple(map(tuple, counts)), tuple(text), tuple(tail), aligned, rows == IMAGE)
