@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from .config_files import CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file, is_path, read_json
-from .config_files import MAX_FILE_BYTES as MAX_FILE_BYTES
 from .errors import ConfigError, did_you_mean
 from .field_types import convert, describe, few_values, field_types
 from .registry import get_method, list_methods

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from hf_tokenprune import (
-    ClsAttentionConfig,
     PruneConfig,
     ToMeConfig,
     UnsupportedModelError,
-    VisionZipConfig,
     prune,
     record,
     unprune,
@@ -18,7 +16,7 @@ from hf_tokenprune import (
 from hf_tokenprune.engine import plan
 from hf_tokenprune.registry import get_adapter
 
-from .decoder_families import tiny_vlm
+from .decoder_families import CASES, Case, places, tiny_vlm
 from .families import first_tensor, images, inputs_for, methods_for, refused, supported_classes, tiny_model
 
 FAMILIES = list({family: (family, cls) for family, cls in supported_classes()}.values())
@@ -53,13 +51,11 @@ def test_attention_that_changes_after_prune_is_followed_or_refused(family: Any, 
         assert torch.equal(first_tensor(model(**inputs)), fused)
 
 
-TOWER_METHODS = [VisionZipConfig(dominant=3, contextual=2), ClsAttentionConfig(keep_ratio=0.4)]
-
-
-@pytest.mark.parametrize("config", TOWER_METHODS, ids=lambda config: config.method)
-def test_a_tower_is_not_read_by_two_methods(config: PruneConfig) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if "vision_tower" in places(case)], ids=str)
+def test_a_tower_is_not_read_by_two_methods(case: Case) -> None:
     merged = ToMeConfig(r=2, restore=True)
     model = tiny_vlm("llava")
+    config = case.config(model)
     prune(model.model.vision_tower, merged)
     with pytest.raises(UnsupportedModelError, match=r"the vision tower is pruned itself.*divprune"):
         prune(model, config)

@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, ZeroTPruneConfig, list_methods
-from hf_tokenprune.config import CONFIG_NAME, FORMAT_VERSION, MAX_FILE_BYTES, as_config
+from hf_tokenprune.config import CONFIG_NAME, FORMAT_VERSION, as_config
+from hf_tokenprune.config_files import MAX_FILE_BYTES
 from hf_tokenprune.errors import ConfigError
 from hf_tokenprune.field_types import MAX_VALUES
 from hf_tokenprune.methods.layerwise import LayerwiseConfig

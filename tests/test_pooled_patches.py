@@ -1,5 +1,6 @@
 """Merging in front of heads that read all patches: merging equal tokens must cost nothing but rounding."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from transformers import (
 )
 
 from hf_tokenprune import PruneConfig, prune, pruned, unprune
+from hf_tokenprune.adapters.vision._carry import Carry
 from hf_tokenprune.cost import cost
 from hf_tokenprune.engine import plan
 from hf_tokenprune.registry import get_adapter
+from hf_tokenprune.signals import Reduction
 
 from .families import inputs_for, methods_for, refused, supported_classes, takes, tiny_model
 
@@ -70,6 +73,8 @@ def test_merging_equal_tokens_changes_no_head(family: Any, config: PruneConfig) 
     if refused(model, config):
         pytest.skip("this family lacks what the method needs")
     dense = pooled(model)
+    if not dense:
+        pytest.skip("it says nothing of whole images")
     with pruned(model, config):
         found = pooled(model)
     for name, expected in dense.items():
@@ -92,6 +97,40 @@ def test_cross_attention_reads_restored_patches() -> None:
         prune(model.encoder, PruneConfig.for_method("tome", r=5, restore=True))
         torch.testing.assert_close(model(**inputs).logits, dense, rtol=1e-4, atol=2e-5)
         assert torch.equal((unprune(model.encoder), model(**inputs).logits)[1], dense)
+
+
+@pytest.mark.parametrize("kinds", list(product(("merge", "drop", "both"), repeat=3)), ids="-".join)
+def test_a_patch_gets_the_state_of_who_stands_for_it_or_its_own_last_one(kinds: tuple[str, ...]) -> None:
+    """Through three blocks in which tokens are merged, leave, or both; beside a loop over patches."""
+    batch, tokens, protected, width = 2, torch.randn(2, 1 + 12, 3), 1, 3
+    carry = Carry(exact=False)
+    owner: list[list[int | None]] = [list(range(12)) for _ in range(batch)]
+    last = torch.zeros(batch, 12, width)
+    for layer, kind in enumerate(kinds):
+        count = tokens.shape[1] - protected
+        order = torch.rand(batch, count).argsort(1)
+        n_keep, left = count - 3, {"merge": count, "drop": count - 3, "both": count - 1}[kind]
+        keep, merged = order[:, :n_keep].sort(dim=1).values, order[:, n_keep:left]
+        into = torch.randint(n_keep, merged.shape)
+        reduction = Reduction(keep) if kind == "drop" else Reduction(keep, merged, into)
+        carry.on_block(layer)
+        carry.on_reduction(layer, reduction, tokens, protected, restore=True)
+        for b, patch in product(range(batch), range(12)):
+            place = owner[b][patch]
+            if place is None:
+                continue
+            stands = dict(zip(merged[b].tolist(), into[b].tolist(), strict=True))
+            stands |= {position: i for i, position in enumerate(keep[b].tolist())}
+            owner[b][patch] = stands.get(place)
+            if place not in stands:
+                last[b, patch] = tokens[b, protected + place]
+        tokens = torch.randn(batch, protected + n_keep, width)
+    found = carry.restored(len(kinds) - 1, tokens, protected)
+    assert torch.equal(found[:, :protected], tokens[:, :protected])
+    for b, patch in product(range(batch), range(12)):
+        place = owner[b][patch]
+        expected = last[b, patch] if place is None else tokens[b, protected + place]
+        assert torch.equal(found[b, protected + patch], expected)
 
 
 def test_the_work_of_a_pooling_head_is_counted_for_all_patches() -> None:
