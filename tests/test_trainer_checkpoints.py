@@ -1,7 +1,9 @@
 """Checkpoints of the stock ``Trainer``: another pruning than before is said, and weights come back as documented."""
 
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +60,28 @@ def callbacks(request: pytest.FixtureRequest) -> Iterator[list[Any] | None]:
     disable_auto()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PruneConfig | None], Path]:
+    """The folder of a run of one step with a model that is pruned so; nothing was said in it."""
+
+    @cache
+    def folder(config: PruneConfig | None) -> Path:
+        path = tmp_path_factory.mktemp("trained")
+        assert said(lambda: trainer(vit(config), path, 1, callbacks=[PruningCallback]).train()) == []
+        return path
+
+    return folder
+
+
 def words(config: PruneConfig | None) -> str:
     return "dense" if config is None else f"pruned by {config}"
 
 
 @pytest.mark.parametrize(("then", "now"), [(A, None), (A, B), (None, A), (A, A), (None, None)], ids=str)
 def test_going_on_with_another_pruning_is_said(
-    then: PruneConfig | None, now: PruneConfig | None, callbacks: list[Any] | None, tmp_path: Path
+    then: PruneConfig | None, now: PruneConfig | None, callbacks: list[Any] | None, trained: Any, tmp_path: Path
 ) -> None:
-    assert said(lambda: trainer(vit(then), tmp_path, 1, callbacks=callbacks).train()) == []
+    shutil.copytree(trained(then), tmp_path, dirs_exist_ok=True)
     resumed = trainer(vit(now), tmp_path, 2, callbacks=callbacks)
     messages = said(lambda: resumed.train(resume_from_checkpoint=True))
     if then == now:
@@ -77,10 +92,9 @@ def test_going_on_with_another_pruning_is_said(
         assert f"it was {words(then)}, and is now {words(now)}" in message
 
 
-def test_a_checkpoint_that_lies_elsewhere(tmp_path: Path) -> None:
-    trainer(vit(A), tmp_path / "first", 1).train()
-    where = str(tmp_path / "first" / "checkpoint-1")
-    resumed = trainer(vit(), tmp_path / "second", 2, callbacks=[PruningCallback], resume_from_checkpoint=where)
+def test_a_checkpoint_that_lies_elsewhere(trained: Any, tmp_path: Path) -> None:
+    where = str(trained(A) / "checkpoint-1")
+    resumed = trainer(vit(), tmp_path, 2, callbacks=[PruningCallback], resume_from_checkpoint=where)
     (message,) = said(lambda: resumed.train(resume_from_checkpoint=where))
     assert where in message
 
