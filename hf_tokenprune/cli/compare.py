@@ -75,9 +75,7 @@ def compare(
         raise ConfigError("methods compare at equal work: give budgets with --gmacs, such as -g 1.0 -g 0.85")
     writable_folder(out)
     dataset = load_images(images, limit=limit, split=split, **which)
-    loaded = load_dense(model, "cpu")
-    if of_dtype is not None:
-        loaded.to(of_dtype)
+    loaded = load_dense(model, "cpu", of_dtype)
     if method or prune_config:
         variants = configs_for(loaded, model, method, set_, gmacs, prune_config)
     else:

@@ -74,9 +74,7 @@ def evaluate(
     check_effect(decoder, of_images if decoder else no_effect)
     load: Any = load_questions if decoder else partial(load_images, **images)
     dataset = load(data, limit=limit, split=split)
-    loaded = load_dense(model, "cpu")
-    if of_dtype is not None:
-        loaded.to(of_dtype)
+    loaded = load_dense(model, "cpu", of_dtype)
     choose = partial(configs_for, loaded, model, method, set_, gmacs, prune_config)
     report, variants = evaluate_model(
         model, loaded, dataset, choose, class_names=class_names, templates=template, prompt=prompt,

@@ -225,11 +225,11 @@ def dtype_for(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def load_dense(path: str, device: str | torch.device) -> Any:
-    """The stock model, whatever config the checkpoint carries."""
+def load_dense(path: str, device: str | torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The stock model, whatever config the checkpoint carries; ``dtype`` None: the checkpoint's."""
     from ..sharing.pretrained import class_of
 
-    return load_weights(class_of(read_config(path)), path).to(device)
+    return load_weights(class_of(read_config(path)), path).to(device, dtype)
 
 
 def random_model(path: str) -> Any:

@@ -29,7 +29,7 @@ from ._view import View, moved
 
 @dataclass
 class Forward:
-    """What :func:`enter` found out, and what the stages decide on the way. Lives as long as one forward.
+    """What was found out at the entrance, and what the stages decide on the way. Lives as long as one forward.
 
     Attributes:
         decoder: the language model.
@@ -37,7 +37,8 @@ class Forward:
         starts: first layer of each segment.
         views: by segment, as far as the forward has come.
         held: keys in the cache before this forward, by segment.
-        past: the state of the cache before this forward.
+        past: by segment, what the cache knew before this forward.
+        seen: tokens that the caller had fed before this forward.
         cache: None where the caller uses none.
         layout: of the newest view; None where no image is in the input.
         image_rank: (B, T) int64, of each image token its number in the sample; -1 for others.
