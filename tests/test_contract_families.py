@@ -25,6 +25,7 @@ from hf_tokenprune import (
     save_pretrained,
     unprune,
 )
+from hf_tokenprune.adapters._capture import Capture
 from hf_tokenprune.config import Where
 from hf_tokenprune.engine import options, plan
 from hf_tokenprune.registry import get_adapter, get_method
@@ -403,14 +404,41 @@ def test_bfloat16(family, config) -> None:
     assert rec.tokens[TINY["num_hidden_layers"] - 1] < rec.tokens[0]
 
 
-@every_kind
-def test_autocast_scores_in_float32(family, config) -> None:
-    """The first pruned layer sees the same q and k with and without autocast being on around the decision."""
-    model = prune(tiny_model(*family), config)
-    with record(model) as rec, torch.autocast("cpu", dtype=torch.bfloat16):
-        result = run(model)
-    assert result.isfinite().all()
-    assert rec.tokens[TINY["num_hidden_layers"] - 1] < rec.tokens[0]
+@every_pair
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_scores_are_made_in_float32(family, config, precision: str, monkeypatch) -> None:
+    """What a method reads of attention is the softmax in float32 of the queries and keys that the layer used."""
+    watched: list[tuple[Capture, Signals]] = []
+    stock_store, stock_signals = Capture.store, Capture.signals
+    used: dict[Capture, tuple[torch.Tensor, torch.Tensor, float]] = {}
+
+    def store(self: Capture, queries, keys, values, scaling) -> None:
+        used[self] = queries, keys, scaling
+        stock_store(self, queries, keys, values, scaling)
+
+    def signals(self: Capture, *args: Any) -> Signals:
+        watched.append((self, stock_signals(self, *args)))
+        return watched[-1][1]
+
+    monkeypatch.setattr(Capture, "store", store)
+    monkeypatch.setattr(Capture, "signals", signals)
+    model, pixels = prune(tiny_model(*family), config), images()
+    if precision == "bfloat16":
+        model, pixels = model.to(torch.bfloat16), pixels.to(torch.bfloat16)
+    with record(model) as rec, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        assert run(model, pixels).isfinite().all()
+    assert rec.tokens[TINY["num_hidden_layers"] - 1] < rec.tokens[0] and watched
+    for capture, signal in watched:
+        if capture not in used:  # nothing of the attention is read
+            continue
+        queries, keys, scaling = used[capture]
+        assert queries.dtype == torch.bfloat16
+        logits = queries.float() @ keys.float().mT * scaling
+        expected = (logits if capture.bias is None else logits + capture.bias).softmax(-1)
+        if signal.attention is not None:
+            torch.testing.assert_close(torch.cat(signal.attention), expected, atol=1e-6, rtol=1e-5)
+        if signal.cls_attention is not None:
+            torch.testing.assert_close(signal.cls_attention, expected[:, :, 0], atol=1e-6, rtol=1e-5)
 
 
 @every_pair
