@@ -184,10 +184,12 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
         )
     stages = config.stages_for(shape)
     layers = [stage.layer for stage in stages if stage.where in get_args(Where)]
-    if layers != sorted(set(layers)) or not all(0 <= layer < shape.depth for layer in layers):
+    followed = isinstance(shape, DecoderShape)  # tokens leave where the layer behind a stage begins
+    noun = "layers" if followed else "blocks"
+    if layers != sorted(set(layers)) or not all(0 <= layer < shape.depth - followed for layer in layers):
         raise ConfigError(
-            f"{config} prunes in blocks {layers}: expected ascending ones of 0..{shape.depth - 1}, "
-            f"this model has {shape.depth} blocks"
+            f"{config} prunes in {noun} {layers}: expected ascending ones of 0..{shape.depth - 1 - followed}"
+            f"{', each with a layer behind it' if followed else ''}, this model has {shape.depth} {noun}"
         )
     effective = [stage for stage, entering, n_keep in counts(stages, shape) if n_keep < entering]
     if options(config).get("exact_last_block"):  # which reads all tokens, and gives none of them on

@@ -310,6 +310,22 @@ def test_layers_that_do_not_exist_are_refused(layers) -> None:
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.in_layers], ids=str)
+def test_no_token_leaves_behind_the_last_layer(case: Case) -> None:
+    """There is no layer that could begin without it, whatever the method."""
+    model = tiny_vlm("llava")
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"0\.\.6, each with a layer behind it.*this model has 8 layers"):
+        prune(model, case.config(model, layers=(6, 7)))
+    assert snapshot(model) == before
+    prune(model, case.config(model, layers=(5, 6)))
+    inputs = sample(model, ONE_IMAGE)
+    output = run(model, inputs, output_hidden_states=True, use_cache=True)
+    five, six, seven = lengths(output[CACHE_NAME])[5:]
+    assert inputs["input_ids"].shape[1] == five > six > seven
+    assert {states.shape[1] for states in output.hidden_states} == {five}
+
+
 # -- odd inputs that work --------------------------------------------------------------------------------------------
 
 

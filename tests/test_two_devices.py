@@ -13,6 +13,7 @@ from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 
 from .decoder_families import DEPTH, ONCE, Case, Inputs, adapter_of, collate, lengths, run, sample, tiny_vlm
 from .test_contract_decoders import ONE_IMAGE, id_of
+from .test_packed_samples import packed
 from .two_devices import CPU, FIRST, SECOND, Devices, device_of, put, spread
 
 
@@ -76,6 +77,21 @@ def test_layers_of_two_devices(pair: tuple[str, Case], first_of_second: int) -> 
     assert expected["lengths"][DEPTH - 1] < inputs["input_ids"].shape[1]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert device_of(found["logits"]) == SECOND
+
+
+@pytest.mark.parametrize("pair", ONCE, ids=id_of)
+def test_a_packed_row_over_two_devices(pair: tuple[str, Case]) -> None:
+    """Samples get their places in the row again where the last layer is."""
+    family, case = pair
+    model = tiny_vlm(family)
+    row = packed([sample(model, ONE_IMAGE, 1), sample(model, "..I..", 2)])
+    prune(model, case.config(model))
+    expected = run(model, row, use_cache=False, output_hidden_states=True)
+    over_two(model, 3)
+    with Devices():
+        found = run(model, on_first(row), use_cache=False, output_hidden_states=True)
+    for name in ("logits", "hidden_states"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
 
 
 def test_the_emulation_tells_devices_apart() -> None:

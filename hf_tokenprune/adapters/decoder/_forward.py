@@ -118,7 +118,7 @@ class Forward:
             return states
         if len(self.views) == index:  # else: recomputed for a backward, and decided already
             stage = self.stages[layer - 1]
-            with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+            with torch.no_grad():
                 self.follow(states.device)
                 if reads_text(stage, "next"):
                     rotary = self.layer_inputs(layer - 1, states, stock)["position_embeddings"]
@@ -138,7 +138,7 @@ class Forward:
         stage = self.stages.get(layer)
         if stage is None or not reads_text(stage, "own") or len(self.views) > self.segment(layer) + 1:
             return
-        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+        with torch.no_grad():
             self.follow(states.device)
             self.text = self.text_attention(stage, block, layer, states, given["position_embeddings"])
 
@@ -220,7 +220,8 @@ class Forward:
                     text_mask=None if text is None else text[1][rows[:, 0]],
                     layer_scores=torch.stack([score[rows, index] for score in scores], 1) if scores else None,
                 )
-                chosen = index.gather(1, stage.reduce(signals, group.n_keep).keep)
+                with torch.autocast(tokens.device.type, enabled=False):
+                    chosen = index.gather(1, stage.reduce(signals, group.n_keep).keep)
             keep[rows, chosen] = True
         self.layout = layout.after(count, stage.budget)
         return self.leave(keep, stage)

@@ -38,8 +38,8 @@ class Packed:
         return rows.flatten(0, 1)[self.take]
 
     def pack(self, samples: Tensor) -> Tensor:
-        """(S, L, ...) as (B, T, ...)."""
-        return samples.flatten(0, 1)[self.back]
+        """(S, L, ...) as (B, T, ...), where the samples are: the last layer may be on another device than the first."""
+        return samples.flatten(0, 1)[self.back.to(samples.device)]
 
 
 def read_packed(kwargs: dict[str, Any], cache: Any, use_cache: bool, like: Tensor) -> Packed | None:

@@ -25,6 +25,7 @@ def text_attention(
     """Attention (B, H, R, L) float32 of the last ``num_rows`` tokens, the share of each of the L tokens in it.
 
     Softmax over all keys a row may see: cached ones, and tokens of this forward that are not padding and not behind it.
+    Queries and keys are made in the autocast that the layer itself runs in, the rest in float32.
     Of all heads, also where this process works out a part of them only (tensor parallelism).
 
     Args:
@@ -40,7 +41,8 @@ def text_attention(
     if cached is not None:
         keys = torch.cat([cached.to(keys), keys], dim=2)
     grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (B, key heads, queries a key head, R, d)
-    logits = grouped @ keys.float().unsqueeze(2).mT * attention.scaling
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = grouped @ keys.float().unsqueeze(2).mT * attention.scaling
     num_keys = keys.shape[2]
     columns = torch.arange(num_keys, device=logits.device)
     visible = columns <= torch.arange(num_keys - num_rows, num_keys, device=logits.device)[:, None]  # (R, keys)
