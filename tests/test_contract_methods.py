@@ -209,7 +209,8 @@ def test_merging_conserves_patches_and_averages(stage: Stage) -> None:
     signals = signals_for(stage)
     reduction = stage.reduce(signals, stage.num_kept(36))
     tokens = torch.ones(4, 37, 1)
-    carry = Carry(exact=False, sizes={stage.layer: signals.sizes})
+    carry = Carry(exact=False)
+    carry.sizes[stage.layer] = signals.sizes
     carry.on_reduction(stage.layer, reduction, tokens, 1, restore=False)
     torch.testing.assert_close(carry.sizes[stage.layer + 1].sum(1), signals.sizes.sum(1))
     merged = merge_tokens(tokens[:, 1:], reduction.keep, reduction.merged, reduction.into, reduction.weights)

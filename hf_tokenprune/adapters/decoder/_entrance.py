@@ -163,7 +163,7 @@ def begin(decoder: Any, starts: list[int], tokens: Tensor, kwargs: dict[str, Any
         shift=shift,
         key_valid=extended(segments[0].valid, held[0], valid, length, tokens),
     )
-    return Forward(decoder, {}, starts, [view], held, segments, seen, cache)
+    return Forward(decoder, starts, view, held, segments, seen, cache)
 
 
 def later_views(forward: Forward, view: View) -> list[View]:

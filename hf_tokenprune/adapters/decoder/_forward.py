@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ from ._text_rows import text_attention
 from ._view import View, moved
 
 
-@dataclass
 class Forward:
     """What was found out at the entrance, and what the stages decide on the way. Lives as long as one forward.
+
+    No dataclass: FSDP with mixed precision gives every layer a copy of those among its arguments.
 
     Attributes:
         decoder: the language model.
@@ -50,22 +51,32 @@ class Forward:
         text: what the next stage reads of the text's attention, see :meth:`text_attention`.
     """
 
-    decoder: nn.Module
-    stages: dict[int, Stage]
-    starts: list[int]
-    views: list[View]
-    held: list[int]
-    past: list[Segment]
-    seen: int
-    cache: Cache | None
-    layout: Layout | None = None
-    image_rank: Tensor | None = None
-    originals: tuple[tuple[int, ...], ...] = ()
-    recorder: Any = None
-    proposed: int = 0
-    packed: Packed | None = None
-    observed: dict[int, Tensor] = field(default_factory=dict)
-    text: tuple[Tensor, Tensor] | None = None
+    def __init__(
+        self,
+        decoder: nn.Module,
+        starts: list[int],
+        view: View,
+        held: list[int],
+        past: list[Segment],
+        seen: int,
+        cache: Cache | None,
+    ) -> None:
+        self.decoder = decoder
+        self.stages: dict[int, Stage] = {}
+        self.starts = starts
+        self.views = [view]
+        self.held = held
+        self.past = past
+        self.seen = seen
+        self.cache = cache
+        self.layout: Layout | None = None
+        self.image_rank: Tensor | None = None
+        self.originals: tuple[tuple[int, ...], ...] = ()
+        self.recorder: Any = None
+        self.proposed = 0
+        self.packed: Packed | None = None
+        self.observed: dict[int, Tensor] = {}
+        self.text: tuple[Tensor, Tensor] | None = None
 
     def segment(self, layer: int) -> int:
         """Index of the segment that a layer belongs to."""

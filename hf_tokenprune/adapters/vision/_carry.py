@@ -6,7 +6,7 @@ by block, because gradient checkpointing runs blocks once more, last one first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from ...tokens import gather_tokens
 CARRY_ARGUMENT = "token_prune_carry"
 
 
-@dataclass
 class Carry:
     """By block, what enters it.
+
+    No dataclass: FSDP with mixed precision gives every block a copy of those among its arguments.
 
     Attributes:
         exact: whether the last block may leave out what the head does not read.
@@ -32,11 +33,12 @@ class Carry:
         left: (B, M, D), last states of those that have left; no entry: none has.
     """
 
-    exact: bool
-    attentions: bool = False
-    sizes: dict[int, Tensor] = field(default_factory=dict)
-    owner: dict[int, Tensor] = field(default_factory=dict)
-    left: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self, exact: bool, attentions: bool = False) -> None:
+        self.exact = exact
+        self.attentions = attentions
+        self.sizes: dict[int, Tensor] = {}
+        self.owner: dict[int, Tensor] = {}
+        self.left: dict[int, Tensor] = {}
 
     def on_device(self, layer: int, device: torch.device) -> None:
         """Take what enters a block to where it runs. accelerate moves the tensors among its arguments, not these."""
