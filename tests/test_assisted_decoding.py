@@ -10,7 +10,7 @@ from hf_tokenprune import prune, record
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.errors import UnsupportedModelError
 
-from .decoder_families import ONCE, Case, Inputs, lengths, run, sample, tiny_vlm
+from .decoder_families import ONCE, Case, Inputs, collate, lengths, run, sample, tiny_vlm
 from .test_contract_decoders import ONE_IMAGE, close, id_of
 from .test_generate import greedy, pruned_pair
 
@@ -64,6 +64,26 @@ def test_candidates_behind_a_prompt_choose_nothing(pair: tuple[str, Case]) -> No
             last = run(model, inputs, logits_to_keep=5).logits
         assert {name: sets.tolist() for name, sets in rec.kept.items()} == kept
         assert torch.equal(last, whole[:, -5:])
+
+
+@each_once
+def test_what_cannot_be_candidates_has_its_say(pair: tuple[str, Case]) -> None:
+    """More logits than there is text behind the image, or those of several prompts: nobody has proposed these tokens."""
+    family, case = pair
+    model = tiny_vlm(family)
+    one = sample(model, ONE_IMAGE)
+    prune(model, case.config(model))
+    tail = len(ONE_IMAGE) - ONE_IMAGE.index("I") - 1
+    length = one["input_ids"].shape[1]
+    batch = collate([one, sample(model, "..I..", 1)])
+    for inputs, count in ((one, tail + 2), (one, length), (one, length + 9), (batch, 3), (batch, length)):
+        with record(model) as rec:
+            whole = run(model, inputs).logits
+        kept = {name: sets.tolist() for name, sets in rec.kept.items()}
+        with record(model) as rec:
+            last = run(model, inputs, logits_to_keep=count, **{CACHE_NAME: DynamicCache()}).logits
+        assert {name: sets.tolist() for name, sets in rec.kept.items()} == kept
+        assert torch.equal(last, whole[:, -count:])
 
 
 def test_a_pruned_assistant_is_refused_with_the_reason() -> None:

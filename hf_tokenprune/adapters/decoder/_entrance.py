@@ -36,7 +36,8 @@ class CountProposals:
     """Forward pre-hook of the model with the head: assisted decoding lets it check candidates behind the prompt.
 
     It asks for the logits of one token more than there are candidates, and always gives a cache, from which it takes
-    the rejected ones again. They are not part of the prompt, so they must not choose image tokens.
+    the rejected ones again. They are not part of the prompt, so they must not choose image tokens. Where so many tokens
+    cannot be candidates, :func:`let_leave` takes them for text of the prompt.
     """
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -185,6 +186,8 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
     marks = read_marks(everything.valid, embeds, images, tower)
     newline = NEWLINE if state.stages[0].newlines == "protect" else IMAGE if tower is None else DROPPED
     kinds, forward.layout = read_layout(marks, partial(images.tell, with_newlines=newline != IMAGE), newline)
+    if len(forward.layout.tail) > 1 or forward.proposed > forward.layout.tail[0]:
+        forward.proposed = 0  # candidates are text behind the last image of the one prompt there is
     forward.image_rank = torch.where(images.mask, images.mask.long().cumsum(1) - 1, -1)
     if forward.recorder is not None:
         forward.recorder.on_start()
