@@ -68,7 +68,7 @@ def test_candidates_behind_a_prompt_choose_nothing(pair: tuple[str, Case]) -> No
 
 @each_once
 def test_what_cannot_be_candidates_has_its_say(pair: tuple[str, Case]) -> None:
-    """More logits than there is text behind the image, or those of several prompts: nobody has proposed these tokens."""
+    """More logits than there is text behind the image, or those of several prompts: nobody has proposed these."""
     family, case = pair
     model = tiny_vlm(family)
     one = sample(model, ONE_IMAGE)

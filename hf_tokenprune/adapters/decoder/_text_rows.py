@@ -5,10 +5,11 @@ Recomputed from queries and keys of those rows (R × L instead of L × L), besid
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import UnsupportedModelError
@@ -36,8 +37,9 @@ def text_attention(
         key_valid: (B, K + L) bool, False for padding; None: no padding.
     """
     cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rotary)
-    queries = _heads(attention.q_proj(normed[:, -num_rows:]), attention, cos[:, -num_rows:], sin[:, -num_rows:])
-    keys = _heads(attention.k_proj(normed), attention, cos, sin)
+    with _same_randomness(attention, normed.device):
+        queries = _heads(attention.q_proj(normed[:, -num_rows:]), attention, cos[:, -num_rows:], sin[:, -num_rows:])
+        keys = _heads(attention.k_proj(normed), attention, cos, sin)
     if cached is not None:
         keys = torch.cat([cached.to(keys), keys], dim=2)
     grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (B, key heads, queries a key head, R, d)
@@ -50,6 +52,18 @@ def text_attention(
         visible = visible & key_valid[:, None, None, None]
     probabilities = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()  # rows of filling see nothing
     return all_heads(probabilities.flatten(1, 2)[..., num_keys - normed.shape[1] :], attention)
+
+
+def _same_randomness(attention: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    """Within: random numbers that projections draw (LoRA with dropout) are drawn again by the layer itself.
+
+    Gradient checkpointing runs the layer once more without choosing; it must meet the same ones then.
+    """
+    if not attention.training:
+        return nullcontext()
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=())
+    return torch.random.fork_rng(devices=(device,), device_type=device.type)
 
 
 def all_heads(attention_of_mine: Tensor, attention: Any) -> Tensor:
