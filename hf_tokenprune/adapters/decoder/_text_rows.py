@@ -61,7 +61,7 @@ def _same_randomness(attention: nn.Module, device: torch.device) -> AbstractCont
     """
     if not attention.training:
         return nullcontext()
-    if device.type == "cpu":
+    if device.type in ("cpu", "mps"):  # MPS has no state of random numbers by device
         return torch.random.fork_rng(devices=())
     return torch.random.fork_rng(devices=(device,), device_type=device.type)
 
