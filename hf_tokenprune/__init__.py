@@ -1,8 +1,9 @@
 """Training-free token pruning for Hugging Face Transformers.
 
->>> from hf_tokenprune import ZeroTPruneConfig, prune, unprune
->>> prune(model, ZeroTPruneConfig())  # in place  # doctest: +SKIP
+>>> from hf_tokenprune import prune, unprune
+>>> prune(model)  # in place, by what is best to begin with  # doctest: +SKIP
 >>> unprune(model)  # and back, bit for bit  # doctest: +SKIP
+>>> prune(model, "tome")  # or by any other of list_methods(), or a config of it  # doctest: +SKIP
 
 Names are imported when they are first used: importing the package alone does not import torch.
 """

@@ -1,6 +1,7 @@
 """Labels that come as names: found among the model's own, whatever their order and number, or refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from hf_tokenprune.errors import ConfigError, DataError
 from hf_tokenprune.evaluation import ImageDataset, load_images
 from hf_tokenprune.evaluation.accelerator import accelerator_on
 from hf_tokenprune.evaluation.classes import in_classes_of
+from hf_tokenprune.evaluation.preprocess import PreprocessedImages
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
@@ -68,6 +70,68 @@ def test_all_wordnet_ids_are_in_their_order() -> None:
     assert [found.labels[i] for i in sorted(range(1000), key=ids.__getitem__)] == list(range(1000))
     with pytest.raises(DataError):
         in_classes_of(named(*ids[:999]), names)
+
+
+@pytest.mark.parametrize("names", [None, {i: f"class {i}" for i in range(12)}, {i: f"{i}" for i in range(12)}])
+def test_numbers_are_class_numbers_and_never_sorted_as_text(names: dict[int, str] | None, tmp_path: Path) -> None:
+    for number in ("0", "1", "2", "007", "10", "11"):
+        (tmp_path / number).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / number / "x.png")
+    images = load_images(tmp_path)
+    assert images.classes == ("0", "1", "2", "007", "10", "11")
+    if names == {i: f"{i}" for i in range(12)}:  # 007 is a name here, and not one of the model
+        with pytest.raises(DataError, match="1 of 6 classes"):
+            in_classes_of(images, names)
+        return
+    by_text = replace(images, classes=("0", "007", "1", "10", "11", "2"))  # as a ClassLabel has them
+    for given, expected in ((images, [0, 1, 2, 7, 10, 11]), (by_text, [0, 7, 1, 10, 11, 2])):
+        found, how = in_classes_of(replace(given, labels=range(6)), names)
+        assert (list(found.labels), found.classes, how) == (expected, None, "classes by number")
+
+
+def test_numbers_that_are_names_of_the_model_are_names() -> None:
+    assert labels(named("3", "1"), {0: "1", 1: "2", 2: "3"}) == [2, 0]
+    with pytest.raises(DataError, match="1 of 2 classes"):
+        labels(named("0", "1"), {0: "1", 1: "2"})
+
+
+def test_a_class_number_that_the_model_has_not(tmp_path: Path) -> None:
+    (tmp_path / "10").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "10" / "x.png")
+    found, _ = in_classes_of(load_images(tmp_path), None)
+    with pytest.raises(DataError, match=r"label 10 is outside the model's 10 classes"):
+        PreprocessedImages(found, lambda **_: {}).check_labels(10)
+
+
+@pytest.mark.parametrize("column", ["image_column", "label_column"])
+def test_a_column_of_a_folder_is_refused(column: str, tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "1.png")
+    with pytest.raises(DataError, match=f"{column}='x' has no effect on the files in"):
+        load_images(tmp_path, **{column: "x"})
+
+
+@pytest.mark.parametrize("command", ["eval", "compare", "search"])
+def test_class_names_in_another_encoding_are_one_line(command: str, tmp_path: Path) -> None:
+    from hf_tokenprune.demo.mosaics import CLIP_DIR
+
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "cat" / "1.png")
+    (tmp_path / "names.txt").write_bytes("Käse".encode("latin-1"))
+    given = [command, str(CLIP_DIR), str(tmp_path), "-m", "tome", "--class-names", str(tmp_path / "names.txt")]
+    given += [] if command == "eval" else ["--out", str(tmp_path / "out"), "-g", "0.2"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert "names.txt: not a text file in UTF-8" in result.output
+
+
+def test_labels_are_left_out_in_the_words_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("file,label\nx.png,0.5\n")
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    result = CliRunner().invoke(app, ["eval", str(MODEL_DIR), str(tmp_path), "-m", "tome"])
+    assert "--no-labels" in result.output and "label_column" not in result.output
+    result = CliRunner().invoke(app, ["eval", str(MODEL_DIR), str(tmp_path), "-m", "tome", "--label-column", "k"])
+    assert "(--label-column), or evaluate without labels (--no-labels)" in result.output
 
 
 def test_splits_are_no_classes(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import ViTForImageClassification
 
-from hf_tokenprune import EViTConfig, PruneConfig, ToMeConfig, ZeroTPruneConfig, prune
+from hf_tokenprune import ATSConfig, EViTConfig, PruneConfig, ToMeConfig, ZeroTPruneConfig, prune
 from hf_tokenprune import tokens as tokens_module
 from hf_tokenprune.tokens import stable_order, top_tokens
 
@@ -18,6 +18,7 @@ CONFIGS = [
     *(PruneConfig.for_method(name) for name in methods_for("vision")),
     ToMeConfig(restore=True),
     ZeroTPruneConfig(partition="random"),
+    ATSConfig(sampling="inverse_transform"),
 ]
 
 
@@ -27,8 +28,8 @@ def classifier(config: PruneConfig, depth: int) -> Any:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
-def test_a_graph_of_any_batch_size_has_no_stable_sort(config: PruneConfig) -> None:
-    """ONNX has no operator for it."""
+def test_a_graph_of_any_batch_size_has_no_stable_sort_and_no_search(config: PruneConfig) -> None:
+    """ONNX has no operator for them."""
     model = classifier(config, depth=2)
     sizes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
     with torch.no_grad():
@@ -37,7 +38,9 @@ def test_a_graph_of_any_batch_size_has_no_stable_sort(config: PruneConfig) -> No
             found, expected = (run(pixel_values=images(batch)).logits for run in (exported.module(), model))
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     called = {str(node.target) for node in exported.graph.nodes}
-    assert not {name for name in called if name.startswith("aten.argsort") or name == "aten.sort.stable"}
+    assert not {
+        name for name in called if name.startswith(("aten.argsort", "aten.searchsorted")) or name == "aten.sort.stable"
+    }
 
 
 class UnstableSort(TorchFunctionMode):

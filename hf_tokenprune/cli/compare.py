@@ -64,6 +64,7 @@ def compare(
     from ..evaluation import load_images
     from ..evaluation.compare import Comparison, every_method
     from ..evaluation.optional import require
+    from ..evaluation.paired import InterruptedEvaluation
     from ..evaluation.run import paired_report
 
     accelerator, of_dtype = placement(device, dtype)
@@ -82,11 +83,19 @@ def compare(
         variants = every_method(loaded, gmacs or [])
     command, saved = shlex.join(["hf-tokenprune", *sys.argv[1:]]), accelerator.is_main_process
     timing: dict[str, Any] = {}
-    with telling_on_interrupt(lambda: _left_by(out, len(timing), len(variants))):
-        accuracy = paired_report(
-            model, loaded, dataset, variants, class_names=class_names, batch_size=batch_size, accelerator=accelerator,
-            progress=not as_json,
-        )  # fmt: skip
+    scored = 0
+    with telling_on_interrupt(lambda: _left_by(out, len(variants), len(timing), scored, len(dataset))):
+        try:
+            accuracy = paired_report(
+                model, loaded, dataset, variants, class_names=class_names, batch_size=batch_size,
+                accelerator=accelerator, progress=not as_json,
+            )  # fmt: skip
+        except InterruptedEvaluation as interrupt:
+            scored = interrupt.report.rows[0].n
+            if saved:
+                Comparison(interrupt.report, timing, variants).save(out, command)
+            raise
+        scored = len(dataset)
         comparison = Comparison(accuracy, timing, variants)
         if saved:
             comparison.save(out, command)
@@ -102,9 +111,10 @@ def compare(
         show(as_json, comparison.to_dict(), "\n".join([f"{comparison.to_markdown()}\n", *map(str, files)]))
 
 
-def _left_by(out: Path, timed: int, runs: int) -> str:
+def _left_by(out: Path, runs: int, timed: int, scored: int, images: int) -> str:
     """What an interrupted comparison leaves."""
-    if not (out / "accuracy.md").exists():
-        return "the accuracy was not measured to its end, and nothing is saved; --limit makes it shorter"
+    if not scored:
+        return "no batch of images was scored, and nothing is saved"
+    those = "" if scored == images else f", on the first {scored} of {images} images,"
     table = f", and {timed} with their speed in {out / 'comparison.csv'}" if timed else ""
-    return f"the accuracy of {runs} runs is in {out / 'accuracy.md'}{table}; configs beside it"
+    return f"the accuracy of {runs} runs{those} is in {out / 'accuracy.md'}{table}; configs beside it"

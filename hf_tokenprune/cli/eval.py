@@ -30,6 +30,7 @@ from .options import (
     readable_errors,
     show,
 )
+from .output import telling_on_interrupt
 
 
 @readable_errors
@@ -61,6 +62,7 @@ def evaluate(
     `accelerate launch --multi_gpu -m hf_tokenprune.cli eval ...`.
     """
     from ..evaluation import load_images, load_questions
+    from ..evaluation.paired import InterruptedEvaluation
     from ..evaluation.run import evaluate_model
 
     accelerator, of_dtype = placement(device, dtype)
@@ -76,11 +78,24 @@ def evaluate(
     dataset = load(data, limit=limit, split=split)
     loaded = load_dense(model, "cpu", of_dtype)
     choose = partial(configs_for, loaded, model, method, set_, gmacs, prune_config)
-    report, variants = evaluate_model(
-        model, loaded, dataset, choose, class_names=class_names, templates=template, prompt=prompt,
-        new_tokens=new_tokens, batch_size=batch_size or (8 if decoder else 32), accelerator=accelerator,
-        progress=not as_json,
-    )  # fmt: skip
+    scored = 0
+    with telling_on_interrupt(lambda: _left_by(scored, len(dataset))):
+        try:
+            report, variants = evaluate_model(
+                model, loaded, dataset, choose, class_names=class_names, templates=template, prompt=prompt,
+                new_tokens=new_tokens, batch_size=batch_size or (8 if decoder else 32), accelerator=accelerator,
+                progress=not as_json,
+            )  # fmt: skip
+        except InterruptedEvaluation as interrupt:
+            report, scored = interrupt.report, interrupt.report.rows[0].n
+            if accelerator.is_main_process:
+                show(as_json, report.to_dict(), report.to_markdown() if markdown else report.summary())
+            raise
     if accelerator.is_main_process:
         configs = {name: config.to_dict() for name, config in variants.items()}
         show(as_json, {**report.to_dict(), "configs": configs}, report.to_markdown() if markdown else report.summary())
+
+
+def _left_by(scored: int, images: int) -> str:
+    """What an interrupted evaluation leaves."""
+    return f"the table is of the first {scored} of {images} images" if scored else "there is no table yet"

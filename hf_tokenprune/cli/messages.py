@@ -19,11 +19,18 @@ ARGUMENTS = {
     "batch_sizes": "--batch-size",
     "templates": "--template",
     "questions": "--question",
+    "preset": "--prune-config",
 }
 """What options are called in the library where that is not their own name with underscores."""
 UNITS = {"--gmacs": ("MACs", "GMACs", 1e-9), "--ms": ("s", "ms", 1e3)}
 """Of options in another unit than the library's: both, and how many of the one the other is."""
-ELSEWHERE = {"list_presets() has all": "`hf-tokenprune presets` lists all"}
+ELSEWHERE = {
+    "list_presets() has all": "`hf-tokenprune presets` lists all",
+    "label_column=None, --no-labels": "--no-labels",
+    "None to evaluate without labels (--no-labels)": "evaluate without labels (--no-labels)",
+    "label_column, --label-column": "--label-column",
+    "split, --split": "--split",
+}
 """What Python has and a command does instead."""
 
 _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^]]*\]|\([^)]*\)|[^\s,;:()]*"

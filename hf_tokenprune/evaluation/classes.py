@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from hf_tokenprune.errors import DataError
-from hf_tokenprune.evaluation.images import ImageDataset
+from hf_tokenprune.evaluation.images import ImageDataset, numbers_of
 
 _UNNAMED = re.compile(r"LABEL_\d+")
 _WNID = re.compile(r"n\d{8}")
 _IMAGENET = 1000
+_BY_NUMBER = "classes by number"
 
 
 def names_of(model: Any) -> dict[int, str] | None:
@@ -22,28 +23,33 @@ def names_of(model: Any) -> dict[int, str] | None:
     return {int(i): str(name) for i, name in names.items()}
 
 
-def in_classes_of(images: ImageDataset, names: Mapping[int, str]) -> tuple[ImageDataset, str | None]:
+def in_classes_of(images: ImageDataset, names: Mapping[int, str] | None) -> tuple[ImageDataset, str | None]:
     """Images with labels that are classes of a model, and how they were found (None: they were numbers already).
 
     The names of the source are found among those of the model: as they are; or but for case, underscores, hyphens and
     spaces; or as one of several separated by commas ("tench, Tinca tinca"). They may be fewer and in another order.
     A name of several classes is taken by its place if there are as many names as classes and all others are in theirs.
-    1000 WordNet ids (n01440764) are ImageNet's classes in their order.
+    1000 WordNet ids (n01440764) are ImageNet's classes in their order. Where none of them is known and all are numbers
+    (folders 0, 1, 10, 2), they are those of the model's classes.
 
     Args:
-        names: of the model's classes, by number.
+        names: of the model's classes, by number; None if these have none: what is no number counts by its place.
 
     Raises:
         DataError: a name is that of no class, or of several, or two are that of one.
     """
     if images.classes is None or all(label is None for label in images.labels):
         return images, None
-    classes = images.classes
+    classes, numbers = images.classes, numbers_of(images.classes)
+    if names is None:
+        return (images, "classes by their place") if numbers is None else (_relabelled(images, numbers), _BY_NUMBER)
     if len(set(classes)) == len(names) == _IMAGENET and all(map(_WNID.fullmatch, classes)):
         order = {name: i for i, name in enumerate(sorted(classes))}
         return _relabelled(images, [order[name] for name in classes]), "classes by the order of all 1000 WordNet ids"
     indices = [_index(names, way) for way in _WAYS]
     found = [_candidates(name, indices) for name in classes]
+    if numbers is not None and not any(found):
+        return _relabelled(images, numbers), _BY_NUMBER
     alone = [next(iter(own)) if len(own) == 1 else None for own in found]
     in_place = len(classes) == len(names) and all(own in (None, i) for i, own in enumerate(alone))
     if in_place and 2 * alone.count(None) <= len(classes):

@@ -27,7 +27,8 @@ def load_images(
     Args:
         source: one of
             a folder with ``labels.csv`` (columns ``file`` and ``label``; files relative to it or to its ``images/``),
-            a folder with a subfolder per class (sorted names are labels 0, 1, ...), or with images only (no labels),
+            a folder with a subfolder per class (sorted names are labels 0, 1, ...; where a model is known, numbers are
+            its class numbers), or with images only (no labels),
             a `datasets` ``Dataset`` or ``DatasetDict``, the path of one (parquet or ``save_to_disk``), or a Hub id,
             a sequence of mappings such as ``{"image": PIL image, "label": 3}``.
         limit: use at most this many, evenly spaced over the source; None for all.
@@ -66,11 +67,13 @@ def _from_path(
         if split is not None and (folder / split).is_dir():
             folder, split = folder / split, None
         if split is None and (folder / "labels.csv").is_file():
+            _without_effect(folder, image_column=(image_column, "image"))
             return from_csv(folder, label_column)
         if any(next(folder.glob(pattern), None) for pattern in _DATASET_FILES):
             return _from_dataset(load_dataset(str(folder), split), None, image_column, label_column)
         if split is not None:
             raise DataError(f"{folder} has no subfolder {split!r} for split={split!r}; leave split out, or name one")
+        _without_effect(folder, image_column=(image_column, "image"), label_column=(label_column, "label"))
         return from_folder(folder, label_column)
     if folder.suffix == ".parquet" and folder.is_file():
         dataset = load_dataset("parquet", split or "train", data_files=str(folder))
@@ -80,6 +83,13 @@ def _from_path(
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
         return _from_dataset(load_dataset(source, split), None, image_column, label_column)
     raise DataError(f"the folder {folder} does not exist; check the path (working directory: {Path.cwd()})")
+
+
+def _without_effect(folder: Path, **columns: tuple[str | None, str]) -> None:
+    """Raise DataError for a column that is named (its name, the default), where a folder has none."""
+    for argument, (name, default) in columns.items():
+        if name not in (None, default):
+            raise DataError(f"{argument}={name!r} has no effect on the files in {folder}; leave it out")
 
 
 def load_dataset(path: str, split: str | None, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_tokenprune.errors import DataError
-from hf_tokenprune.evaluation.images import ImageDataset, to_labels
+from hf_tokenprune.evaluation.images import ImageDataset, in_order, to_labels
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -50,12 +50,13 @@ def _find(folder: Path, file: str | None, where: str) -> Path:
 
 
 def from_folder(folder: Path, label_column: str | None) -> ImageDataset:
-    """Images of a folder. A subfolder is a class, labelled by its place in the sorted names; no subfolders, no labels.
+    """Images of a folder. A subfolder is a class, labelled by its place in the sorted names (numbers as such); no
+    subfolders, no labels.
 
     Raises:
         DataError: no images, or images both beside and in the subfolders; the message names the folder.
     """
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = in_order(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if classes and set(map(str.lower, classes)) <= _SPLITS:
         raise DataError(f"{folder} holds the splits {', '.join(map(repr, classes))}; name one (split, --split)")
     flat = list(_images(folder, "*"))

@@ -35,7 +35,7 @@ class ImageDataset(Dataset[Sample]):
         names: what to call each image in a message.
         labels: class index or None, one an image.
         classes: names of the classes in the order of their labels, where the source says so. They are found among those
-            of the model; one whose classes have no names must have exactly as many.
+            of the model; one whose classes have no names must have exactly as many, or the names are class numbers.
     """
 
     sources: Sequence[Any]
@@ -115,6 +115,20 @@ def to_labels(values: Sequence[Any], where: Sequence[str]) -> tuple[list[int | N
     classes = sorted(set(given))
     order = {name: i for i, name in enumerate(classes)}
     return [order.get(value) for value in values], tuple(classes)
+
+
+def numbers_of(names: Iterable[str]) -> list[int] | None:
+    """Class numbers, where all names are different ones (0, 1, 10; 000, 001), else None."""
+    names = list(names)
+    numbers = [int(name) for name in names if name.isascii() and name.isdecimal()]
+    return numbers if len(set(numbers)) == len(names) else None
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Different names, sorted; numbers as such, so that 10 comes behind 2."""
+    texts = sorted(set(names))
+    numbers = numbers_of(texts)
+    return texts if numbers is None else [name for _, name in sorted(zip(numbers, texts, strict=True))]
 
 
 def check_files(paths: Iterable[Path]) -> None:

@@ -13,7 +13,19 @@ from hf_tokenprune.evaluation.optional import require
 from hf_tokenprune.evaluation.preprocess import PreprocessedImages
 from hf_tokenprune.evaluation.report import PairedReport, Scored
 from hf_tokenprune.evaluation.scores import as_logits
-from hf_tokenprune.evaluation.turns import DENSE, Variants, check_names
+from hf_tokenprune.evaluation.turns import DENSE, Speed, Variants, check_names
+
+
+class InterruptedEvaluation(KeyboardInterrupt):
+    """Ctrl-C while images were being scored.
+
+    Attributes:
+        report: of the batches that every run was scored on until then, without speeds.
+    """
+
+    def __init__(self, report: PairedReport) -> None:
+        super().__init__()
+        self.report = report
 
 
 def evaluate_paired(
@@ -44,23 +56,28 @@ def evaluate_paired(
         DataError: a class of the images is none of the model's.
         TokenPruneError: see `PairedReport.from_logits`; names are checked before anything runs. And what
             `collect_logits` raises.
+        InterruptedEvaluation: ctrl-C, behind the first batch; it has the report of what is scored.
     """
     check_names(variants, macs or {})
     accelerator = accelerator or require("accelerate").Accelerator()
-    names = names_of(model)
-    mapping = "classes by their place" if images.classes is not None else None
-    if names is not None:
-        images, mapping = in_classes_of(images, names)
-    parts: dict[str, list[Scored]] = {name: [] for name in (DENSE, *variants)}
-    known: list[Tensor] = []
+    images, mapping = in_classes_of(images, names_of(model))
+    scored: list[tuple[dict[str, Scored], Tensor]] = []  # a batch at once: an interrupt cuts none in two
 
     def score(said: dict[str, Tensor], labels: Tensor) -> None:
         checked = {name: as_logits(logits, f"logits of {name!r}") for name, logits in said.items()}
-        for name, logits in checked.items():
-            parts[name].append(Scored.of(logits, checked[DENSE], labels))
-        known.append(labels >= 0)
+        found = {name: Scored.of(logits, checked[DENSE], labels) for name, logits in checked.items()}
+        scored.append((found, labels >= 0))
+
+    def report(speeds: Mapping[str, Speed] | None = None) -> PairedReport:
+        runs = {name: Scored.joined([found[name] for found, _ in scored]) for name in (DENSE, *variants)}
+        return PairedReport.from_scores(runs, torch.cat([known for _, known in scored]), macs, speeds, mapping)
 
     prepared = PreprocessedImages(images, processor)
-    turns, counts = run_in_turn(model, prepared, variants, score, batch_size, accelerator, progress)
-    scores = {name: Scored.joined(own) for name, own in parts.items()}
-    return PairedReport.from_scores(scores, torch.cat(known), macs, turns.speeds(counts), mapping)
+    try:
+        turns, counts = run_in_turn(model, prepared, variants, score, batch_size, accelerator, progress)
+    except KeyboardInterrupt as interrupt:
+        if not scored:
+            raise
+        # Without speeds: processes gather these, and each may be at another batch.
+        raise InterruptedEvaluation(report()) from interrupt
+    return report(turns.speeds(counts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,31 @@ def paired_report(
     if hasattr(model, "get_text_features"):
         from transformers import AutoProcessor
 
-        names = class_names.read_text(encoding="utf-8").splitlines() if class_names else images.classes
-        if names is None:
-            raise ConfigError("the images have labels without names: give --class-names FILE, a line a class")
+        names = names_for_texts(class_names, images)
         processor = AutoProcessor.from_pretrained(path)
         return evaluate_zero_shot(model, images, processor, names, templates=templates or TEMPLATES, **settings)
     for option, value in (("--class-names", class_names), ("--template", templates)):
         if value:
             raise ConfigError(f"{option} has no effect: this model has a classifier of its own")
     return evaluate_paired(model, images, load_processor(path), **settings)
+
+
+def names_for_texts(class_names: Path | None, images: ImageDataset) -> Sequence[str]:
+    """What to call the classes in texts: the lines of a file, or what the images call them.
+
+    Raises:
+        ConfigError: neither says it, or the file cannot be read.
+    """
+    if class_names is None:
+        if images.classes is None:
+            raise ConfigError("the images have labels without names: give --class-names FILE, a line a class")
+        return images.classes
+    try:
+        return class_names.read_text(encoding="utf-8-sig").splitlines()  # editors write a byte order mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--class-names {class_names}: not a text file in UTF-8 ({error}); save it again as such, a line a class"
+        ) from error
 
 
 def answers_report(

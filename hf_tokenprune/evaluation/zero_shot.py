@@ -17,7 +17,7 @@ from hf_tokenprune.evaluation.classes import any_is_known, in_classes_of
 from hf_tokenprune.evaluation.images import ImageDataset
 from hf_tokenprune.evaluation.loop import place
 from hf_tokenprune.evaluation.optional import require
-from hf_tokenprune.evaluation.paired import evaluate_paired
+from hf_tokenprune.evaluation.paired import InterruptedEvaluation, evaluate_paired
 from hf_tokenprune.evaluation.report import PairedReport
 from hf_tokenprune.evaluation.turns import Variants, eval_mode
 
@@ -175,28 +175,31 @@ def evaluate_zero_shot(
             "class_names is None: the images do not say what their classes are called; give a name for every label, in "
             "their order, or put the images into a folder per class"
         )
-    images, mapping = _in_classes_of(images, class_names)
+    images, mapping = in_classes_of_texts(images, class_names)
     accelerator = accelerator or require("accelerate").Accelerator()
     place(model, accelerator)
-    report = evaluate_paired(
-        _Classifier(model, zero_shot_classifier(model, processor, class_names, templates)),
-        images,
-        processor,
-        variants,
-        macs=macs,
-        batch_size=batch_size,
-        accelerator=accelerator,
-        progress=progress,
-    )
+    try:
+        report = evaluate_paired(
+            _Classifier(model, zero_shot_classifier(model, processor, class_names, templates)),
+            images,
+            processor,
+            variants,
+            macs=macs,
+            batch_size=batch_size,
+            accelerator=accelerator,
+            progress=progress,
+        )
+    except InterruptedEvaluation as interrupt:
+        interrupt.report = replace(interrupt.report, classes=mapping)
+        raise
     return replace(report, classes=mapping)
 
 
-def _in_classes_of(images: ImageDataset, class_names: Sequence[str]) -> tuple[ImageDataset, str | None]:
-    """Labels by name; by place where the images call no class as the texts do (WordNet ids, say)."""
+def in_classes_of_texts(images: ImageDataset, class_names: Sequence[str]) -> tuple[ImageDataset, str | None]:
+    """Labels by name; by number or place where the images call no class as the texts do (WordNet ids, say)."""
     names = dict(enumerate(class_names))
-    if images.classes is None or not any_is_known(images.classes, names):
-        return images, None if images.classes is None else "classes by their place"
-    return in_classes_of(images, names)
+    known = images.classes is not None and any_is_known(images.classes, names)
+    return in_classes_of(images, names if known else None)
 
 
 def _two_towers(model: nn.Module) -> Any:

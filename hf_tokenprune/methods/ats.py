@@ -10,7 +10,7 @@ Axes: B batch, H heads, T all tokens, N prunable tokens, d head width, n kept.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import register_method
@@ -64,6 +64,5 @@ class ATSStage(Stage):
 
 def sampled(scores: Tensor, count: int) -> Tensor:
     """(B, N) 1 where the inverse of the cumulative ``scores`` (B, N) hits at 1/2k, 3/2k, ..., (2k − 1)/2k, else 0."""
-    quantiles = (torch.arange(count, device=scores.device) + 0.5) / max(count, 1)
-    hits = torch.searchsorted(scores.cumsum(1), quantiles.expand(scores.shape[0], -1).contiguous())
-    return torch.zeros_like(scores).scatter(1, hits.clamp_max(scores.shape[1] - 1), 1.0)
+    up_to = (scores.cumsum(1) * count + 0.5).floor()  # of the k distances, those at or before each token; no search:
+    return (up_to > F.pad(up_to[:, :-1], (1, 0))).to(scores.dtype)  # ONNX has none

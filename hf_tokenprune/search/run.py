@@ -21,7 +21,8 @@ from ..evaluation import ImageDataset, load_images, load_processor, load_questio
 from ..evaluation.answers import prompts
 from ..evaluation.classes import in_classes_of, names_of
 from ..evaluation.preprocess import PreprocessedImages, collate
-from ..evaluation.zero_shot import similarity_to_classes
+from ..evaluation.run import names_for_texts
+from ..evaluation.zero_shot import in_classes_of_texts, similarity_to_classes
 from . import SearchResult, one_budget, search
 from .journal import JOURNAL, REPORT, check_same_search
 from .objective import check_goal
@@ -149,16 +150,14 @@ def _real(
     if hasattr(model, "get_text_features"):
         from transformers import AutoProcessor
 
-        names = class_names.read_text(encoding="utf-8").splitlines() if class_names else dataset.classes
-        if names is None:
-            raise ConfigError("the images have labels without names: give --class-names FILE, a line a class")
+        names = names_for_texts(class_names, dataset)
         processor = AutoProcessor.from_pretrained(path)
         run = similarity_to_classes(model, processor, names)
-        dataset, _ = in_classes_of(dataset, dict(enumerate(names)))
+        dataset, _ = in_classes_of_texts(dataset, names)
     elif class_names:
         raise ConfigError("--class-names has no effect: this model has a classifier of its own")
-    elif (own := names_of(model)) is not None:
-        dataset, _ = in_classes_of(dataset, own)
+    else:
+        dataset, _ = in_classes_of(dataset, names_of(model))
     prepared = PreprocessedImages(dataset, processor or load_processor(path))
     examples = list(DataLoader(prepared, batch_size=batch_size, collate_fn=collate))
     labels = torch.cat([batch["labels"] for batch in examples])
