@@ -259,8 +259,8 @@ def check_vision(path: str, command: str) -> None:
     """Raise TokenPruneError for a vision-language model, which ``command`` is not about."""
     if kind_of(empty_model(path)) != "vision":
         raise TokenPruneError(
-            f"{path!r} is a vision-language model, and {command} measures image classification; `info` tells what "
-            "pruning it saves, `bench` how fast it gets"
+            f"{path!r} is a vision-language model, and {command} measures image classification; `eval` measures "
+            "answers to questions, `info` tells what pruning saves, `bench` how fast it gets"
         )
 
 

@@ -64,5 +64,7 @@ class ATSStage(Stage):
 
 def sampled(scores: Tensor, count: int) -> Tensor:
     """(B, N) 1 where the inverse of the cumulative ``scores`` (B, N) hits at 1/2k, 3/2k, ..., (2k − 1)/2k, else 0."""
-    up_to = (scores.cumsum(1) * count + 0.5).floor()  # of the k distances, those at or before each token; no search:
-    return (up_to > F.pad(up_to[:, :-1], (1, 0))).to(scores.dtype)  # ONNX has none
+    # How many of the k lie at or before the end of each token: it is hit where there are more than before it.
+    # Not searchsorted, which ONNX does not have.
+    up_to = (scores.cumsum(1) * count + 0.5).floor()
+    return (up_to > F.pad(up_to[:, :-1], (1, 0))).to(scores.dtype)
