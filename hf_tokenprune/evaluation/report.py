@@ -233,7 +233,7 @@ def speed_notes(rows: Sequence[Any], what: str = "images/s: forward passes only"
         what: the rate is, and of what.
     """
     if all(row.speed_up_quartiles is None for row in rows):
-        return f"No speed-up: it takes turns on at least {ROUNDS} full batches; `bench` measures it."
+        return f"No speed-up: it takes turns on at least {ROUNDS} full batches, to the end; `bench` measures it."
     noise = any(row.speed_up_quartiles and row.speed_up is None for row in rows)
     told = f"; {NOISE}: not measurable here, quartiles on both sides of 1" if noise else ""
     return f"{what}, in turn on every batch; speed-up: median over batches [quartiles]{told}."

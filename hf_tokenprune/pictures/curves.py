@@ -17,7 +17,7 @@ AXES = {"gmacs": "GMACs an image", "images_per_second": "images/s, measured"}
 def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """KL and accuracy over work and over measured speed, a line a method, as PNG.
 
-    A run whose speed could not be told from noise (None) stands over its work only.
+    A run whose speed could not be told from noise (None) stands over its work only; where that is all, it is said.
 
     Args:
         rows: of :meth:`hf_tokenprune.evaluation.compare.Comparison.rows`, the dense run first.
@@ -54,6 +54,9 @@ def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for panel in panels[:, column]:
             panel.axvline(dense[x], color="grey", linestyle="--", linewidth=1)
             panel.grid(alpha=0.3)
+            if all(row[x] is None for row in runs):
+                nothing = "no speed to be told from noise, or too few rounds"
+                panel.text(0.5, 0.5, nothing, ha="center", va="center", transform=panel.transAxes)
         panels[1, column].set_xlabel(f"{label} (dashed: dense)")
     panels[0, 0].set_yscale("log")
     panels[0, 0].set_ylabel("KL(dense || pruned), nats")
