@@ -114,10 +114,8 @@ def test_a_picture_without_any_speed_says_so(
     axes = pytest.importorskip("matplotlib.axes")
     from hf_tokenprune.pictures.curves import draw_comparison
 
-    said, text = [], axes.Axes.text
-    monkeypatch.setattr(
-        axes.Axes, "text", lambda self, *given, **more: said.append(given) or text(self, *given, **more)
-    )
+    said: list[str] = []
+    monkeypatch.setattr(axes.Axes, "text", lambda self, x, y, text, **style: said.append(text))
     measured = {"n": 8, "top1": None, "agreement": 1.0, "kl_nats": 0.1, "gmacs": 1.0}
     rows = [{**measured, "method": "dense", "images_per_second": 40.0}]
     rows += [{**measured, "method": "tome", "images_per_second": rate}]
