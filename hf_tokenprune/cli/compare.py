@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .data_options import ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, OfDtypeOpt, PlaceOpt, columns, placement
+from .data_options import EvalDeviceOpt, EvalDtypeOpt, ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, columns, placement
 from .options import (
     ClassNamesOpt,
     ConfigOpt,
@@ -51,8 +51,8 @@ def compare(
     image_column: ImageColumnOpt = None,
     label_column: LabelColumnOpt = None,
     no_labels: NoLabelsOpt = False,
-    device: PlaceOpt = None,
-    dtype: OfDtypeOpt = None,
+    device: EvalDeviceOpt = None,
+    dtype: EvalDtypeOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Methods side by side at equal work (-g): accuracy, KL and measured speed, as table (CSV, Markdown) and picture.

@@ -19,8 +19,10 @@ LabelColumnOpt = Annotated[
 NoLabelsOpt = Annotated[
     bool, typer.Option("--no-labels", help="Evaluate without: agreement and KL to the dense model alone.")
 ]
-PlaceOpt = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ... Default: accelerate's.")]
-OfDtypeOpt = Annotated[
+EvalDeviceOpt = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ... Default: accelerate's.")
+]
+EvalDtypeOpt = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Default: the checkpoint's.")
 ]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .data_options import ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, OfDtypeOpt, PlaceOpt, columns, placement
+from .data_options import EvalDeviceOpt, EvalDtypeOpt, ImageColumnOpt, LabelColumnOpt, NoLabelsOpt, columns, placement
 from .options import (
     ClassNamesOpt,
     ConfigOpt,
@@ -51,8 +51,8 @@ def evaluate(
     image_column: ImageColumnOpt = None,
     label_column: LabelColumnOpt = None,
     no_labels: NoLabelsOpt = False,
-    device: PlaceOpt = None,
-    dtype: OfDtypeOpt = None,
+    device: EvalDeviceOpt = None,
+    dtype: EvalDtypeOpt = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
