@@ -417,7 +417,7 @@ def test_budgets_out_of_reach(config: PruneConfig) -> None:
     with pytest.raises(ConfigError) as error:
         config_for_macs(model, config, least - 1)
     assert f"macs={least - 1:.4g} is out of reach of this {config.method} schedule" in str(error.value)
-    assert f"which ends at {least:.4g}; prune in more or earlier layers" in str(error.value)
+    assert f"which ends at {least:.4g} MACs; prune in more or earlier layers" in str(error.value)
     assert cost(model, config_for_macs(model, config, least)).pruned.macs == least
     if not options(config):  # which save something at any strength
         with pytest.raises(ConfigError, match="out of reach"):
