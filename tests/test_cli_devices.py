@@ -56,7 +56,6 @@ def test_every_command_asks_the_one_function() -> None:
     assert {path.stem for path in with_option} >= set(COMMANDS)
     for path in with_option:
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
-        asks = (
-            "device_for" if path.stem == "data_options" else "placement" if "EvalDeviceOpt" in names else "device_for"
-        )
+        with_accelerator = "EvalDeviceOpt" in names and path.stem != "data_options"
+        asks = "placement" if with_accelerator else "device_for"
         assert asks in names, "`placement` of data_options.py asks it, for commands with an accelerator"
