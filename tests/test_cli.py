@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,21 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, AutoProcessor, LlavaConfig
 from typer.testing import CliRunner, Result
 
-from hf_tokenprune import PruneConfig, RandomConfig, from_pretrained, list_adapters, list_methods, record
+from hf_tokenprune import (
+    PruneConfig,
+    RandomConfig,
+    from_pretrained,
+    get_preset,
+    list_adapters,
+    list_methods,
+    list_presets,
+    record,
+)
 from hf_tokenprune.cli import app
+from hf_tokenprune.cli.options import parse_fields
+from hf_tokenprune.config import FORMAT_VERSION
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
+from hf_tokenprune.registry import get_method
 
 from .llava_checkpoint import save_tiny_llava
 from .two_processes import alone_and_together
@@ -52,6 +65,33 @@ def test_list() -> None:
     assert all(name in text for name in [*list_methods(), *list_adapters()])
     rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ")}
     assert " decoder, vision " in rows["random"] and " vision " not in rows["divprune"]
+
+
+def test_presets_lists_all_of_them_or_those_asked_for() -> None:
+    data = json.loads(ok("presets", "--json"))
+    assert list(data) == list_presets() and len(data) > 100
+    assert all(PruneConfig.from_dict(entry["config"]) == get_preset(name).config for name, entry in data.items())
+    some = json.loads(ok("presets", "-m", "tome", "--model", "deit-small", "--json"))
+    assert list(some) == [name for name in list_presets() if name.startswith("tome/deit-small@")] and some
+    text = ok("presets", "-m", "tome", "--model", "deit-small")
+    assert [line.split()[0] for line in text.splitlines()[: len(some)]] == list(some)
+    none = run("presets", "--model", "resnet")
+    assert none.exit_code == 1 and "--model resnet; there are presets of" in none.output
+
+
+def test_list_shows_every_field_with_its_default() -> None:
+    """As -s takes it, so a line can be copied."""
+    shown: dict[str, dict[str, Any]] = {}
+    name = ""
+    for line in ok("list").partition("model families")[0].splitlines()[1:]:
+        if line.startswith("      "):
+            shown[name].update(parse_fields(line.split()))
+        else:
+            name = line.split()[0]
+            shown[name] = {}
+    assert list(shown) == list_methods()
+    for name, fields in shown.items():
+        assert {"method": name, "format_version": FORMAT_VERSION, **fields} == get_method(name)().to_dict()
 
 
 def test_info_counts_tokens_and_macs() -> None:
