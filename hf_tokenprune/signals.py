@@ -70,6 +70,7 @@ class DecoderShape:
         image_tokens: tokens in the decoder of one image of the prompt, newline tokens included.
         projector_macs: multiply-adds of the projector for one token.
         newline_tokens: how many of ``image_tokens`` are newline tokens.
+        position_axes: axes of the positions that tokens are rotated by; where there are several, tokens keep theirs.
     """
 
     depth: int
@@ -84,6 +85,7 @@ class DecoderShape:
     image_tokens: int
     projector_macs: int
     newline_tokens: int
+    position_axes: int = 1
 
     kind: ClassVar[str] = "decoder"
 

@@ -11,19 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from ...errors import UnsupportedModelError
-from ...signals import DecoderShape, Stage
+from ...signals import DecoderShape, ModelShape, Stage
+from .._sizes import as_pair, linear_macs
 from .._swap import check_swappable, swap_class
 from ._entrance import CountProposals, EnterDecoder, LeaveDecoder
-from ._forward import Forward
 from ._images import FindImages, GivenImages, ImageTokens
-from ._tower import attach_tower, detach_tower, scoring_attention
+from ._layer import LAYER_CLASSES, PrunedDecoderLayer
+from ._side_inputs import SideInput
+from ._tower import HAS_CLS, attach_tower, detach_tower, scoring_attention
 
 
 @dataclass
@@ -42,69 +41,16 @@ class DecoderState:
     recorder: Any = None
 
 
-class PrunedDecoderLayer(nn.Module):
-    """Mixed in before a stock decoder layer."""
-
-    stock_class: ClassVar[type[nn.Module]]
-    self_attn: nn.Module
-    mlp: nn.Module
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
-
-    def forward(self, hidden_states: Tensor, token_prune: Forward | None = None, **kwargs: Any) -> Tensor:
-        """The stock layer on the tokens that are left, (B, L, D) -> (B, L', D)."""
-        if token_prune is None:
-            return super().forward(hidden_states, **kwargs)
-        layer: Any = self.self_attn.layer_idx
-        hidden_states = token_prune.arrive(self, layer, hidden_states, kwargs)
-        kwargs = token_prune.layer_inputs(layer, hidden_states, kwargs)
-        if token_prune.recorder is not None and token_prune.layout is not None:
-            token_prune.recorder.on_block(layer, hidden_states.shape[1])
-        token_prune.look(self, layer, hidden_states, kwargs)
-        observer = token_prune.observers(layer)
-        if observer is None:
-            return super().forward(hidden_states, **kwargs)
-        outputs, parts = self.in_parts(hidden_states, **kwargs)
-        token_prune.observe(observer, layer, parts)
-        return outputs
-
-    def in_parts(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The stock layer, with input and output of its attention and of its MLP beside the result."""
-        attention_in = self.input_layernorm(hidden_states)
-        attention_out, _ = self.self_attn(hidden_states=attention_in, **kwargs)
-        hidden_states = hidden_states + attention_out
-        mlp_in = self.post_attention_layernorm(hidden_states)
-        mlp_out = self.mlp(mlp_in)
-        return hidden_states + mlp_out, (attention_in, attention_out, mlp_in, mlp_out)
-
-
-class PrunedLlamaDecoderLayer(PrunedDecoderLayer, LlamaDecoderLayer):
-    stock_class = LlamaDecoderLayer
-
-
-class PrunedMistralDecoderLayer(PrunedDecoderLayer, MistralDecoderLayer):
-    stock_class = MistralDecoderLayer
-
-
-class PrunedQwen2DecoderLayer(PrunedDecoderLayer, Qwen2DecoderLayer):
-    stock_class = Qwen2DecoderLayer
-
-
-LAYER_CLASSES: dict[str, type[PrunedDecoderLayer]] = {
-    "llama": PrunedLlamaDecoderLayer,
-    "mistral": PrunedMistralDecoderLayer,
-    "qwen2": PrunedQwen2DecoderLayer,
-}
-"""By ``model_type`` of the language model."""
-
-for _pruned in LAYER_CLASSES.values():
-    # Device maps and FSDP policies match layers by this name; pickle goes by __qualname__.
-    _pruned.__name__ = _pruned.stock_class.__name__
-
-
 class DecoderAdapter:
     """Base of the adapters of vision-language models. One instance serves all models of its family."""
 
+    decoder_name: ClassVar[str] = "language_model"
+    tower_name: ClassVar[str] = "vision_tower"
+    connector_name: ClassVar[str] = "multi_modal_projector"
+    """What the parts of :meth:`inner` are called; with dots where one is inside another."""
+    position_axes: ClassVar[int] = 1
+    """Axes of the positions that tokens are rotated by: 3 where they tell time, row and column. Then every token keeps
+    its own: no number of tokens less would close the gap of one that left."""
     provides: ClassVar[frozenset[str]] = frozenset({"text_attention", "layer_scores"})
     tower_provides: ClassVar[frozenset[str]] = frozenset({"attention", "queries", "keys", "values"})
     full_grid_heads: ClassVar[dict[type[PreTrainedModel], str]] = {}
@@ -114,34 +60,70 @@ class DecoderAdapter:
     """Why tokens cannot be chosen in the vision tower of this family; empty where they can."""
 
     def shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> DecoderShape:
-        """Sizes of this model, for an image of ``image_size`` (height, width) pixels."""
+        """Sizes of this model, for an image of ``image_size`` (height, width) pixels; None: of a usual size."""
+        inner = self.inner(model)
+        text = self.decoder(inner).config
+        tower_images, image_tokens, newline_tokens = self.image_tokens(model, image_size)
+        return DecoderShape(
+            depth=len(self.blocks(model)),
+            width=text.hidden_size,
+            mlp_width=text.intermediate_size,
+            num_heads=text.num_attention_heads,
+            num_key_value_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            vocab_size=text.vocab_size,
+            tower=self.tower_shape(model, image_size),
+            tower_images=tower_images,
+            image_tokens=image_tokens,
+            projector_macs=linear_macs(inner.get_submodule(self.connector_name)),
+            newline_tokens=newline_tokens,
+            position_axes=self.position_axes,
+        )
+
+    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(images the tower encodes, tokens in the decoder, newlines among them) of one image; None: a usual size."""
         raise NotImplementedError
+
+    def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        """Sizes of the vision tower, for what it encodes of an image of ``image_size`` pixels."""
+        return tower_shape(self.tower(self.inner(model)))
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """How many tokens each image of a forward of ``inner`` has, and which are newlines; in the prompts' order."""
         return given.as_encoded()
 
+    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> list[SideInput]:
+        """What is added to tokens between layers of the language model, taken out of the arguments of its ``call``."""
+        return []
+
     def inner(self, model: PreTrainedModel) -> Any:
         """The model without its language modelling head: vision tower, projector, language model."""
         return model.base_model
 
+    def decoder(self, inner: Any) -> Any:
+        """The language model, without its head."""
+        return inner.get_submodule(self.decoder_name)
+
+    def tower(self, inner: Any) -> Any:
+        """The vision tower."""
+        return inner.get_submodule(self.tower_name)
+
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers, in order."""
-        layers: nn.ModuleList = self.inner(model).language_model.layers
+        layers: nn.ModuleList = self.decoder(self.inner(model)).layers
         return layers
 
     def check(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> None:
         """Raise UnsupportedModelError where image tokens cannot leave; changes nothing."""
         inner = self.inner(model)
-        kind = inner.language_model.config.model_type
+        text = self.decoder(inner).config
+        kind = text.model_type
         if kind not in LAYER_CLASSES:
             raise UnsupportedModelError(
                 f"the language model is a {kind!r}; its layers are known for {', '.join(sorted(LAYER_CLASSES))}"
             )
-        layer_types = getattr(inner.language_model.config, "layer_types", None) or ()
-        if getattr(inner.language_model.config, "sliding_window", None) and (
-            kind == "mistral" or "sliding_attention" in layer_types
-        ):
+        layer_types = set(getattr(text, "layer_types", None) or ())
+        if getattr(text, "sliding_window", None) and (kind == "mistral" or "sliding_attention" in layer_types):
             raise UnsupportedModelError(
                 "the language model attends in a sliding window, which counts positions that pruning changes; for "
                 "prompts within the window set model.config.text_config.sliding_window = None before loading: the "
@@ -161,14 +143,20 @@ class DecoderAdapter:
                     f"{model.config.model_type!r} does not provide there (it provides: {', '.join(sorted(provided))})"
                 )
             if in_tower:
-                scoring_attention(inner.vision_tower, model.config.vision_feature_layer)
+                scoring_attention(self.tower(inner), model.config.vision_feature_layer)
+            if stage.layer >= 0 and (others := layer_types - {"full_attention"}):
+                raise UnsupportedModelError(
+                    f"{type(stage).__name__} makes tokens leave behind decoder layer {stage.layer}; layers of {kind!r} "
+                    f"are of {', '.join(sorted(others))} too, which have no attention to read and states that padding "
+                    "changes. Use a method that works at the entrance, such as divprune"
+                )
         for index, block in enumerate(self.blocks(model)):
             check_swappable(block, LAYER_CLASSES[kind].stock_class, f"decoder layer {index}")
 
     def attach(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> None:
         """Make the model prune. Call :meth:`check` before."""
         inner = self.inner(model)
-        decoder = inner.language_model
+        decoder = self.decoder(inner)
         state = DecoderState(stages)
         decoder.__dict__["token_prune"] = state
         for block in self.blocks(model):
@@ -183,25 +171,26 @@ class DecoderAdapter:
         for stage in stages:
             if stage.where == "vision_tower":
                 layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
-                state.handles += attach_tower(inner.vision_tower, inner.multi_modal_projector, stage, layer, strategy)
+                connector = inner.get_submodule(self.connector_name)
+                state.handles += attach_tower(self.tower(inner), connector, stage, layer, strategy)
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""
         inner = self.inner(model)
-        state: DecoderState | None = inner.language_model.__dict__.pop("token_prune", None)
+        state: DecoderState | None = self.decoder(inner).__dict__.pop("token_prune", None)
         if state is None:
             return
         for handle in state.handles:
             handle.remove()
         if any(stage.where == "vision_tower" for stage in state.stages):
-            detach_tower(inner.vision_tower, model.config.vision_feature_layer)
+            detach_tower(self.tower(inner), model.config.vision_feature_layer)
         for block in self.blocks(model):
             if isinstance(block, PrunedDecoderLayer):
                 swap_class(block, block.stock_class)
 
     def states(self, model: PreTrainedModel) -> list[DecoderState]:
         """What the pruned language model knows; empty where it is dense."""
-        state = self.inner(model).language_model.__dict__.get("token_prune")
+        state = self.decoder(self.inner(model)).__dict__.get("token_prune")
         return [] if state is None else [state]
 
     @contextmanager
@@ -213,3 +202,21 @@ class DecoderAdapter:
             yield
         finally:
             state.recorder = former
+
+
+def tower_shape(tower: Any) -> ModelShape:
+    """Sizes of a vision tower; its head is not used."""
+    config = tower.config
+    return ModelShape(
+        depth=len(next(module for module in tower.modules() if isinstance(module, nn.ModuleList))),
+        width=config.hidden_size,
+        mlp_width=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        image_size=as_pair(config.image_size),
+        patch_size=as_pair(config.patch_size),
+        num_channels=config.num_channels,
+        num_protected=int(HAS_CLS.get(config.model_type, False)),
+        has_cls=HAS_CLS.get(config.model_type, False),
+        head_macs=0,
+    )

@@ -60,8 +60,7 @@ class EnterDecoder:
             )
         images: Images | None = kwargs.pop(ARGUMENT, None)
         state = decoder.token_prune
-        stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
-        starts = [0, *(layer + 1 for layer in stages)]
+        starts = [0, *(stage.layer + 1 for stage in state.stages if stage.layer >= 0)]
         past = state_of(cache, starts)
         if images is None and past is None:
             return args, kwargs
@@ -74,18 +73,7 @@ class EnterDecoder:
             forward.views += later_views(forward, forward.views[0])
         else:
             assert embeds is not None
-            use_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-            packed = read_packed(kwargs, cache, use_cache, embeds)
-            kwargs = unpacked_arguments(packed, kwargs)
-            if packed is not None:
-                embeds, images = (
-                    packed.unpack(embeds),
-                    replace(images, kinds=packed.unpack(images.kinds) * packed.valid),
-                )
-            forward = begin(decoder, starts, embeds, kwargs, past)
-            forward.stages, forward.recorder = stages, state.recorder
-            forward.packed, forward.proposed = packed, images.proposed
-            kwargs["inputs_embeds"] = tokens = let_leave(forward, embeds, images, state)
+            forward, tokens, kwargs = with_images(decoder, starts, embeds, kwargs, past, images)
         view = forward.views[0]
         mask = view.key_valid
         if mask is None and any(stage.layer < 0 and stage.positions == "original" for stage in state.stages):
@@ -152,19 +140,41 @@ def begin(decoder: Any, starts: list[int], tokens: Tensor, kwargs: dict[str, Any
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(seen, seen + length, device=device).unsqueeze(0)
-    positions = positions.to(device).expand(batch, -1)
+    positions = positions.to(device).expand(*positions.shape[:-2], batch, -1)
     valid = None if mask is None else mask[:, -length:]
     slots = torch.arange(length, device=device).expand(batch, -1)
     shift = segments[0].shift
     view = View(
         slots=slots,
         take=slots,
+        columns=None,
         valid=valid,
         positions=positions if shift is None else positions - shift,
+        renumbered=False,
         shift=shift,
         key_valid=extended(segments[0].valid, held[0], valid, length, tokens),
     )
     return Forward(decoder, starts, view, held, segments, seen, cache)
+
+
+def with_images(
+    decoder: Any, starts: list[int], embeds: Tensor, kwargs: dict[str, Any], past: Any, images: Images
+) -> tuple[Forward, Tensor, dict[str, Any]]:
+    """(the forward, the tokens (B, L, D) that enter the first layer, other arguments): what leaves has left."""
+    state = decoder.token_prune
+    side_inputs = images.family.take_side_inputs(images.inner, kwargs)
+    use_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+    packed = read_packed(kwargs, given_cache(kwargs), use_cache, embeds)
+    kwargs = unpacked_arguments(packed, kwargs)
+    if packed is not None:
+        embeds, images = packed.unpack(embeds), replace(images, kinds=packed.unpack(images.kinds) * packed.valid)
+        side_inputs = [side_input.unpacked(packed) for side_input in side_inputs]
+    forward = begin(decoder, starts, embeds, kwargs, past)
+    forward.stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
+    forward.recorder, forward.packed, forward.proposed = state.recorder, packed, images.proposed
+    tokens = let_leave(forward, embeds, images, state)
+    forward.side_inputs = [side_input.of(forward.views[0].slots) for side_input in side_inputs]
+    return forward, tokens, {**kwargs, "inputs_embeds": tokens}
 
 
 def later_views(forward: Forward, view: View) -> list[View]:
@@ -172,9 +182,10 @@ def later_views(forward: Forward, view: View) -> list[View]:
     base = 0 if view.shift is None else view.shift
     views = []
     for segment, held in zip(forward.past[1:], forward.held[1:], strict=True):
+        moved = segment.shift is not None or view.shift is not None
         positions = view.positions + base - (0 if segment.shift is None else segment.shift)
         key_valid = extended(segment.valid, held, view.valid, view.slots.shape[1], view.slots)
-        views.append(View(view.slots, view.slots, view.valid, positions, segment.shift, key_valid))
+        views.append(replace(view, positions=positions, renumbered=moved, shift=segment.shift, key_valid=key_valid))
     return views
 
 

@@ -23,6 +23,7 @@ from ...tokens import gather_tokens
 from ._cache import CACHE_NAME, CacheState, Segment, extended
 from ._layout import Layout
 from ._packed import Packed
+from ._side_inputs import SideInput
 from ._text_rows import text_attention
 from ._view import View, moved
 
@@ -47,6 +48,7 @@ class Forward:
         proposed: how many of the last tokens only stand there to be checked (assisted decoding); they stay, and have no
             say in what else does.
         packed: how several samples stood in one row; None: they did not.
+        side_inputs: what is added to the tokens of the first segment, and to those of them that are left later.
         observed: (B, L) float32 scores of the layers observed so far, of the tokens of the newest view.
         text: what the next stage reads of the text's attention, see :meth:`text_attention`.
     """
@@ -75,6 +77,7 @@ class Forward:
         self.recorder: Any = None
         self.proposed = 0
         self.packed: Packed | None = None
+        self.side_inputs: list[SideInput] = []
         self.observed: dict[int, Tensor] = {}
         self.text: tuple[Tensor, Tensor] | None = None
 
@@ -97,10 +100,20 @@ class Forward:
             return {**stock, "position_ids": None}
         view = self.view(index, states.device)
         if view.rotary is None:
-            rotary: Any = self.decoder.rotary_emb
-            view.rotary = moved(rotary(states, view.positions), states.device)
+            view.rotary = self._rotary(view, states, stock["position_embeddings"])
             view.mask = self._mask(view, layer, states)
         return {**stock, "attention_mask": view.mask, "position_ids": None, "position_embeddings": view.rotary}
+
+    def _rotary(self, view: View, states: Tensor, first: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cos and sin of the tokens of ``view``, taken from those of the ``first`` segment unless they have moved."""
+        if view.renumbered:
+            rotary: Any = self.decoder.rotary_emb
+            made: tuple[Tensor, Tensor] = moved(rotary(states, view.positions), states.device)
+            return made
+        if view.columns is None:
+            return first
+        cos, sin = (gather_tokens(part.expand(len(states), -1, -1), view.columns) for part in first)
+        return cos, sin
 
     def _mask(self, view: View, layer: int, states: Tensor) -> Any:
         if view.key_valid is None and states.shape[1] == 1:
@@ -124,6 +137,8 @@ class Forward:
             block: the decoder layer that is about to run, the one called ``layer``.
             stock: the arguments it was given.
         """
+        if layer:
+            states = self.with_side_inputs(layer - 1, states)
         index = self.segment(layer)
         if self.layout is None or index == 0 or layer != self.starts[index]:
             return states
@@ -137,6 +152,14 @@ class Forward:
                 self.views.append(self.select(stage, states.detach()))
                 self.text = None
         return gather_tokens(states, self.view(index, states.device).take)
+
+    def with_side_inputs(self, layer: int, states: Tensor) -> Tensor:
+        """What a decoder layer gave, (B, L, D), with what the family adds behind it."""
+        for side_input in self.side_inputs:
+            if side_input.layer == layer:
+                columns = self.view(self.segment(layer), states.device).columns
+                states = (side_input if columns is None else side_input.of(columns)).added(states)
+        return states
 
     def look(self, block: Any, layer: int, states: Tensor, given: dict[str, Any]) -> None:
         """Before a layer runs: read of its attention what the stage behind it wants to see of it.
@@ -263,17 +286,17 @@ class Forward:
         valid = None if min(lengths) == longest else order >= 0
         take = torch.where(order >= 0, order, order[:, -1:])  # padding: any token that stays; others may be NaN
         segment = self.segment(stage.layer) + 1 if stage is not None and stage.layer >= 0 else 0
-        positions, shift = before.positions, before.shift
+        positions, shift, renumbered = before.positions, before.shift, before.renumbered
         former = self.past[segment].shift
         if segment and former is not None:  # in former turns more has left before this segment than before the last one
             last = self.past[segment - 1].shift
             more = former if last is None else former - last
-            positions = positions - more
+            positions, renumbered = positions - more, True
             shift = more if shift is None else shift + more
         if stage is not None and stage.positions == "contiguous":
             dropped = ~keep if before.valid is None else ~keep & before.valid
             total = dropped.long().cumsum(1)
-            positions = positions - total
+            positions, renumbered = positions - total, True
             shift = total[:, -1:] + (0 if shift is None else shift)
         is_image = self.layout.is_image.gather(1, take)
         self.layout = replace(self.layout, is_image=is_image if valid is None else is_image & valid)
@@ -281,8 +304,10 @@ class Forward:
         view = View(
             slots=before.slots.gather(1, take),
             take=take,
+            columns=None if segment == 0 else take if before.columns is None else before.columns.gather(1, take),
             valid=valid,
-            positions=positions.gather(1, take),
+            positions=positions.gather(-1, take.expand(positions.shape[:-1] + take.shape[-1:])),
+            renumbered=renumbered and segment > 0,
             shift=shift,
             key_valid=extended(self.past[segment].valid, self.held[segment], valid, longest, take),
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedModelError
 from ._cache import given_cache
+from ._side_inputs import SideInput
 
 ARGUMENT = "token_prune"
 """Keyword argument in which the forward travels from hook to layers to hook; so no state is on the module."""
@@ -99,6 +100,8 @@ class Family(Protocol):
     """The part of an adapter that a forward asks."""
 
     placeholders: ClassVar[dict[str, str]]
+
+    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> list[SideInput]: ...
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]: ...
 

@@ -57,7 +57,7 @@ def read_packed(kwargs: dict[str, Any], cache: Any, use_cache: bool, like: Tenso
     batch, length = like.shape[:2]
     if ends is not None:
         starts = {*ends.tolist(), *range(0, batch * length, length)} - {batch * length}
-    elif positions is None:
+    elif (positions := text_row(positions)) is None:
         return None
     else:
         positions = positions.expand(batch, -1)
@@ -72,6 +72,16 @@ def read_packed(kwargs: dict[str, Any], cache: Any, use_cache: bool, like: Tenso
             f"{type(cache).__name__} cannot keep apart. Leave the cache out, or give each sample a row of its own"
         )
     return packed_at(sorted(starts), batch, length, like.device)
+
+
+def text_row(positions: Tensor | None) -> Tensor | None:
+    """The row of ``positions``, of (B, T) or of four axes (4, B, T), that counts tokens; None: none does.
+
+    Three axes tell where an image's tokens are in it, and start anew inside.
+    """
+    if positions is None or positions.dim() == 2:
+        return positions
+    return positions[0] if len(positions) == 4 else None
 
 
 def packed_at(starts: list[int], batch: int, length: int, device: torch.device) -> Packed:
@@ -93,5 +103,6 @@ def unpacked_arguments(packed: Packed | None, kwargs: dict[str, Any]) -> dict[st
         return kwargs
     positions = kwargs.get("position_ids")
     if positions is not None:
-        positions = packed.unpack(positions.expand(packed.back.shape[0], -1))
+        positions = positions.expand(*positions.shape[:-2], packed.back.shape[0], -1)
+        positions = packed.unpack(positions.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
     return {**kwargs, "attention_mask": packed.valid, "position_ids": positions, "use_cache": False}

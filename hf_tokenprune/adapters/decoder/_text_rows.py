@@ -5,12 +5,13 @@ Recomputed from queries and keys of those rows (R × L instead of L × L), besid
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import rotate_half
 
 from ...errors import UnsupportedModelError
 
@@ -38,8 +39,8 @@ def text_attention(
     """
     cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rotary)
     with _same_randomness(attention, normed.device):
-        queries = _heads(attention.q_proj(normed[:, -num_rows:]), attention, cos[:, -num_rows:], sin[:, -num_rows:])
-        keys = _heads(attention.k_proj(normed), attention, cos, sin)
+        queries = _heads(attention, "q", normed[:, -num_rows:], cos[:, -num_rows:], sin[:, -num_rows:])
+        keys = _heads(attention, "k", normed, cos, sin)
     if cached is not None:
         keys = torch.cat([cached.to(keys), keys], dim=2)
     grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (B, key heads, queries a key head, R, d)
@@ -90,7 +91,10 @@ def all_heads(attention_of_mine: Tensor, attention: Any) -> Tensor:
     return split.full_tensor()
 
 
-def _heads(projected: Tensor, attention: Any, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, T, heads · d) as (B, heads, T, d), rotated."""
-    states = projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
+def _heads(attention: Any, which: str, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries ("q") or keys ("k") of ``normed`` (B, T, D), as (B, heads, T, d), rotated as this attention does."""
+    states = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{which}_norm", None)
+    states = (states if norm is None else norm(states)).transpose(1, 2)
+    rotate: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate(states[:, :0], states, cos, sin)[1]  # it rotates two at once, here none and these

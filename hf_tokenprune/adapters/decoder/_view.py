@@ -16,8 +16,10 @@ class View:
     Attributes:
         slots: (B, L) int64, where they stood among the T.
         take: (B, L) int64, where they stood in the view before.
+        columns: (B, L) int64, where they stand in the view of the first segment; None: these are all of them.
         valid: (B, L) bool, False for padding; None: no padding.
-        positions: (B, L) int64 for the rotary embedding.
+        positions: (..., B, L) int64 for the rotary embedding; leading axes, if any, are those of the positions.
+        renumbered: their positions are others than in the first segment.
         shift: (B, 1) int64, how far positions behind them move down; None: not at all.
         key_valid: (B, K + L) bool, ``valid`` with that of the K keys in the cache before it; None: no padding.
         rotary, mask: what the layers of the segment are given, unless it is the first one, which is given what stock
@@ -26,8 +28,10 @@ class View:
 
     slots: Tensor
     take: Tensor
+    columns: Tensor | None
     valid: Tensor | None
     positions: Tensor
+    renumbered: bool
     shift: Tensor | None
     key_valid: Tensor | None
     rotary: tuple[Tensor, Tensor] | None = None
@@ -37,7 +41,8 @@ class View:
         """This view with everything on ``device``: layers of one segment may be spread over several."""
         if self.slots.device == device:
             return self
-        return replace(self, **{field.name: moved(getattr(self, field.name), device) for field in fields(self)})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "renumbered"}
+        return replace(self, **{name: moved(value, device) for name, value in tensors.items()})
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -3,52 +3,18 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ...registry import register_adapter
-from ...signals import DecoderShape, ModelShape
-from .._sizes import as_pair, linear_macs
+from ...signals import ModelShape
 from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens
-from ._tower import HAS_CLS
-
-
-class LlavaFamilyAdapter(DecoderAdapter):
-    """Sizes, which all LLaVA families read from the same fields."""
-
-    def shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> DecoderShape:
-        inner, text = self.inner(model), self.inner(model).language_model.config
-        tower = self.tower(model, image_size)
-        tower_images, image_tokens, newline_tokens = self.image_tokens(model, image_size)
-        return DecoderShape(
-            depth=len(self.blocks(model)),
-            width=text.hidden_size,
-            mlp_width=text.intermediate_size,
-            num_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            head_dim=self.blocks(model)[0].self_attn.head_dim,  # type: ignore[union-attr,arg-type]
-            vocab_size=text.vocab_size,
-            tower=tower,
-            tower_images=tower_images,
-            image_tokens=image_tokens,
-            projector_macs=linear_macs(inner.multi_modal_projector),
-            newline_tokens=newline_tokens,
-        )
-
-    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
-        """(images the tower encodes, tokens in the decoder, newlines among them) of one image; None: a usual size."""
-        raise NotImplementedError
-
-    def tower(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
-        """Sizes of the vision tower, for what it encodes of an image of ``image_size`` pixels."""
-        return tower_shape(self.inner(model).vision_tower)
 
 
 @register_adapter("llava")
-class LlavaAdapter(LlavaFamilyAdapter):
+class LlavaAdapter(DecoderAdapter):
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
-        tower = self.tower(model, image_size)
+        tower = self.tower_shape(model, image_size)
         first = model.config.vision_feature_select_strategy == "default"  # drops the first, CLS token or not
         return 1, tower.num_patches + tower.has_cls - first, 0
 
@@ -59,25 +25,7 @@ class LlavaAdapter(LlavaFamilyAdapter):
         side = inner.vision_tower.patch_size  # a tower for images of any size: Pixtral
         return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
 
-    def tower(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
-        tower = super().tower(model, image_size)
-        takes_any_size = self.inner(model).vision_tower.config.model_type == "pixtral"
+    def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        tower = super().tower_shape(model, image_size)
+        takes_any_size = self.tower(self.inner(model)).config.model_type == "pixtral"
         return replace(tower, image_size=image_size) if image_size is not None and takes_any_size else tower
-
-
-def tower_shape(tower: Any) -> ModelShape:
-    """Sizes of a vision tower; its head is not used."""
-    config = tower.config
-    return ModelShape(
-        depth=len(next(module for module in tower.modules() if isinstance(module, nn.ModuleList))),
-        width=config.hidden_size,
-        mlp_width=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        image_size=as_pair(config.image_size),
-        patch_size=as_pair(config.patch_size),
-        num_channels=config.num_channels,
-        num_protected=int(HAS_CLS.get(config.model_type, False)),
-        has_cls=HAS_CLS.get(config.model_type, False),
-        head_macs=0,
-    )

@@ -13,12 +13,12 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from ...errors import UnsupportedModelError
 from ...registry import register_adapter
+from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens
-from .llava import LlavaFamilyAdapter
 
 
 @register_adapter("llava_next")
-class LlavaNextAdapter(LlavaFamilyAdapter):
+class LlavaNextAdapter(DecoderAdapter):
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         sizes = given.image_sizes
         if given.kind != "image" or (sizes is None and not given.with_newlines):
