@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..config import PruneConfig
 from ..signals import DecoderShape
@@ -18,20 +18,22 @@ class DecoderConfig(PruneConfig):
 
     Args:
         positions: of the tokens behind a pruning point. "contiguous": renumbered, so that they move together;
-            "original": each keeps its own.
+            "original": each keeps its own. None: as the method's official code does, and "original" in families that
+            place image tokens in time, rows and columns, where renumbering is refused.
         newlines: newline tokens (LLaVA-NeXT) leave like image tokens ("prune") or always stay ("protect").
     """
 
-    positions: Positions = field(default="contiguous", kw_only=True)
+    positions: Positions | None = field(default=None, kw_only=True)
     newlines: Newlines = field(default="prune", kw_only=True)
 
     prunes: ClassVar[frozenset[str]] = frozenset({"decoder"})
+    usual_positions: ClassVar[Positions] = "contiguous"
 
     def shared(self, shape: DecoderShape) -> dict[str, str]:
         """The fields above as every stage takes them; raises where one would have no effect on this shape."""
         allowed = "'prune': this model has no newline tokens to protect"
         self.check(self.newlines == "prune" or shape.newline_tokens > 0, "newlines", allowed)
-        return {"positions": self.positions, "newlines": self.newlines}
+        return {"positions": positions_on(self, shape), "newlines": self.newlines}
 
     def prunable(self, shape: DecoderShape) -> int:
         return shape.num_prunable - (shape.newline_tokens if self.newlines == "protect" else 0)
@@ -64,6 +66,16 @@ class DecoderConfig(PruneConfig):
             name,
             f"layers of 0..{shape.depth - 2}, each with a layer behind it: this model has {shape.depth} layers",
         )
+
+
+def positions_on(config: Any, shape: DecoderShape) -> Positions:
+    """What ``config.positions`` means on a model of this shape; raises where it has no such positions."""
+    several = shape.position_axes > 1
+    allowed = f"'original' or None: positions have {shape.position_axes} axes here (time, row, column)"
+    config.check(not several or config.positions != "contiguous", "positions", allowed)
+    positions: Positions | None = "original" if several else config.positions
+    usual: Positions = config.usual_positions
+    return usual if positions is None else positions
 
 
 def num_rounded(num_tokens: int, keep_ratio: float) -> int:

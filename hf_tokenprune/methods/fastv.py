@@ -9,7 +9,7 @@ Axes: B batch, H heads, N image tokens.
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ..registry import register_method
@@ -32,8 +32,8 @@ class FastVConfig(DecoderConfig):
 
     layer: int = 1
     keep_ratio: float = 0.5
-    positions: Positions = field(default="original", kw_only=True)
 
+    usual_positions: ClassVar[Positions] = "original"
     one_stage: ClassVar[bool] = True
 
     def validate(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ..config import Where
 from ..signals import ENTRANCE, DecoderShape, Shape
-from .decoderwise import Positions
+from .decoderwise import Positions, positions_on
 from .visionwise import VisionConfig
 
 B = TypeVar("B", bound="BaselineConfig")
@@ -121,28 +121,30 @@ class BaselineConfig(LayerwiseConfig):
 
     Args:
         positions: decoders: of the tokens behind a pruning point, "contiguous" (renumbered) or "original" (each keeps
-            its own), to compare with methods that do the same.
+            its own), to compare with methods that do the same. None: renumbered, where a family can.
     """
 
-    positions: Positions = field(default="contiguous", kw_only=True)
+    positions: Positions | None = field(default=None, kw_only=True)
 
+    usual_positions: ClassVar[Positions] = "contiguous"
     prunes: ClassVar[frozenset[str]] = frozenset({"vision", "decoder"})
     default_entrance_ratio: ClassVar[float] = 0.098
 
-    def places(self, shape: Shape) -> list[tuple[int, str, float, str]]:
-        """(layer, where, keep ratio, budget) of each stage; fields that do not fit the shape raise ConfigError."""
+    def places(self, shape: Shape) -> list[tuple[int, str, float, dict[str, str]]]:
+        """(layer, where, keep ratio, other fields) of each stage; raises where a field does not fit the shape."""
         if not isinstance(shape, DecoderShape):
-            allowed = "'contiguous': it is about decoders, and this is a vision encoder"
-            self.check(self.positions == "contiguous", "positions", allowed)
-            return [(layer, self.where, ratio, "sample") for layer, ratio in self.plan(shape)]
+            allowed = "None: it is about decoders, and this is a vision encoder"
+            self.check(self.positions != "original", "positions", allowed)
+            return [(layer, self.where, ratio, {}) for layer, ratio in self.plan(shape)]
         self.check(self.where == "after_block", "where", "'after_block': in a decoder tokens leave behind a layer")
         for name in ("exact_last_block", "restore"):
             self.check(not getattr(self, name), name, "False: it is about vision encoders, and this is a decoder")
+        shared: dict[str, str] = {"positions": positions_on(self, shape)}
         if self.layers is not None:
-            return [(layer, "after_block", ratio, "sample") for layer, ratio in self.plan(shape)]
+            return [(layer, "after_block", ratio, shared) for layer, ratio in self.plan(shape)]
         ratios = self.default_entrance_ratio if self.keep_ratios is None else self.keep_ratios
         ratio = math.prod(ratios) if isinstance(ratios, tuple) else ratios
-        return [(-1, "entrance", ratio, "image")]
+        return [(-1, "entrance", ratio, {**shared, "budget": "image"})]
 
     def search_places(self, shape: Shape) -> tuple[int, ...]:
         at_entrance = isinstance(shape, DecoderShape) and self.layers is None

@@ -29,10 +29,7 @@ class RandomConfig(BaselineConfig):
 
     def stages_for(self, shape: Shape) -> tuple[Stage, ...]:
         places = self.places(shape)
-        return tuple(
-            RandomStage(layer, where, ratio, self.seed, positions=self.positions, budget=budget)
-            for layer, where, ratio, budget in places
-        )
+        return tuple(RandomStage(layer, where, ratio, self.seed, **shared) for layer, where, ratio, shared in places)
 
 
 @dataclass(frozen=True)

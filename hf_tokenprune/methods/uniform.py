@@ -24,10 +24,7 @@ class UniformConfig(BaselineConfig):
 
     def stages_for(self, shape: Shape) -> tuple[Stage, ...]:
         places = self.places(shape)
-        return tuple(
-            UniformStage(layer, where, ratio, positions=self.positions, budget=budget)
-            for layer, where, ratio, budget in places
-        )
+        return tuple(UniformStage(layer, where, ratio, **shared) for layer, where, ratio, shared in places)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""Families that take images of any size and place every token in time, rows and columns: Qwen-VL and its kind.
+
+Their towers merge squares of patches into one token; the processor tells the grid (frames, rows, columns) of patches
+of each image or video, and which tokens are of which kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from ...errors import UnsupportedModelError
+from ...signals import ModelShape
+from .._sizes import as_pair
+from ._adapter import DecoderAdapter
+from ._images import GivenImages, ImageTokens
+
+USUAL_SIDE = 32
+"""Rows and columns of tokens of an image whose size nobody tells: 1024 tokens, in the middle of what papers report."""
+
+
+class GridAdapter(DecoderAdapter):
+    """Base of these families' adapters."""
+
+    tower_name = "visual"
+    connector_name = "visual.merger"
+    position_axes = 3
+    placeholders: ClassVar = {"image": "image_token_id", "video": "video_token_id"}
+
+    def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
+        if given.call.get("mm_token_type_ids") is None:
+            raise UnsupportedModelError(
+                f"{given.kind}s without mm_token_type_ids, from which positions in time, rows and columns follow: pass "
+                "all that the processor returns, AutoProcessor.from_pretrained(...)(text=..., images=...)"
+            )
+        grids = given.call.get(f"{given.kind}_grid_thw")
+        if grids is None:
+            return given.as_encoded()
+        merged = self.tower(inner).spatial_merge_size ** 2
+        return [ImageTokens(frames * rows * columns // merged) for frames, rows, columns in grids.tolist()]
+
+    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+        merge = self.tower(self.inner(model)).spatial_merge_size
+        return 1, self.tower_shape(model, image_size).num_patches // merge**2, 0
+
+    def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        config = self.tower(self.inner(model)).config
+        width = getattr(config, "embed_dim", config.hidden_size)
+        patch = as_pair(config.patch_size)
+        side = USUAL_SIDE * config.spatial_merge_size
+        return ModelShape(
+            depth=config.depth,
+            width=width,
+            mlp_width=getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio),
+            num_heads=config.num_heads,
+            head_dim=width // config.num_heads,
+            image_size=image_size or (side * patch[0], side * patch[1]),
+            patch_size=patch,
+            num_channels=config.in_channels * config.temporal_patch_size,  # an image is two frames
+            num_protected=0,
+            has_cls=False,
+            head_macs=0,
+        )

@@ -1,0 +1,27 @@
+"""Qwen3-VL: features of its tower's earlier blocks are added to image tokens behind the first decoder layers."""
+
+from typing import Any
+
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
+
+from ...registry import register_adapter
+from ._grids import GridAdapter
+from ._layer import PrunedDecoderLayer
+from ._side_inputs import SideInput
+
+
+class PrunedQwen3VLTextDecoderLayer(PrunedDecoderLayer, Qwen3VLTextDecoderLayer, text="qwen3_vl_text"):
+    pass
+
+
+class DeepstackAdapter(GridAdapter):
+    """Qwen3-VL, dense or with experts."""
+
+    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> list[SideInput]:
+        places, features = call.pop("visual_pos_masks", None), call.pop("deepstack_visual_embeds", None)
+        return [SideInput.at(layer, added, places) for layer, added in enumerate(features or ())]
+
+
+@register_adapter("qwen3_vl")
+class Qwen3VLAdapter(DeepstackAdapter):
+    pass
