@@ -7,10 +7,10 @@ from ._grids import GridAdapter
 from ._layer import PrunedDecoderLayer
 
 
-class PrunedQwen2_5_VLDecoderLayer(PrunedDecoderLayer, Qwen2_5_VLDecoderLayer, text="qwen2_5_vl_text"):
+class PrunedQwen25VLDecoderLayer(PrunedDecoderLayer, Qwen2_5_VLDecoderLayer, text="qwen2_5_vl_text"):
     pass
 
 
 @register_adapter("qwen2_5_vl")
-class Qwen2_5_VLAdapter(GridAdapter):
+class Qwen25VLAdapter(GridAdapter):
     pass
