@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
 from ...errors import PruneStateError, UnsupportedModelError
@@ -75,12 +75,19 @@ class PrunedDynamicCache(DynamicCache):
     """Whether a pruned model is at work on it. A dense one would get positions and masks wrong without noticing."""
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.check_open()
+        return super().update(*args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        self.check_open()  # before recurrent layers, which do not update a length, change their states
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def check_open(self) -> None:
         if not self.open:
             raise PruneStateError(
                 "this cache was filled by a pruned model, and the model at work is not pruned; prune it again with the "
                 "same config, or start with a new DynamicCache"
             )
-        return super().update(*args, **kwargs)
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         held = int(super().get_seq_length(layer_idx or 0))
@@ -132,9 +139,10 @@ def given_cache(kwargs: dict[str, Any]) -> Any:
 
 
 def check_cache(cache: Any) -> None:
-    """Raise UnsupportedModelError unless every layer of ``cache`` can hold a length of its own."""
+    """Raise UnsupportedModelError unless every layer of ``cache`` can hold a length of its own, or has none."""
     if cache is None or (
-        isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+        isinstance(cache, DynamicCache)
+        and all(type(layer) in (DynamicLayer, LinearAttentionLayer) for layer in cache.layers)
     ):
         return
     layers = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
@@ -171,6 +179,8 @@ def check_lengths(cache: PrunedDynamicCache, state: CacheState) -> None:
     ends = [*(segment.first for segment in state.segments[1:]), len(cache.layers)]
     for segment, end, length in zip(state.segments, ends, state.lengths, strict=True):
         for layer in range(segment.first, end):
+            if cache.is_linear[layer]:  # a state, of whatever length
+                continue
             held = cache.get_seq_length(layer)
             if grown < 0 or held != length + grown:
                 raise PruneStateError(

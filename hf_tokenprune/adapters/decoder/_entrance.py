@@ -120,6 +120,16 @@ def check_mode(decoder: nn.Module, cache: Any, attention_mask: Any) -> None:
         )
 
 
+def check_recurrent(decoder: Any, forward: Forward) -> None:
+    """Raise UnsupportedModelError where padding would come between tokens of a sample in a recurrent layer."""
+    recurrent = "linear_attention" in (getattr(decoder.config, "layer_types", None) or ())
+    if recurrent and forward.seen and forward.views[0].valid is not None:
+        raise UnsupportedModelError(
+            "samples of different lengths behind a cache that holds tokens already: padding between would change the "
+            "states of this model's recurrent layers. Continue each sample alone, or all with as many tokens"
+        )
+
+
 def begin(decoder: Any, starts: list[int], tokens: Tensor, kwargs: dict[str, Any], past: Any) -> Forward:
     """The forward with the first segment's view of all its ``tokens``: ids (B, T) or embeddings (B, T, D)."""
     cache: Any = given_cache(kwargs)
@@ -173,6 +183,7 @@ def with_images(
     forward.stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
     forward.recorder, forward.packed, forward.proposed = state.recorder, packed, images.proposed
     tokens = let_leave(forward, embeds, images, state)
+    check_recurrent(decoder, forward)
     forward.side_inputs = [side_input.of(forward.views[0].slots) for side_input in side_inputs]
     return forward, tokens, {**kwargs, "inputs_embeds": tokens}
 
