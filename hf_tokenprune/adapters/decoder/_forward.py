@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.masking_utils import create_causal_mask
 
 from ...signals import Signals, Stage, Transition
 from ...tokens import gather_tokens
-from ._cache import CACHE_NAME, CacheState, Segment, extended
+from ._cache import CacheState, Segment, extended
 from ._layout import Layout
 from ._packed import Packed
 from ._side_inputs import SideInput
@@ -100,33 +99,9 @@ class Forward:
             return {**stock, "position_ids": None}
         view = self.view(index, states.device)
         if view.rotary is None:
-            view.rotary = self._rotary(view, states, stock["position_embeddings"])
-            view.mask = self._mask(view, layer, states)
+            view.rotary = view.make_rotary(self.decoder, states, stock["position_embeddings"])
+            view.mask = view.make_mask(self.decoder, layer, states, self.cache)
         return {**stock, "attention_mask": view.mask, "position_ids": None, "position_embeddings": view.rotary}
-
-    def _rotary(self, view: View, states: Tensor, first: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cos and sin of the tokens of ``view``, taken from those of the ``first`` segment unless they have moved."""
-        if view.renumbered:
-            rotary: Any = self.decoder.rotary_emb
-            made: tuple[Tensor, Tensor] = moved(rotary(states, view.positions), states.device)
-            return made
-        if view.columns is None:
-            return first
-        cos, sin = (gather_tokens(part.expand(len(states), -1, -1), view.columns) for part in first)
-        return cos, sin
-
-    def _mask(self, view: View, layer: int, states: Tensor) -> Any:
-        if view.key_valid is None and states.shape[1] == 1:
-            return None
-        # Without position_ids: original positions have gaps, which Transformers would take for packed sequences.
-        return create_causal_mask(
-            config=self.decoder.config,
-            inputs_embeds=states,
-            attention_mask=view.key_valid,
-            position_ids=None,
-            layer_idx=layer,
-            **{CACHE_NAME: self.cache},
-        )
 
     # -- pruning -----------------------------------------------------------------------------------------------------
 

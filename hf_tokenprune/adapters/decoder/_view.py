@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+
+from ...tokens import gather_tokens
+from ._cache import CACHE_NAME
 
 
 @dataclass
@@ -43,6 +48,35 @@ class View:
             return self
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "renumbered"}
         return replace(self, **{name: moved(value, device) for name, value in tensors.items()})
+
+    def make_rotary(self, decoder: Any, states: Tensor, first: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cos and sin (B, L, d), taken from those of the ``first`` segment unless tokens have been renumbered since.
+
+        Args:
+            decoder: the language model.
+            states: (B, L, D) of these tokens.
+        """
+        if self.renumbered:
+            made: tuple[Tensor, Tensor] = moved(decoder.rotary_emb(states, self.positions), states.device)
+            return made
+        if self.columns is None:
+            return first
+        cos, sin = (gather_tokens(part.expand(len(states), -1, -1), self.columns) for part in first)
+        return cos, sin
+
+    def make_mask(self, decoder: Any, layer: int, states: Tensor, cache: Cache | None) -> Any:
+        """The mask for a decoder layer that attends to all that is in front of a token."""
+        if self.key_valid is None and states.shape[1] == 1:
+            return None
+        # Without position_ids: original positions have gaps, which Transformers would take for packed sequences.
+        return create_causal_mask(
+            config=decoder.config,
+            inputs_embeds=states,
+            attention_mask=self.key_valid,
+            position_ids=None,
+            layer_idx=layer,
+            **{CACHE_NAME: cache},
+        )
 
 
 def moved(value: Any, device: torch.device) -> Any:
