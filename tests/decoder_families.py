@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -20,13 +19,20 @@ from hf_tokenprune.engine import plan
 from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.signals import Stage
 
+from . import decoder_visuals
+from .decoder_prompts import collate as collate
+from .decoder_prompts import is_image as is_image
+from .decoder_prompts import sample as sample
+from .decoder_visuals import IMAGE as IMAGE
+from .decoder_visuals import SPECIAL, VOCABULARY, Inputs
+from .decoder_visuals import VIDEO as VIDEO
+from .decoder_visuals import image_features as image_features
+from .decoder_visuals import video_features as video_features
 from .families import methods_for
 
-FAMILIES = [name for name in list_adapters() if isinstance(get_adapter(name), DecoderAdapter)]
 TEXTS = sorted(LAYER_CLASSES)
+FAMILIES = [name for name in list_adapters() if isinstance(get_adapter(name), DecoderAdapter)]
 DEPTH = 8
-VOCABULARY = 64
-IMAGE, VIDEO = VOCABULARY - 2, VOCABULARY - 1
 KEY_VALUE_HEADS = {"llama": 4, "mistral": 1}
 """Of four heads; two where a language model is not named: grouped queries."""
 
@@ -34,10 +40,23 @@ KEY_VALUE_HEADS = {"llama": 4, "mistral": 1}
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-def tiny_vlm(family: str, text: str = "llama", *, attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
+def texts_of(family: str) -> list[str]:
+    """The language models that a family can have and decoders are known for; the one of the stock config first."""
+    stock = AutoConfig.for_model(family)
+    own = stock.text_config.model_type
+    if stock.sub_configs["text_config"] is not AutoConfig:
+        return [own]
+    parts_of_others = {name for name in LAYER_CLASSES if AutoConfig.for_model(name).base_config_key}
+    return [own, *sorted(LAYER_CLASSES.keys() - parts_of_others - {own})]
+
+
+def tiny_vlm(family: str, text: str | None = None, *, attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
     """A model with random weights, attention far from uniform and features that differ, in eval mode.
 
-    ``overrides`` are fields of its config; those of ``text_config`` and ``vision_config`` add to the tiny ones.
+    Args:
+        family: a key of ``decoder_visuals.FAMILIES``.
+        text: ``model_type`` of its language model; None: that of its stock config.
+        overrides: fields of its config; those of ``text_config`` and ``vision_config`` add to the tiny ones.
     """
     if overrides:
         return _build(family, text, attention, overrides)
@@ -45,14 +64,14 @@ def tiny_vlm(family: str, text: str = "llama", *, attention: str = "sdpa", **ove
 
 
 @functools.cache
-def _built(family: str, text: str, attention: str) -> PreTrainedModel:
+def _built(family: str, text: str | None, attention: str) -> PreTrainedModel:
     return _build(family, text, attention, {})
 
 
-def _build(family: str, text: str, attention: str, overrides: dict[str, Any]) -> PreTrainedModel:
-    overrides = dict(overrides)
-    stock = AutoConfig.for_model(family)
-    crops = hasattr(stock, "image_grid_pinpoints")
+def _build(family: str, text: str | None, attention: str, overrides: dict[str, Any]) -> PreTrainedModel:
+    tiny, model_type = decoder_visuals.FAMILIES[family], family.partition("+")[0]
+    stock = AutoConfig.for_model(model_type)
+    text = text or stock.text_config.model_type
     text_config = {
         "model_type": text,
         "vocab_size": VOCABULARY,
@@ -68,7 +87,6 @@ def _build(family: str, text: str, attention: str, overrides: dict[str, Any]) ->
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": None,
-        **overrides.pop("text_config", {}),
     }
     vision_config = {
         "model_type": stock.vision_config.model_type,
@@ -76,23 +94,23 @@ def _build(family: str, text: str, attention: str, overrides: dict[str, Any]) ->
         "intermediate_size": 32,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
-        "image_size": 9 if crops else 20,  # a crop has 3 × 3 patches, an image without crops 5 × 5
-        "patch_size": 3 if crops else 4,
+        "image_size": 20,
+        "patch_size": 4,
         "vision_use_head": False,
-        **overrides.pop("vision_config", {}),
     }
-    side = vision_config["image_size"]
-    fields: dict[str, Any] = {"image_token_id": IMAGE, "text_config": text_config, "vision_config": vision_config}
-    if crops:
+    fields: dict[str, Any] = {name: token for name, token in SPECIAL.items() if hasattr(stock, name)} | tiny.fields
+    for name, config, own in (("text_config", text_config, tiny.text), ("vision_config", vision_config, tiny.vision)):
+        fields[name] = config | own | overrides.get(name, {})
+    if hasattr(stock, "image_grid_pinpoints"):
+        side = fields["vision_config"]["image_size"]
         fields["image_grid_pinpoints"] = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
-    if hasattr(stock, "video_token_id"):
-        fields["video_token_id"] = VIDEO
-    config = AutoConfig.for_model(family, **(fields | overrides))
+    rest = {name: value for name, value in overrides.items() if not name.endswith("_config")}
+    config = AutoConfig.for_model(model_type, **{"tie_word_embeddings": False, **fields, **rest})
     config._attn_implementation = attention
     model = AutoModelForImageTextToText.from_config(config).eval()
     spread(model)
     # A generated placeholder would ask for an image that nobody has given.
-    model.generation_config.suppress_tokens = [IMAGE, VIDEO]
+    model.generation_config.suppress_tokens = sorted(set(SPECIAL.values()))
     model.generation_config.pad_token_id = 0
     return model
 
@@ -104,100 +122,18 @@ def spread(model: PreTrainedModel) -> None:
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.1 * noise)
+                parameter.add_(0.1 * noise)  # of what is stock, 1 or 0
             elif parameter.dim() > 1:
                 scale = 1.2 if "q_proj" in name or "k_proj" in name else 4 if "embed_tokens" in name else 1
                 parameter.copy_(noise * scale * parameter[0].numel() ** -0.5)
             else:
-                parameter.copy_(0.1 * noise)
+                slow = 3 if name.endswith("A_log") else 0  # decay of a linear layer's state: summed up, it rounds off
+                parameter.copy_(0.1 * noise - slow)
 
 
 def adapter_of(model: PreTrainedModel) -> DecoderAdapter:
     adapter: DecoderAdapter = get_adapter(model.config.model_type)
     return adapter
-
-
-# -- prompts ---------------------------------------------------------------------------------------------------------
-
-Inputs = dict[str, Tensor]
-
-
-def sample(model: PreTrainedModel, parts: str, seed: int = 0) -> Inputs:
-    """Inputs of one prompt, without padding.
-
-    Args:
-        parts: "." a token of text, "I" an image, "i" an image of another size where the family has crops, "V" a video.
-        seed: of words and pixels.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    side = model.config.vision_config.image_size
-    crops = hasattr(model.config, "image_grid_pinpoints")
-    ids: list[int] = []
-    pixels, sizes, videos = [], [], []
-    for part in parts:
-        if part == ".":
-            ids.append(int(torch.randint(1, IMAGE, (), generator=generator)))
-        elif part == "V":
-            videos.append(torch.randn(1, 4, 3, side, side, generator=generator))
-            ids += [VIDEO] * video_features(model, videos[-1]).shape[0]
-        else:
-            assert part in "Ii", part
-            size = torch.tensor([[2 * side, 2 * side]] if part == "I" else [[side, 2 * side - 2]])
-            num_crops = 5 if part == "I" else 3
-            pixel = torch.randn(1, *([num_crops] if crops else []), 3, side, side, generator=generator)
-            features = image_features(model, pixel, size if crops else None)
-            ids += [IMAGE] * features.shape[0]
-            pixels.append(pixel)
-            sizes.append(size)
-    return collate([_without_none(ids, pixels, sizes if crops else [], videos)])
-
-
-def _without_none(ids: list[int], pixels: list[Tensor], sizes: list[Tensor], videos: list[Tensor]) -> Inputs:
-    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    lists = {"pixel_values": pixels, "image_sizes": sizes, "pixel_values_videos": videos}
-    return inputs | {name: _stack(tensors) for name, tensors in lists.items() if tensors}
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """Joined along the first axis; crops that an image lacks are zero, as processors make them."""
-    longest = max(t.shape[1] for t in tensors)
-    padded = [torch.cat([t, t.new_zeros(len(t), longest - t.shape[1], *t.shape[2:])], 1) for t in tensors]
-    return torch.cat(padded)
-
-
-def collate(samples: list[Inputs], side: str = "left") -> Inputs:
-    """One batch of several prompts, padded on one side."""
-    longest = max(s["input_ids"].shape[1] for s in samples)
-    batch: dict[str, list[Tensor]] = {}
-    for inputs in samples:
-        for name, tensor in inputs.items():
-            if name in ("input_ids", "attention_mask"):
-                padding = tensor.new_zeros(1, longest - tensor.shape[1])
-                tensor = torch.cat([padding, tensor] if side == "left" else [tensor, padding], 1)
-            batch.setdefault(name, []).append(tensor)
-    return {name: _stack(tensors) for name, tensors in batch.items()}
-
-
-def image_features(model: PreTrainedModel, pixels: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """(N, D): features of images one behind the other, as the model itself makes them."""
-    more = {} if sizes is None else {"image_sizes": sizes}
-    with torch.no_grad():
-        return torch.cat(list(model.get_image_features(pixel_values=pixels, return_dict=True, **more).pooler_output))
-
-
-def video_features(model: PreTrainedModel, videos: Tensor) -> Tensor:
-    """(N, D): features of videos one behind the other, as the model itself makes them."""
-    with torch.no_grad():  # by position: the name of the argument differs between versions
-        made = model.model.get_video_features(videos, return_dict=True).pooler_output
-        if hasattr(model.model, "apply_pooling") and not torch.equal(made[0, -1], model.model.image_newline):
-            # LLaVA-OneVision ends a video with a newline, which old versions add later, in the forward.
-            made = torch.cat([made, model.model.image_newline.expand(len(made), 1, -1)], dim=1)
-    return torch.cat([part.flatten(0, -2) for part in made])
-
-
-def is_image(inputs: Inputs) -> Tensor:
-    """(B, T) bool: placeholders."""
-    return (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
 
 
 def run(model: PreTrainedModel, inputs: Inputs, **kwargs: Any) -> Any:
@@ -264,7 +200,7 @@ def _is_free(field: dataclasses.Field) -> bool:
 @functools.cache
 def places(case: Case) -> frozenset[str]:
     """Where a method makes tokens leave: "vision_tower", "entrance", "after_block"."""
-    model = _built(FAMILIES[0], TEXTS[0], "sdpa")
+    model = _built("llava", None, "sdpa")
     return frozenset(stage.where for stage in plan(case.config(model), adapter_of(model).shape(model)))
 
 

@@ -7,16 +7,19 @@ The stock layers of a dense model run one by one, on lists of tokens that get sh
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_tokenprune.recording import Record
 from hf_tokenprune.signals import Stage
 
-from .decoder_families import IMAGE, VIDEO, Inputs, image_features, is_image, video_features
+from .decoder_prompts import BY_TOKEN, joined, of_images, of_videos, types_of
+from .decoder_visuals import Inputs, encoded_images, encoded_videos, image_features, video_features
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Result:
 
     Attributes:
         entering: how many tokens entered each layer.
-        states: (T, D) what each layer was given, then what left the last norm; where a token has left, the state of
-            the last one before it that stayed.
+        states: (T, D) the embeddings, what left each layer, and at last the norm: as stock models hand them out,
+            without what DeepStack adds. Where a token has left, the state of the last one before it that stayed.
         logits: (T, V) of the last of these.
         survivors: tokens left at the end, by their place in the prompt.
     """
@@ -54,56 +57,73 @@ class Result:
 
 @dataclass(frozen=True)
 class Reference:
-    """A dense model and one prompt: ``embeds`` (T, D), ``image`` (T,) which of these may leave, and where they do."""
+    """A dense model and one prompt of T tokens.
+
+    Attributes:
+        inputs: of the stock model, of which positions are made.
+        embeds: (T, D) with the features of images and videos in them.
+        added: (T, D) each, what the stock model adds to the states behind layers 0, 1, ... (DeepStack).
+        positions: (A, T) for the rotary embedding, in a dense model; A axes.
+        image: (T,) which tokens may leave.
+        leaving: where they do.
+    """
 
     dense: PreTrainedModel
+    inputs: Inputs
     embeds: Tensor
+    added: tuple[Tensor, ...]
+    positions: Tensor
     image: Tensor
     leaving: tuple[Leaving, ...]
 
     @torch.no_grad()
     def forward(self) -> Result:
-        decoder, embeds = self.dense.model.language_model, self.embeds
-        number = {place: i for i, place in enumerate(self.image.nonzero().flatten().tolist())}
+        decoder, embeds = self.dense.get_decoder(), self.embeds
         result = Result()
         places = list(range(len(embeds)))  # of the tokens that are left, in the prompt
-        positions = list(places)  # of these, for the rotary embedding
-        states = embeds
+        positions = self.positions  # of these
+        states = output = embeds  # with and without what is added to them
 
         def leave_at(layer: int) -> None:
-            nonlocal places, positions, states
+            nonlocal places, positions, states, output
             for point in self.leaving:
                 if point.layer == layer:
-                    stay, moved = [], []
-                    for i, place in enumerate(places):
-                        if place not in number or number[place] in point.kept:
-                            stay.append(i)
-                            moved.append(positions[i] - (i + 1 - len(stay) if point.renumber else 0))
-                    places, positions, states = [places[i] for i in stay], moved, states[stay]
-
-        def filled() -> Tensor:
-            last_before = [max((i for i, p in enumerate(places) if p <= t), default=0) for t in range(len(embeds))]
-            return states[last_before]
+                    gone = self.dropped(point)
+                    stay = [i for i, place in enumerate(places) if place not in gone]
+                    closed_up = torch.tensor(stay) - torch.arange(len(stay)) if point.renumber else 0
+                    places, states, output = [places[i] for i in stay], states[stay], output[stay]
+                    positions = positions[:, stay] - closed_up
 
         leave_at(-1)
         for index, layer in enumerate(decoder.layers):
             length = len(places)
             result.entering.append(length)
-            result.states.append(filled())
-            mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
-            position_ids = torch.tensor([positions], device=embeds.device)
-            (states,) = layer(
+            result.states.append(self.filled(output, places))
+            causal = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
+            (output,) = layer(
                 states[None],
-                attention_mask=mask[None, None],
-                position_ids=position_ids,
-                position_embeddings=decoder.rotary_emb(states[None], position_ids),
+                attention_mask=None if is_linear(decoder, index) else causal[None, None],
+                position_embeddings=decoder.rotary_emb(states[None], axes(positions)),
             )
+            states = output + self.added[index][places] if index < len(self.added) else output
             leave_at(index)
-        states = decoder.norm(states)
-        result.states.append(filled())
+        result.states.append(self.filled(decoder.norm(states), places))
         result.logits = self.dense.lm_head(result.states[-1])
         result.survivors = places
         return result
+
+    def dropped(self, point: Leaving) -> set[int]:
+        """The places of image tokens that do not stay behind a pruning point."""
+        places = self.image.nonzero().flatten().tolist()
+        return {place for number, place in enumerate(places) if number not in point.kept}
+
+    def added_behind(self, layer: int) -> Tensor:
+        return self.added[layer] if layer < len(self.added) else torch.zeros_like(self.embeds)
+
+    def filled(self, states: Tensor, places: list[int]) -> Tensor:
+        """(T, D): at each place of the prompt the state of the last token up to there that is left."""
+        last_before = [max((i for i, p in enumerate(places) if p <= t), default=0) for t in range(len(self.embeds))]
+        return states[last_before]
 
     def generate(self, count: int) -> tuple[list[int], Tensor]:
         """Greedy decoding: (tokens, logits (count, V) that each was chosen by). Each step computes everything anew."""
@@ -118,19 +138,106 @@ class Reference:
 
     def then(self, ids: list[int]) -> Reference:
         """The prompt with more text behind it, of which nothing leaves."""
-        embeds = torch.cat([self.embeds, self.dense.get_input_embeddings().weight[ids].detach()])
-        return replace(self, embeds=embeds, image=F.pad(self.image, (0, len(ids))))
+        new = torch.tensor([ids])
+        text = {name: torch.full_like(new, name == "attention_mask") for name in BY_TOKEN if name in self.inputs}
+        behind = self.positions.max() + 1 + torch.arange(len(ids))
+        return replace(
+            self,
+            inputs=together(self.inputs, text | {"input_ids": new}),
+            embeds=torch.cat([self.embeds, self.dense.get_input_embeddings().weight[ids].detach()]),
+            added=tuple(F.pad(rows, (0, 0, 0, len(ids))) for rows in self.added),
+            positions=torch.cat([self.positions, behind.expand(len(self.positions), -1)], 1),
+            image=F.pad(self.image, (0, len(ids))),
+        )
 
     def then_prompt(self, other: Reference) -> Reference:
         """The prompt with another one behind it, with images of its own."""
-        before = int(self.image.sum())
-        leaving = tuple(
-            replace(mine, kept=mine.kept | {before + number for number in theirs.kept})
-            for mine, theirs in zip(self.leaving, other.leaving, strict=True)
+        before, length = int(self.image.sum()), len(self.embeds)
+        inputs = together(self.inputs, other.inputs)
+        return replace(
+            self,
+            inputs=inputs,
+            embeds=torch.cat([self.embeds, other.embeds]),
+            added=tuple(
+                torch.cat([self.added_behind(layer), other.added_behind(layer)])
+                for layer in range(max(len(self.added), len(other.added)))
+            ),
+            positions=torch.cat([self.positions, positions_of(self.dense, inputs)[:, length:]], 1),
+            image=torch.cat([self.image, other.image]),
+            leaving=tuple(
+                replace(mine, kept=mine.kept | {before + number for number in theirs.kept})
+                for mine, theirs in zip(self.leaving, other.leaving, strict=True)
+            ),
         )
-        return Reference(
-            self.dense, torch.cat([self.embeds, other.embeds]), torch.cat([self.image, other.image]), leaving
-        )
+
+
+class Masked(Reference):
+    """Another way to the same: the stock decoder on the whole prompt, where no layer behind a pruning point may look at
+    the tokens that left there. Positions stay what they are."""
+
+    @torch.no_grad()
+    def forward(self) -> Result:
+        decoder, length = self.dense.get_decoder(), len(self.embeds)
+        assert not any(point.renumber for point in self.leaving), "masked tokens keep their places"
+        gone: set[int] = set()
+        masks = []
+        for index in range(-1, len(decoder.layers) - 1):
+            for point in self.leaving:
+                if point.layer == index:
+                    gone |= self.dropped(point)
+            assert not (gone and is_linear(decoder, index + 1)), "a recurrent layer has no keys to mask"
+            mask = torch.full((length, length), -torch.inf, dtype=self.embeds.dtype, device=self.embeds.device).triu(1)
+            mask[:, sorted(gone)] = -torch.inf
+            masks.append(mask.fill_diagonal_(0)[None, None])  # a row of nothing but -inf would be NaN
+        handles = [
+            layer.register_forward_pre_hook(partial(masked, mask), with_kwargs=True)
+            for index, (layer, mask) in enumerate(zip(decoder.layers, masks, strict=True))
+            if not is_linear(decoder, index)
+        ]
+        more: dict[str, Any] = {"position_ids": axes(self.positions), "use_cache": False}
+        if self.added:
+            visual = [rows[self.image] for rows in self.added]
+            more |= {"visual_pos_masks": self.image[None], "deepstack_visual_embeds": visual}
+        try:
+            (states,) = decoder(inputs_embeds=self.embeds[None], **more).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        survivors = [place for place in range(length) if place not in gone]
+        return Result(logits=self.dense.lm_head(self.filled(states[survivors], survivors)), survivors=survivors)
+
+
+def masked(mask: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook: the layer with another mask."""
+    return args, {**kwargs, "attention_mask": mask}
+
+
+def is_linear(decoder: PreTrainedModel, layer: int) -> bool:
+    """Whether a layer is recurrent: it has a state and no keys."""
+    types = getattr(decoder.config, "layer_types", None)
+    return types is not None and types[layer] == "linear_attention"
+
+
+def axes(positions: Tensor) -> Tensor:
+    """Positions (A, T) of one prompt as stock decoders take them: (1, T), or (A, 1, T) where there are several axes."""
+    return positions if len(positions) == 1 else positions[:, None]
+
+
+def positions_of(dense: PreTrainedModel, inputs: Inputs) -> Tensor:
+    """(A, T) of one prompt, by the stock model's own code."""
+    if not hasattr(dense.model, "get_rope_index"):
+        return torch.arange(inputs["input_ids"].shape[1])[None]
+    names = ("input_ids", *BY_TOKEN, "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    positions: Tensor = dense.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
+    return positions[:, 0]
+
+
+def together(first: Inputs, second: Inputs) -> Inputs:
+    """Inputs of one prompt that is two, one behind the other: what positions are made of."""
+    return {
+        name: joined([part[name] for part in (first, second) if name in part], int(name in BY_TOKEN))
+        for name in first | second
+    }
 
 
 def reference(
@@ -146,22 +253,33 @@ def reference(
     Args:
         pruned: whose image features to use where a stage works in the vision tower; a method may merge there.
     """
-    (ids,) = inputs["input_ids"]
-    image = is_image(inputs)[0]
-    embeds = dense.get_input_embeddings()(ids).detach().clone()
+    embeds = dense.get_input_embeddings()(inputs["input_ids"][0]).detach().clone()
+    (types,) = types_of(inputs)
+    in_tower = any(stage.where == "vision_tower" for stage in stages)
+    maker = pruned if in_tower and pruned is not None else dense
+    added: dict[int, Tensor] = {}
     if "pixel_values" in inputs:
-        in_tower = any(stage.where == "vision_tower" for stage in stages)
-        maker = pruned if in_tower and pruned is not None else dense
-        embeds[ids == IMAGE] = image_features(maker, inputs["pixel_values"], inputs.get("image_sizes"))
+        embeds[types == 1] = image_features(maker, **of_images(inputs))
+        for layer, rows in enumerate(deepstack(encoded_images(maker, **of_images(inputs)))):
+            added.setdefault(layer, torch.zeros_like(embeds))[types == 1] = rows
     if "pixel_values_videos" in inputs:
-        embeds[ids == VIDEO] = video_features(dense, inputs["pixel_values_videos"])
+        embeds[types == 2] = video_features(dense, **of_videos(inputs))
+        for layer, rows in enumerate(deepstack(encoded_videos(dense, **of_videos(inputs)))):
+            added.setdefault(layer, torch.zeros_like(embeds))[types == 2] = rows
+    image = types > 0
     leaving = []
     for stage in stages:
         assert rec is not None
         always = newlines(dense, embeds[image]) if stage.newlines == "protect" else frozenset()
         kept = frozenset(number for number in rec.kept[stage.name][row].tolist() if number >= 0)
         leaving.append(Leaving(stage.layer, kept | always, stage.positions == "contiguous"))
-    return Reference(dense, embeds, image, tuple(leaving))
+    return Reference(dense, inputs, embeds, tuple(added.values()), positions_of(dense, inputs), image, tuple(leaving))
+
+
+def deepstack(encoded: Any) -> list[Tensor]:
+    """(N, D) each, of images one behind the other: features of blocks inside the tower, where a family has them."""
+    levels = getattr(encoded, "deepstack_features", None) or ()
+    return [level if isinstance(level, Tensor) else torch.cat(level) for level in levels]  # old versions: in one piece
 
 
 def newlines(dense: PreTrainedModel, features: Tensor) -> frozenset[int]:
