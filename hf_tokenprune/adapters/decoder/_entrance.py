@@ -76,9 +76,10 @@ class EnterDecoder:
             forward, tokens, kwargs = with_images(decoder, starts, embeds, kwargs, past, images)
         view = forward.views[0]
         mask = view.key_valid
-        if mask is None and any(stage.layer < 0 and stage.positions == "original" for stage in state.stages):
-            # Positions have gaps, which Transformers takes for packed sequences where there is no mask.
-            mask = tokens.new_ones(tokens.shape[0], forward.held[0] + tokens.shape[1], dtype=torch.bool)
+        gaps = any(stage.layer < 0 and stage.positions == "original" for stage in state.stages)
+        if mask is None and cache is None and gaps:
+            # Transformers takes gaps in positions for packed sequences where there is neither mask nor cache.
+            mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         kwargs |= {"attention_mask": mask, "position_ids": view.positions, ARGUMENT: forward}
         return args, kwargs
 
