@@ -4,7 +4,7 @@ config of every method that fits their depth. Families, language models and meth
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -17,7 +17,7 @@ from hf_tokenprune import PruneConfig, list_adapters
 from hf_tokenprune.adapters.decoder import LAYER_CLASSES, DecoderAdapter
 from hf_tokenprune.engine import plan
 from hf_tokenprune.registry import get_adapter, get_method
-from hf_tokenprune.signals import Stage
+from hf_tokenprune.signals import DecoderShape, Stage
 
 from . import decoder_visuals
 from .decoder_prompts import collate as collate
@@ -30,7 +30,6 @@ from .decoder_visuals import image_features as image_features
 from .decoder_visuals import video_features as video_features
 from .families import methods_for
 
-TEXTS = sorted(LAYER_CLASSES)
 FAMILIES = [name for name in list_adapters() if isinstance(get_adapter(name), DecoderAdapter)]
 DEPTH = 8
 KEY_VALUE_HEADS = {"llama": 4, "mistral": 1}
@@ -48,6 +47,17 @@ def texts_of(family: str) -> list[str]:
         return [own]
     parts_of_others = {name for name in LAYER_CLASSES if AutoConfig.for_model(name).base_config_key}
     return [own, *sorted(LAYER_CLASSES.keys() - parts_of_others - {own})]
+
+
+TEXTS = [(family, text) for family in FAMILIES for text in texts_of(family)]
+"""Every family with every language model it can have."""
+OF_TEXT = {text: family for family, text in reversed(TEXTS)}
+"""A family for every language model: for what depends on its layers alone."""
+
+
+def takes_any_tower(family: str) -> bool:
+    """Whether the vision tower of a family is of any kind, by its stock config."""
+    return AutoConfig.for_model(family).sub_configs["vision_config"] is AutoConfig
 
 
 def tiny_vlm(family: str, text: str | None = None, *, attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
@@ -131,6 +141,11 @@ def spread(model: PreTrainedModel) -> None:
                 parameter.copy_(0.1 * noise - slow)
 
 
+def shape_of(model: PreTrainedModel) -> DecoderShape:
+    """Of a model and one image "I"."""
+    return adapter_of(model).shape(model, decoder_visuals.family_of(model).size(model, "I"))
+
+
 def adapter_of(model: PreTrainedModel) -> DecoderAdapter:
     adapter: DecoderAdapter = get_adapter(model.config.model_type)
     return adapter
@@ -142,8 +157,14 @@ def run(model: PreTrainedModel, inputs: Inputs, **kwargs: Any) -> Any:
 
 
 def lengths(cache: Cache) -> list[int]:
-    """Keys in each layer of a cache."""
-    return [layer.keys.shape[2] for layer in cache.layers]
+    """Keys in each layer of a cache that has some: recurrent layers have a state instead."""
+    return [layer.keys.shape[2] for layer in cache.layers if hasattr(layer, "keys")]
+
+
+def with_keys(model: PreTrainedModel, by_layer: Iterable[int]) -> list[int]:
+    """What is told for each layer, of the layers that have keys."""
+    types = getattr(model.get_decoder().config, "layer_types", None) or DEPTH * ["full_attention"]
+    return [value for value, kind in zip(by_layer, types, strict=True) if kind != "linear_attention"]
 
 
 # -- configs ---------------------------------------------------------------------------------------------------------
@@ -207,18 +228,28 @@ def places(case: Case) -> frozenset[str]:
 def one_for_each_place(model: PreTrainedModel) -> list[Case]:
     """What a stack is made of: one method at every place where this family lets tokens leave."""
     single = [case for case in CASES if case.parts is None and not case.in_layers]
-    by_place = {place: case for case in single for place in places(case)}
-    if adapter_of(model).tower_grid:
-        by_place.pop("vision_tower", None)
+    by_place = {place: case for case in single for place in places(case) if place not in closed_places(model)}
     return list(by_place.values())
+
+
+def closed_places(model: PreTrainedModel) -> set[str]:
+    """Where this family lets no tokens leave: a tower whose patches are pooled, between layers that are recurrent."""
+    tower = {"vision_tower"} if adapter_of(model).tower_grid else set()
+    recurrent = len(with_keys(model, range(DEPTH))) < DEPTH
+    return tower | ({"after_block"} if recurrent else set())
 
 
 CASES = cases()
 
 
+def may_renumber(family: str) -> bool:
+    """Whether positions of what is left may close up."""
+    return get_adapter(family).position_axes == 1
+
+
 def is_refused(family: str, case: Case) -> bool:
-    """Whether a family cannot have what a method wants: a choice in a tower whose patches are pooled."""
-    return bool(get_adapter(family).tower_grid) and "vision_tower" in places(case) and case.parts is None
+    """Whether a family cannot have what a method wants: tokens that leave where it lets none leave."""
+    return case.parts is None and bool(closed_places(_built(family, None, "sdpa")) & places(case))
 
 
 SUPPORTED = [(family, case) for family in FAMILIES for case in CASES if not is_refused(family, case)]
