@@ -128,17 +128,18 @@ def _build(family: str, text: str | None, attention: str, overrides: dict[str, A
 def spread(model: PreTrainedModel) -> None:
     """Weights of a size that makes tokens, attention and logits differ by a lot; biases and norms that do something."""
     generator = torch.Generator().manual_seed(1)
+    sizes = {"q_proj": 1.2, "k_proj": 1.2, "embed_tokens": 4, "linear_attn.out_proj": 0.25}
+    # Recurrent layers bring small states to size one, and sums of their decays: both round off.
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name and name.endswith("weight"):
-                parameter.add_(0.1 * noise)  # of what is stock, 1 or 0
+                parameter.add_(0.1 * noise)  # to what is stock, 1 or 0
             elif parameter.dim() > 1:
-                scale = 1.2 if "q_proj" in name or "k_proj" in name else 4 if "embed_tokens" in name else 1
-                parameter.copy_(noise * scale * parameter[0].numel() ** -0.5)
+                size = next((size for part, size in sizes.items() if part in name), 1)
+                parameter.copy_(noise * size * parameter[0].numel() ** -0.5)
             else:
-                slow = 3 if name.endswith("A_log") else 0  # decay of a linear layer's state: summed up, it rounds off
-                parameter.copy_(0.1 * noise - slow)
+                parameter.copy_(0.1 * noise - (3 if name.endswith("A_log") else 0))
 
 
 def shape_of(model: PreTrainedModel) -> DecoderShape:
@@ -248,18 +249,26 @@ def may_renumber(family: str) -> bool:
 
 
 def is_refused(family: str, case: Case) -> bool:
-    """Whether a family cannot have what a method wants: tokens that leave where it lets none leave."""
-    return case.parts is None and bool(closed_places(_built(family, None, "sdpa")) & places(case))
+    """Whether a family cannot have what a method wants: tokens that leave where it lets none leave, or at two."""
+    model = _built(family, None, "sdpa")
+    if case.parts is not None:
+        return len(one_for_each_place(model)) < 2
+    return bool(closed_places(model) & places(case))
 
 
 SUPPORTED = [(family, case) for family in FAMILIES for case in CASES if not is_refused(family, case)]
-ONCE = [
-    (family, case)
-    for family, case in SUPPORTED
-    if family == max(FAMILIES, key=lambda name: (len([f for f, _ in SUPPORTED if f == name]), name)) or case.parts
-]
-"""Every method on one of the families that support the most, and a stack of methods on the others: for what depends on
-neither the family nor on pairs."""
+
+
+def _once() -> list[tuple[str, Case]]:
+    of_family = {family: [case for name, case in SUPPORTED if name == family] for family in FAMILIES}
+    richest = max(FAMILIES, key=lambda family: (len(of_family[family]), family))
+    stack = {family: max(of_family[family], key=lambda case: case.parts is not None) for family in FAMILIES}
+    return [(family, case) for family, case in SUPPORTED if family == richest or case == stack[family]]
+
+
+ONCE = _once()
+"""Every method on one of the families that support the most, and a stack of methods on the others, or what comes first
+where there is none: for what depends on neither the family nor on pairs."""
 
 REFUSED = [(family, case) for family in FAMILIES for case in CASES if is_refused(family, case)]
 
