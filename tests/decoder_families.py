@@ -4,7 +4,7 @@ config of every method that fits their depth. Families, language models and meth
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -17,7 +17,7 @@ from hf_tokenprune import PruneConfig, list_adapters
 from hf_tokenprune.adapters.decoder import LAYER_CLASSES, DecoderAdapter
 from hf_tokenprune.engine import plan
 from hf_tokenprune.registry import get_adapter, get_method
-from hf_tokenprune.signals import Stage
+from hf_tokenprune.signals import DecoderShape, Stage
 
 from . import decoder_visuals
 from .decoder_prompts import collate as collate
@@ -30,7 +30,6 @@ from .decoder_visuals import image_features as image_features
 from .decoder_visuals import video_features as video_features
 from .families import methods_for
 
-TEXTS = sorted(LAYER_CLASSES)
 FAMILIES = [name for name in list_adapters() if isinstance(get_adapter(name), DecoderAdapter)]
 DEPTH = 8
 KEY_VALUE_HEADS = {"llama": 4, "mistral": 1}
@@ -48,6 +47,17 @@ def texts_of(family: str) -> list[str]:
         return [own]
     parts_of_others = {name for name in LAYER_CLASSES if AutoConfig.for_model(name).base_config_key}
     return [own, *sorted(LAYER_CLASSES.keys() - parts_of_others - {own})]
+
+
+TEXTS = [(family, text) for family in FAMILIES for text in texts_of(family)]
+"""Every family with every language model it can have."""
+OF_TEXT = {text: family for family, text in reversed(TEXTS)}
+"""A family for every language model: for what depends on its layers alone."""
+
+
+def takes_any_tower(family: str) -> bool:
+    """Whether the vision tower of a family is of any kind, by its stock config."""
+    return AutoConfig.for_model(family).sub_configs["vision_config"] is AutoConfig
 
 
 def tiny_vlm(family: str, text: str | None = None, *, attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
@@ -118,17 +128,23 @@ def _build(family: str, text: str | None, attention: str, overrides: dict[str, A
 def spread(model: PreTrainedModel) -> None:
     """Weights of a size that makes tokens, attention and logits differ by a lot; biases and norms that do something."""
     generator = torch.Generator().manual_seed(1)
+    sizes = {"q_proj": 1.2, "k_proj": 1.2, "embed_tokens": 4, "linear_attn.out_proj": 0.25}
+    # Recurrent layers bring small states to size one, and sums of their decays: both round off.
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name and name.endswith("weight"):
-                parameter.add_(0.1 * noise)  # of what is stock, 1 or 0
+                parameter.add_(0.1 * noise)  # to what is stock, 1 or 0
             elif parameter.dim() > 1:
-                scale = 1.2 if "q_proj" in name or "k_proj" in name else 4 if "embed_tokens" in name else 1
-                parameter.copy_(noise * scale * parameter[0].numel() ** -0.5)
+                size = next((size for part, size in sizes.items() if part in name), 1)
+                parameter.copy_(noise * size * parameter[0].numel() ** -0.5)
             else:
-                slow = 3 if name.endswith("A_log") else 0  # decay of a linear layer's state: summed up, it rounds off
-                parameter.copy_(0.1 * noise - slow)
+                parameter.copy_(0.1 * noise - (3 if name.endswith("A_log") else 0))
+
+
+def shape_of(model: PreTrainedModel) -> DecoderShape:
+    """Of a model and one image "I"."""
+    return adapter_of(model).shape(model, decoder_visuals.family_of(model).size(model, "I"))
 
 
 def adapter_of(model: PreTrainedModel) -> DecoderAdapter:
@@ -142,8 +158,14 @@ def run(model: PreTrainedModel, inputs: Inputs, **kwargs: Any) -> Any:
 
 
 def lengths(cache: Cache) -> list[int]:
-    """Keys in each layer of a cache."""
-    return [layer.keys.shape[2] for layer in cache.layers]
+    """Keys in each layer of a cache that has some: recurrent layers have a state instead."""
+    return [layer.keys.shape[2] for layer in cache.layers if hasattr(layer, "keys")]
+
+
+def with_keys(model: PreTrainedModel, by_layer: Iterable[int]) -> list[int]:
+    """What is told for each layer, of the layers that have keys."""
+    types = getattr(model.get_decoder().config, "layer_types", None) or DEPTH * ["full_attention"]
+    return [value for value, kind in zip(by_layer, types, strict=True) if kind != "linear_attention"]
 
 
 # -- configs ---------------------------------------------------------------------------------------------------------
@@ -207,28 +229,46 @@ def places(case: Case) -> frozenset[str]:
 def one_for_each_place(model: PreTrainedModel) -> list[Case]:
     """What a stack is made of: one method at every place where this family lets tokens leave."""
     single = [case for case in CASES if case.parts is None and not case.in_layers]
-    by_place = {place: case for case in single for place in places(case)}
-    if adapter_of(model).tower_grid:
-        by_place.pop("vision_tower", None)
+    by_place = {place: case for case in single for place in places(case) if place not in closed_places(model)}
     return list(by_place.values())
+
+
+def closed_places(model: PreTrainedModel) -> set[str]:
+    """Where this family lets no tokens leave: a tower whose patches are pooled, between layers that are recurrent."""
+    tower = {"vision_tower"} if adapter_of(model).tower_grid else set()
+    recurrent = len(with_keys(model, range(DEPTH))) < DEPTH
+    return tower | ({"after_block"} if recurrent else set())
 
 
 CASES = cases()
 
 
+def may_renumber(family: str) -> bool:
+    """Whether positions of what is left may close up."""
+    return get_adapter(family).position_axes == 1
+
+
 def is_refused(family: str, case: Case) -> bool:
-    """Whether a family cannot have what a method wants: a choice in a tower whose patches are pooled."""
-    return bool(get_adapter(family).tower_grid) and "vision_tower" in places(case) and case.parts is None
+    """Whether a family cannot have what a method wants: tokens that leave where it lets none leave, or at two."""
+    model = _built(family, None, "sdpa")
+    if case.parts is not None:
+        return len(one_for_each_place(model)) < 2
+    return bool(closed_places(model) & places(case))
 
 
 SUPPORTED = [(family, case) for family in FAMILIES for case in CASES if not is_refused(family, case)]
-ONCE = [
-    (family, case)
-    for family, case in SUPPORTED
-    if family == max(FAMILIES, key=lambda name: (len([f for f, _ in SUPPORTED if f == name]), name)) or case.parts
-]
-"""Every method on one of the families that support the most, and a stack of methods on the others: for what depends on
-neither the family nor on pairs."""
+
+
+def _once() -> list[tuple[str, Case]]:
+    of_family = {family: [case for name, case in SUPPORTED if name == family] for family in FAMILIES}
+    richest = max(FAMILIES, key=lambda family: (len(of_family[family]), family))
+    stack = {family: max(of_family[family], key=lambda case: case.parts is not None) for family in FAMILIES}
+    return [(family, case) for family, case in SUPPORTED if family == richest or case == stack[family]]
+
+
+ONCE = _once()
+"""Every method on one of the families that support the most, and a stack of methods on the others, or what comes first
+where there is none: for what depends on neither the family nor on pairs."""
 
 REFUSED = [(family, case) for family in FAMILIES for case in CASES if is_refused(family, case)]
 

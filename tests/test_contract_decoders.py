@@ -24,6 +24,7 @@ from .decoder_families import (
     CASES,
     DEPTH,
     FAMILIES,
+    OF_TEXT,
     ONCE,
     REFUSED,
     SUPPORTED,
@@ -33,15 +34,23 @@ from .decoder_families import (
     Inputs,
     adapter_of,
     attached,
+    closed_places,
     collate,
     image_features,
     is_image,
     lengths,
+    may_renumber,
     run,
     sample,
+    shape_of,
     stages_of,
+    takes_any_tower,
+    texts_of,
     tiny_vlm,
+    with_keys,
 )
+from .decoder_prompts import of_images
+from .decoder_visuals import family_of
 from .families import snapshot
 from .reference_decoder import cross_entropy, newlines, reference
 
@@ -54,7 +63,7 @@ def id_of(pair: tuple[str, Case]) -> str:
 
 every_method = pytest.mark.parametrize("pair", SUPPORTED, ids=id_of)
 each_once = pytest.mark.parametrize("pair", ONCE, ids=id_of)
-every_text = pytest.mark.parametrize("text", TEXTS)
+every_text = pytest.mark.parametrize(("family", "text"), TEXTS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -65,7 +74,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 def prompts(model: PreTrainedModel) -> list[Inputs]:
     """Prompts of different lengths with none, one and several images, of several sizes where the family has them."""
     parts = [ONE_IMAGE, "..", "..I.i...", "i....."]
-    if hasattr(model.config, "video_token_id"):
+    if "V" in family_of(model).kinds:
         parts += ["...V..", ".I..V."]
     return [sample(model, part, seed) for seed, part in enumerate(parts)]
 
@@ -80,7 +89,7 @@ def test_tokens_leave_as_scheduled(pair) -> None:
     model = tiny_vlm(family)
     config, inputs = case.config(model), sample(model, ONE_IMAGE)
     length = inputs["input_ids"].shape[1]
-    shape = adapter_of(model).shape(model)
+    shape = shape_of(model)
     assert int(is_image(inputs).sum()) == shape.num_prunable
     entering, left = [length] * DEPTH, {}
     for stage, before, after in counts(stages_of(model, config), shape):
@@ -92,12 +101,13 @@ def test_tokens_leave_as_scheduled(pair) -> None:
     prune(model, config)
     with record(model) as rec:
         cache = run(model, inputs, use_cache=True)[CACHE_NAME]
-    assert list(rec.tokens.values()) == lengths(cache) == entering
+    assert list(rec.tokens.values()) == entering
+    assert lengths(cache) == with_keys(model, entering)
     assert {name: kept.shape[1] for name, kept in rec.kept.items()} == left
     with record(model) as rec:
         cache = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)[CACHE_NAME]
     assert list(rec.tokens.values()) == entering
-    assert lengths(cache) == [n + 3 for n in entering]
+    assert lengths(cache) == with_keys(model, [n + 3 for n in entering])
 
 
 @every_method
@@ -139,12 +149,14 @@ def test_what_a_family_cannot_do_is_refused(pair) -> None:
     family, case = pair
     model = tiny_vlm(family)
     before = snapshot(model)
-    with pytest.raises((ConfigError, UnsupportedModelError), match=r"vision tower .*[Uu]se .*divprune"):
+    with pytest.raises((ConfigError, UnsupportedModelError), match=r"(vision tower|decoder layer).*[Uu]se .*divprune"):
         prune(model, case.config(tiny_vlm("llava")))
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if not adapter_of(tiny_vlm(name)).tower_grid])
+@pytest.mark.parametrize(
+    "family", [name for name, case in SUPPORTED if case.method == "cls_attention" and takes_any_tower(name)]
+)
 def test_ranking_by_cls_needs_one(family) -> None:
     model = tiny_vlm(family, vision_config={"model_type": "siglip_vision_model"})
     before = snapshot(model)
@@ -156,8 +168,7 @@ def test_ranking_by_cls_needs_one(family) -> None:
 # -- the independent reference ---------------------------------------------------------------------------------------
 
 
-@every_text
-@every_method
+@pytest.mark.parametrize(("pair", "text"), [(pair, text) for pair in SUPPORTED for text in texts_of(pair[0])])
 def test_prefill_is_the_reference(pair, text) -> None:
     """Logits at every place, states before every layer, and how many tokens enter it."""
     family, case = pair
@@ -189,7 +200,7 @@ def test_images_anywhere_are_the_reference(pair, parts) -> None:
     close(output.logits[0], expected.logits)
 
 
-@every_method
+@pytest.mark.parametrize("pair", [pair for pair in SUPPORTED if may_renumber(pair[0])], ids=id_of)
 def test_the_other_rule_for_positions_is_the_reference(pair) -> None:
     """Positions of what is left close up, or stay: a method has a default, and both work."""
     family, case = pair
@@ -248,8 +259,7 @@ def test_a_choice_in_the_tower_leaves_the_other_features_alone(family) -> None:
     prune(model, Case("cls_attention").config(model))
     with record(model) as rec:
         run(model, inputs)
-    pixels = [inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs]
-    stock, marked = image_features(dense, *pixels), image_features(model, *pixels)
+    stock, marked = (image_features(vlm, **of_images(inputs)) for vlm in (dense, model))
     stays = torch.zeros(len(stock), dtype=torch.bool)
     stays[rec.kept["vision_tower"][0]] = True
     stays[list(newlines(dense, stock))] = True
@@ -265,7 +275,7 @@ def test_a_choice_in_the_tower_leaves_the_other_features_alone(family) -> None:
 def test_a_batch_is_its_samples_alone(pair, side) -> None:
     """Prompts with none, one and several images of several sizes: logits and kept sets, whatever the padding."""
     family, case = pair
-    model = tiny_vlm(family, "qwen2")
+    model = tiny_vlm(family, texts_of(family)[-1])
     alone = prompts(model)
     prune(model, case.config(model))
     batch = collate(alone, side)
@@ -338,6 +348,10 @@ class Probe(Stage):
         return Reduction((2 * torch.arange(n_keep)).expand(len(signals.tokens), -1))
 
 
+INSIDE = [text for text, family in OF_TEXT.items() if "after_block" not in closed_places(tiny_vlm(family, text))]
+"""Language models between whose layers tokens may leave."""
+
+
 class OwnLastRow(Probe):
     text_rows = TextRows("last", "own")
 
@@ -375,18 +389,18 @@ def watched(dense: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage_class", [OwnLastRow, OwnText, NextText, NextLastRow])
 @pytest.mark.parametrize("side", ["left", "right"])
-@every_text
+@pytest.mark.parametrize("text", INSIDE)
 def test_stages_see_what_the_dense_model_computes(text, side, stage_class) -> None:
     """Attention of the text, input and output of the halves, states: of each sample of a padded batch, its own."""
     stage = stage_class(3, "after_block")
-    model = tiny_vlm("llava", text)
+    model = tiny_vlm(OF_TEXT[text], text)
     batch = [sample(model, parts, seed) for seed, parts in enumerate([ONE_IMAGE, "..I.I.", ".I...", "..I"])]
     stage.seen.clear()
     with attached(model, stage):
         run(model, collate(batch, side))
     shown = {int(signals.tokens.shape[1]): 0 for signals in stage.seen}
     for inputs in batch:
-        seen = watched(tiny_vlm("llava", text, attention="eager"), inputs)
+        seen = watched(tiny_vlm(OF_TEXT[text], text, attention="eager"), inputs)
         (image,) = is_image(inputs)
         count = int(image.sum())
         signals = next(s for s in stage.seen if s.tokens.shape[1] == count)
@@ -410,12 +424,13 @@ def test_stages_see_what_the_dense_model_computes(text, side, stage_class) -> No
             torch.testing.assert_close(signals.need("layer_scores")[row, k], expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", INSIDE)
 def test_a_layer_in_parts_is_the_layer_bit_for_bit(text) -> None:
-    model = tiny_vlm("llava", text)
-    decoder = model.model.language_model
-    states, positions = torch.randn(2, 9, 32), torch.arange(9)[None]
-    kwargs = {"attention_mask": None, "position_embeddings": decoder.rotary_emb(states, positions)}
+    model = tiny_vlm(OF_TEXT[text], text)
+    decoder = model.get_decoder()
+    states, positions = torch.randn(2, 9, 32), torch.arange(9).expand(adapter_of(model).position_axes, 1, 9)
+    rotary = decoder.rotary_emb(states, positions if len(positions) > 1 else positions[0])
+    kwargs = {"attention_mask": None, "position_embeddings": rotary}
     with torch.no_grad():
         stock = [layer(states, **kwargs) for layer in decoder.layers]
         with attached(model, OwnText(3, "after_block")):
@@ -423,13 +438,16 @@ def test_a_layer_in_parts_is_the_layer_bit_for_bit(text) -> None:
     assert all(torch.equal(a, b) for a, b in zip(stock, parts, strict=True))
 
 
-@every_text
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_sdpa_and_eager_keep_the_same(case, text) -> None:
+@pytest.mark.parametrize(
+    ("text", "case"),
+    [(text, case) for text, family in OF_TEXT.items() for case in CASES if (family, case) in set(SUPPORTED)],
+    ids=str,
+)
+def test_sdpa_and_eager_keep_the_same(text, case) -> None:
     """No method needs a certain attention implementation (an official code fails with eager, another with SDPA)."""
     kept, logits = {}, {}
     for attention in ("sdpa", "eager"):
-        model = tiny_vlm("llava_next", text, attention=attention)
+        model = tiny_vlm(OF_TEXT[text], text, attention=attention)
         prune(model, case.config(model))
         with record(model) as rec:
             logits[attention] = run(model, collate(prompts(model), "right")).logits
@@ -470,13 +488,18 @@ class KeepAll(Stage):
 EVERYWHERE = (KeepAll(-1, "entrance"), *(KeepAll(layer, "after_block") for layer in range(DEPTH - 1)))
 
 
-@pytest.mark.parametrize("positions", ["contiguous", "original"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@every_text
-@every_family
+@pytest.mark.parametrize(
+    ("family", "text", "positions"),
+    [
+        (family, text, positions)
+        for family, text in TEXTS
+        for positions in (("contiguous", "original") if may_renumber(family) else ("original",))
+    ],
+)
 def test_keep_all_is_bit_identical(family, text, attention, positions) -> None:
     model = tiny_vlm(family, text, attention=attention)
-    stages = [dataclasses.replace(stage, positions=positions) for stage in EVERYWHERE]
+    stages = [dataclasses.replace(s, positions=positions) for s in EVERYWHERE if s.where not in closed_places(model)]
     alone = prompts(model)
     batches = [alone[0], collate(alone[:3]), collate([alone[0]] * 2)]
     dense = [run(model, batch, use_cache=True, output_hidden_states=True) for batch in batches]
@@ -707,7 +730,7 @@ def test_gradients_are_finite_and_reach_everything(pair) -> None:
     prune(model, case.config(model))
     found = gradients(model, inputs)
     assert found.keys() == dense.keys()
-    assert any("vision_tower" in name for name in found)
+    assert any(name.startswith(f"model.{adapter_of(model).tower_name}.") for name in found)
     assert not [name for name, gradient in found.items() if not gradient.isfinite().all()]
     # Keys' biases shift all scores of a row alike, so their gradient is zero; newlines may all be dropped.
     zero = [name for name, g in found.items() if g.abs().max() == 0 and dense[name].abs().max() > 1e-6]
@@ -753,7 +776,7 @@ def test_bfloat16(pair) -> None:
     with record(model) as rec:
         output = run(model, half(inputs, torch.bfloat16), use_cache=True)
     assert output.logits.dtype == torch.bfloat16 and output.logits.isfinite().all()
-    assert lengths(output[CACHE_NAME]) == list(rec.tokens.values())
+    assert lengths(output[CACHE_NAME]) == with_keys(model, rec.tokens.values())
     assert rec.tokens[DEPTH - 1] < inputs["input_ids"].shape[1]
 
 
