@@ -432,22 +432,7 @@ def test_features_kept_from_before_are_as_good_as_pixels(pair, parts) -> None:
             close(run(model, words(inputs), mm_encoder_outputs=as_features(features), **more).logits, logits)
         assert found.tokens == expected.tokens
         assert all(torch.equal(found.kept[name], kept) for name, kept in expected.kept.items())
-    if len(features) > 1:  # a list of one may be a piece of a prompt
-        close(run(model, words(inputs), mm_encoder_outputs=as_features(list(features))).logits, logits)
-
-
-@takes_features
-@every_family
-def test_features_that_may_be_a_piece_say_what_tells_them_apart(family) -> None:
-    model = tiny_vlm(family)
-    inputs = sample(model, "..I...")
-    prune(model, Case("divprune").config(model))
-    features = encode(model, inputs)
-    with pytest.raises(UnsupportedModelError, match=r"leave prefill_chunk_size out.*pooler_output as a tuple"):
-        run(model, words(inputs), mm_encoder_outputs=as_features(list(features)))
-    for size in (8, 500):  # cut inside the image, and nowhere
-        with pytest.raises(UnsupportedModelError, match="leave prefill_chunk_size out"):
-            model.generate(**inputs, max_new_tokens=2, do_sample=False, prefill_chunk_size=size)
+    close(run(model, words(inputs), mm_encoder_outputs=as_features(list(features))).logits, logits)
 
 
 @takes_features

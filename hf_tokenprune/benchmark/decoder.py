@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -175,7 +176,8 @@ def random_inputs(
 
     Args:
         text_tokens: tokens of each prompt that are not of the image; one half stands in front of it.
-        image_size: (height, width) in pixels, for families that cut images into crops; None: two by two crops.
+        image_size: (height, width) in pixels; None: two by two crops where a family cuts images into such, else the
+            size that the checkpoint's config names.
     """
     adapter = find_adapter(model)
     shape = adapter.shape(model, image_size)
@@ -194,7 +196,7 @@ def random_inputs(
         "attention_mask": torch.ones_like(input_ids),
         "pixel_values": pixels.to(model.dtype),
     }
-    if crops:
-        size = image_size or (2 * side[0], 2 * side[1])
-        inputs["image_sizes"] = torch.tensor([size] * batch_size)
+    whole = (2 * side[0], 2 * side[1]) if crops else side
+    if crops or any("image_sizes" in signature(part.forward).parameters for part in adapter.inner(model).children()):
+        inputs["image_sizes"] = torch.tensor([image_size or whole] * batch_size)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -64,7 +64,8 @@ class DecoderConfig(PruneConfig):
         self.check(
             max(layers) <= shape.depth - 2,
             name,
-            f"layers of 0..{shape.depth - 2}, each with a layer behind it: this model has {shape.depth} layers",
+            f"layers of 0..{shape.depth - 2}, each with a layer behind it: this model has {shape.depth} layers. "
+            f"Set {name} for it; on the command line with -s '{name}=...'",
         )
 
 

@@ -48,12 +48,14 @@ class GivenImages:
         runs: how many placeholders stand together, one run after the other, sample by sample.
         call: keyword arguments of the forward: pixel_values, image_sizes, ...
         with_newlines: False: nobody asks which tokens are newlines.
+        as_one: the features may be those of several whole images, put together by ``generate``.
     """
 
     kind: str
     runs: tuple[int, ...]
     call: Mapping[str, Any]
     with_newlines: bool
+    as_one: bool = False
 
     @property
     def total(self) -> int:
@@ -74,12 +76,18 @@ class GivenImages:
             return None if sizes is None else sizes.tolist()
         return [torch.as_tensor(size).tolist() for size in sizes]
 
-    def as_encoded(self) -> list[ImageTokens]:
+    def as_encoded(self, is_one: bool = False) -> list[ImageTokens]:
         """Images as long as their features; of one length where pixels of one size are yet to be encoded.
 
+        Args:
+            is_one: what the family knows of features that came ``as_one``: that they are of one image.
+
         Raises:
-            UnsupportedModelError: there are neither, or placeholders that are no multiple of the images.
+            UnsupportedModelError: there are neither, or placeholders that are no multiple of the images; or features
+                that may be of several images.
         """
+        if self.as_one and not is_one:
+            raise UnsupportedModelError(PIECES)
         features = self.features
         if features is not None:
             lengths = [feature.shape[:-1].numel() for feature in features]
@@ -104,6 +112,8 @@ class Family(Protocol):
     def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> list[SideInput]: ...
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]: ...
+
+    def states(self, model: Any) -> Sequence[Any]: ...
 
 
 @dataclass
@@ -134,7 +144,7 @@ class Images:
             UnsupportedModelError: they need more or fewer placeholders.
         """
         kind = list(self.family.placeholders)[number - 1]
-        given = GivenImages(kind, runs, self.call, with_newlines)
+        given = GivenImages(kind, runs, self.call, with_newlines, may_be_a_piece(self.call, kind))
         images = self.family.images(self.inner, given)
         lengths = [image.length for image in images]
         if sum(lengths) != given.total:
@@ -158,10 +168,18 @@ class FindImages:
             return args, {**kwargs, ARGUMENT: None}
         if not given_kinds(kwargs):
             raise UnsupportedModelError(without_pixels("image"))
-        for output in encoded(kwargs).values():
-            if output is not None and may_be_a_chunk(output):
-                raise UnsupportedModelError(CHUNKS)
+        if any(may_be_a_piece(kwargs, kind) for kind in PIXELS) and not self.fits_pieces(module, kinds):
+            raise UnsupportedModelError(PIECES)
         return args, {**kwargs, ARGUMENT: Images(kinds, self.family, module, kwargs, proposed)}
+
+    def fits_pieces(self, module: Any, kinds: Tensor) -> bool:
+        """Whether a piece of a prompt with these placeholders (B, T) may be pruned before the others are there.
+
+        Its images must be whole: where one is cut, a placeholder is the last token. And what stays of an image must not
+        depend on what stands around it.
+        """
+        stages = (stage for state in self.family.states(module) for stage in state.stages)
+        return all(stage.budget == "image" for stage in stages) and not bool((kinds[:, -1] > 0).any())
 
     def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, T) uint8 as in :class:`Images`; None: no image in this input."""
@@ -169,6 +187,8 @@ class FindImages:
         embeds = kwargs.get("inputs_embeds")
         given = input_ids if input_ids is not None else embeds
         if given is None or is_decode_step(given, cache):
+            if any(output is not None for output in encoded(kwargs).values()):
+                raise UnsupportedModelError(PIECES)
             return None  # asking the device would stall it
         kinds = torch.zeros(given.shape[:2], dtype=torch.uint8, device=given.device)
         # Asked of the config each time, as the dense model does: a tokenizer may get its image token late.
@@ -215,11 +235,26 @@ def given_kinds(call: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def may_be_a_chunk(output: Any) -> bool:
-    """Whether features may be those of a piece of a prompt: ``generate`` makes a list, or a batch, of one of them."""
-    whole = any(getattr(output, name, None) is not None for name in ("last_hidden_state", "hidden_states"))
-    features = output.pooler_output
-    return not whole and not isinstance(features, tuple) and len(features) == 1
+def may_be_a_piece(call: Mapping[str, Any], kind: str) -> bool:
+    """Whether features may be those of a piece of a prompt, which ``generate`` makes of it with prefill_chunk_size.
+
+    Then there is a cache, and of the features only ``pooler_output``: a list, or a batch, of one, which holds those of
+    all placeholders in the piece. A caller's own features of one image look the same.
+    """
+    output = encoded(call).get(kind)
+    if output is None or given_cache(dict(call)) is None or by_tower(output):
+        return False
+    return is_alone(output.pooler_output)
+
+
+def is_alone(features: Sequence[Tensor]) -> bool:
+    """Whether these are a list, or a batch, of one: not the tuple of a tower that told its images apart."""
+    return not isinstance(features, tuple) and len(features) == 1
+
+
+def by_tower(output: Any) -> bool:
+    """Whether this is all that a vision tower returned, and not features alone."""
+    return any(getattr(output, name, None) is not None for name in ("last_hidden_state", "hidden_states"))
 
 
 def without_pixels(kind: str) -> str:
@@ -230,8 +265,9 @@ def without_pixels(kind: str) -> str:
     )
 
 
-CHUNKS = (
-    "features of one image with pooler_output alone in a list: so come the pieces of a prompt that generate cuts with "
-    "prefill_chunk_size, which is not supported: leave prefill_chunk_size out, or unprune(model). If the features are "
-    "your own and whole, pass all that get_image_features returned, or pooler_output as a tuple"
+PIECES = (
+    "features with pooler_output alone, as a list or batch of one, and a cache: so come the pieces of a prompt that "
+    "generate cuts with prefill_chunk_size. They may be of a part of an image, of several images, or lie in front of "
+    "text that the method reads: leave prefill_chunk_size out, or unprune(model). If the features are your own and of "
+    "one whole image, pass pooler_output as a tuple, or all that get_image_features returned"
 )

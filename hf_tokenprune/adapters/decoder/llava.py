@@ -5,10 +5,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ...errors import UnsupportedModelError
 from ...registry import register_adapter
 from ...signals import ModelShape
 from ._adapter import DecoderAdapter
-from ._images import GivenImages, ImageTokens
+from ._images import GivenImages, ImageTokens, by_tower, encoded, is_alone
 
 
 @register_adapter("llava")
@@ -19,13 +20,29 @@ class LlavaAdapter(DecoderAdapter):
         return 1, tower.num_patches + tower.has_cls - first, 0
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
-        sizes = given.image_sizes
-        if given.features is not None or sizes is None:
+        if not takes_any_size(inner.vision_tower):
+            return given.as_encoded(is_one=given.as_one and given.total == self.image_tokens(inner, None)[1])
+        sizes, side = given.image_sizes, inner.vision_tower.patch_size
+        if sizes is None:
+            output = encoded(given.call).get(given.kind)
+            if output is not None and by_tower(output) and is_alone(output.pooler_output):
+                raise UnsupportedModelError(UNSIZED)
             return given.as_encoded()
-        side = inner.vision_tower.patch_size  # a tower for images of any size: Pixtral
         return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
 
     def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
         tower = super().tower_shape(model, image_size)
-        takes_any_size = self.tower(self.inner(model)).config.model_type == "pixtral"
-        return replace(tower, image_size=image_size) if image_size is not None and takes_any_size else tower
+        if image_size is None or not takes_any_size(self.tower(self.inner(model))):
+            return tower
+        return replace(tower, image_size=image_size)
+
+
+UNSIZED = (
+    "image features of a vision tower that was given no image_sizes: it then encodes images as one, however many there "
+    "are. Pass image_sizes with pixel_values, as the processor of this model makes them"
+)
+
+
+def takes_any_size(tower: Any) -> bool:
+    """Whether images of several sizes are encoded together, and ``image_sizes`` tell them apart."""
+    return bool(tower.config.model_type == "pixtral")

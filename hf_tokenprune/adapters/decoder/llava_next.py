@@ -20,12 +20,13 @@ from ._images import GivenImages, ImageTokens
 @register_adapter("llava_next")
 class LlavaNextAdapter(DecoderAdapter):
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
-        sizes = given.image_sizes
-        if given.kind != "image" or (sizes is None and not given.with_newlines):
+        sizes, features = given.image_sizes, given.features
+        if given.kind != "image" or (sizes is None and not given.with_newlines and not given.as_one):
             return given.as_encoded()
         if sizes is None:  # encoded before the forward, to which generate then gives no sizes
-            assert given.features is not None
-            return with_newlines(given.features)
+            assert features is not None
+            encoded = given.as_encoded(is_one=given.as_one and self.is_one(inner, features[0]))
+            return with_newlines(features) if given.with_newlines else encoded
         crops = self.num_crops(inner, sizes, given)
         return [self.packed(inner, *image) for image in zip(sizes, crops, strict=True)]
 
@@ -34,6 +35,14 @@ class LlavaNextAdapter(DecoderAdapter):
         config = inner.config
         pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
         return [image_size_to_num_patches(size, pinpoints, side) for size in sizes]
+
+    def is_one(self, inner: Any, features: Tensor) -> bool:
+        """Whether ``features`` (N, D) are of one image: the whole, and rows of one length with a newline each."""
+        config = inner.config.vision_config
+        of_whole, length = (config.image_size // config.patch_size) ** 2, len(features)
+        newlines: list[int] = like_the_last(features).nonzero().flatten().tolist()
+        step = newlines[1] - newlines[0] if len(newlines) > 1 else length - of_whole
+        return length > of_whole and newlines == list(range(of_whole + step - 1, length, step))
 
     def packed(self, inner: Any, size: list[int], num_crops: int) -> ImageTokens:
         """One image of ``size`` (height, width) pixels as the stock model packs it: 0 for a patch, 1 for a newline."""
@@ -55,6 +64,11 @@ class LlavaNextAdapter(DecoderAdapter):
         return crops, image.length, len(image.newlines)
 
 
+def like_the_last(features: Tensor) -> Tensor:
+    """(N,) bool: which of ``features`` (N, D) are the last one's equals, bit for bit."""
+    return (features == features[-1]).all(-1)
+
+
 def with_newlines(features: Sequence[Tensor]) -> list[ImageTokens]:
     """The images whose packed features (N, D) these are.
 
@@ -64,7 +78,7 @@ def with_newlines(features: Sequence[Tensor]) -> list[ImageTokens]:
     Raises:
         UnsupportedModelError: the distances differ.
     """
-    repeated = torch.cat([(packed == packed[-1]).all(-1) for packed in features]).cpu()
+    repeated = torch.cat([like_the_last(packed) for packed in features]).cpu()
     images = []
     for found in repeated.split([len(packed) for packed in features]):
         newlines: list[int] = found.nonzero().flatten().tolist()

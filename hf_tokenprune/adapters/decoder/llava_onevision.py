@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...registry import register_adapter
 from ._images import GivenImages, ImageTokens
-from .llava_next import LlavaNextAdapter
+from .llava_next import LlavaNextAdapter, like_the_last
 
 
 @register_adapter("llava_onevision")
@@ -18,10 +18,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     tower_grid = "patches are pooled and interpolated between their neighbours, so all of them have to be there"
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
-        images = super().images(inner, given)
-        if given.kind == "video":  # one newline behind the last frame
-            return [ImageTokens(video.length, (video.length - 1,)) for video in images]
-        return images
+        if given.kind != "video":
+            return super().images(inner, given)
+        features = given.features  # with one newline, behind the last frame
+        is_one = features is not None and given.as_one and int(like_the_last(features[0]).sum()) == 1
+        return [ImageTokens(video.length, (video.length - 1,)) for video in given.as_encoded(is_one)]
 
     def num_crops(self, inner: Any, sizes: list[list[int]], given: GivenImages) -> list[int]:
         crops = super().num_crops(inner, sizes, given)
