@@ -7,6 +7,7 @@ shadow copy of their config that names it. All other layers keep SDPA or FlashAt
 import copy
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..errors import UnsupportedModelError
 from ..signals import Signals
 from ..tokens import is_exporting
 
@@ -22,29 +24,34 @@ CAPTURE_NAME = "hf_tokenprune_capture"
 CAPTURE_ARGUMENT = "token_prune_capture"
 CACHE_BYTES = 2 << 20
 """Probabilities of this size are written and read again within a CPU's cache; a whole batch of them is not."""
+DEVICE_BYTES = 256 << 20
+"""The same elsewhere, where fewer and larger pieces are faster: what they may take of the memory at a time."""
 
 
 class Capture:
-    """Carries signals from the attention of one block to the block itself, for one forward.
+    """Carries signals from the attention of one block to whoever reduces its tokens, for one forward.
 
-    It travels as a keyword argument, so no state outlives the forward or is shared between threads.
+    It travels as a keyword argument, or in ``CURRENT``, so no state outlives the forward or is shared between threads.
     """
 
     def __init__(self, needs: frozenset[str], bias: Tensor | None = None) -> None:
         self.needs = needs
         self.bias = bias  # (B, 1, 1, T) float32, added to the logits of every row
-        self.found: dict[str, Tensor] = {}
+        self.found: list[dict[str, Tensor]] = []  # by call: a tower that packs its images attends to them one by one
         self.attention: list[Tensor] = []  # consecutive pieces of the batch
 
     def store(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> None:
         """Take what is needed of (B, H, T, d) tensors; of the queries token 0 is enough for "cls_attention"."""
         available = {"queries": queries, "keys": keys, "values": values}
-        self.found = {name: tensor.detach() for name, tensor in available.items() if name in self.needs}
-        if "cls_attention" in self.needs:
-            with torch.autocast(queries.device.type, enabled=False):
+        found = {name: tensor.detach() for name, tensor in available.items() if name in self.needs}
+        with torch.autocast(queries.device.type, enabled=False):
+            if "cls_attention" in self.needs:
                 logits = (queries[:, :, :1].float() @ keys.float().mT) * scaling
                 attention = (logits if self.bias is None else logits + self.bias).softmax(-1)
-            self.found["cls_attention"] = attention.squeeze(2).detach()
+                found["cls_attention"] = attention.squeeze(2).detach()
+            if "received_attention" in self.needs:
+                found["received_attention"] = received_attention(queries.detach(), keys.detach(), scaling)
+        self.found.append(found)
 
     def signals(
         self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool, sizes: Tensor | None = None
@@ -54,15 +61,42 @@ class Capture:
         All on the device of ``tokens``: a tower's features may be those of another block than the one that scores.
         """
         attention = tuple(piece.to(tokens.device) for piece in self.attention) or None
-        found = {name: tensor.to(tokens.device) for name, tensor in self.found.items()}
+        last = self.found[-1] if self.found else {}
+        found = {name: tensor.to(tokens.device) for name, tensor in last.items()}
         return Signals(tokens, inputs, num_protected, has_cls, attention, sizes=sizes, **found)
 
 
-def enable_capture(attention: nn.Module) -> None:
-    """Route this attention module through :func:`capture_attention_forward`."""
+CURRENT: ContextVar[Capture | None] = ContextVar("hf_tokenprune_capture", default=None)
+"""What the vision tower that runs now captures, where blocks do not hand keyword arguments on to their attention."""
+
+
+def received_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """The share of each token in the attention of all, mean over queries: (B, H, T, d) -> (B, H, T) float32.
+
+    In pieces: the probabilities of a picture of 4096 patches would take a gigabyte.
+    """
+    length = queries.shape[2]
+    limit = CACHE_BYTES if queries.device.type == "cpu" else DEVICE_BYTES
+    maps, rows = max(1, limit // (4 * length**2)), max(1, limit // (4 * length))
+    totals = []
+    for q, k in zip(queries.flatten(0, 1).split(maps), keys.flatten(0, 1).split(maps), strict=True):
+        transposed = k.float().mT
+        total = q.new_zeros(q.shape[:2], dtype=torch.float32)
+        for part in q.split(rows, dim=1):
+            total += (part.float() @ transposed * scaling).softmax(-1).sum(1)
+        totals.append(total)
+    return (torch.cat(totals) / length).view(queries.shape[:3])
+
+
+def enable_capture(attention: nn.Module, needs: frozenset[str] | None = None) -> None:
+    """Route this attention module through :func:`capture_attention_forward`.
+
+    ``needs``: of a vision tower, what goes to the capture in ``CURRENT``; None: it comes as an argument.
+    """
     original: Any = attention.config
     shadow = copy.copy(original)
     shadow.token_prune_original = original
+    shadow.token_prune_needs = needs
     shadow._attn_implementation_internal = CAPTURE_NAME
     attention.config = shadow
 
@@ -87,8 +121,8 @@ def capture_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of (B, H, T, d) tensors that also fills the :class:`Capture` in its keyword arguments, or in the place
-    of the mask.
+    """Attention of (B, H, T, d) tensors that also fills the :class:`Capture` in its keyword arguments, in the place of
+    the mask, or in ``CURRENT``.
 
     With one QKᵀ the probabilities serve the output and the method. They are made in float32 whatever the model's dtype,
     and in pieces of the batch that stay in cache. Where no probabilities are needed the model's own kernel runs.
@@ -97,6 +131,14 @@ def capture_attention_forward(
     if isinstance(attention_mask, Capture):
         capture, attention_mask = attention_mask, None
     config: Any = module.config
+    if config.token_prune_needs is not None:
+        if attention_mask is not None:
+            raise UnsupportedModelError(
+                "tokens are chosen in the vision tower, and an image is padded, which its attention must not see: pass "
+                "images that fill their tiles, as the processor makes them, or use a method such as divprune"
+            )
+        # None where gradient checkpointing runs a block once more, which must do what it did
+        capture = CURRENT.get() or Capture(config.token_prune_needs)
     implementation = config.token_prune_original._attn_implementation
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if capture is not None:
@@ -107,7 +149,7 @@ def capture_attention_forward(
         eager = sys.modules[type(module).__module__].eager_attention_forward
         forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    outputs = []
+    outputs, maps = [], []
     piece = _piece(query, key)
     heads = query.shape[1]
     with torch.autocast(query.device.type, enabled=False):
@@ -120,11 +162,12 @@ def capture_attention_forward(
                 start, beta = capture.bias[i * piece : i * piece + q.shape[0]].repeat_interleave(heads, 0).squeeze(1), 1
             logits = torch.baddbmm(start, flat_q.float(), flat_k.float().mT, beta=beta, alpha=scaling)
             attention = logits.softmax(-1)
-            capture.attention.append(attention.detach().unflatten(0, q.shape[:2]))
+            maps.append(attention.detach().unflatten(0, q.shape[:2]))
             weights = F.dropout(attention.to(v.dtype), p=dropout, training=module.training)
             outputs.append((weights @ flat_v).unflatten(0, q.shape[:2]).transpose(1, 2))
     # Only the eager attention returns its weights (for output_attentions); a fused one would not.
-    returned = torch.cat(capture.attention).to(query.dtype) if implementation == "eager" else None
+    returned = torch.cat(maps).to(query.dtype) if implementation == "eager" else None
+    capture.attention += maps
     return torch.cat(outputs), returned
 
 
