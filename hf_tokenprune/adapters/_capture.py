@@ -50,7 +50,7 @@ class Capture:
                 attention = (logits if self.bias is None else logits + self.bias).softmax(-1)
                 found["cls_attention"] = attention.squeeze(2).detach()
             if "received_attention" in self.needs:
-                found["received_attention"] = received_attention(queries.detach(), keys.detach(), scaling)
+                found["received_attention"] = received_attention(queries.detach(), keys.detach(), scaling, self.bias)
         self.found.append(found)
 
     def signals(
@@ -70,22 +70,27 @@ CURRENT: ContextVar[Capture | None] = ContextVar("hf_tokenprune_capture", defaul
 """What the vision tower that runs now captures, where blocks do not hand keyword arguments on to their attention."""
 
 
-def received_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+def received_attention(queries: Tensor, keys: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """The share of each token in the attention of all, mean over queries: (B, H, T, d) -> (B, H, T) float32.
 
-    In pieces: the probabilities of a picture of 4096 patches would take a gigabyte.
+    In pieces: the probabilities of an image of 4096 patches would take a gigabyte. ``bias`` (B, 1, 1, T) hides padding,
+    whose queries do not count.
     """
-    length = queries.shape[2]
+    batch, heads, length, _ = queries.shape
     limit = CACHE_BYTES if queries.device.type == "cpu" else DEVICE_BYTES
     maps, rows = max(1, limit // (4 * length**2)), max(1, limit // (4 * length))
-    totals = []
-    for q, k in zip(queries.flatten(0, 1).split(maps), keys.flatten(0, 1).split(maps), strict=True):
-        transposed = k.float().mT
-        total = q.new_zeros(q.shape[:2], dtype=torch.float32)
-        for part in q.split(rows, dim=1):
-            total += (part.float() @ transposed * scaling).softmax(-1).sum(1)
-        totals.append(total)
-    return (torch.cat(totals) / length).view(queries.shape[:3])
+    bias = queries.new_zeros(1, dtype=torch.float32) if bias is None else bias
+    bias = bias.expand(batch, heads, 1, length)
+    pieces = (x.flatten(0, 1).split(maps) for x in (queries, keys, bias))
+    received = []
+    for q, k, added in zip(*pieces, strict=True):
+        counts = (added == 0).float()  # (m, 1, T) of queries
+        total = torch.zeros_like(counts)
+        for some, weights in zip(q.split(rows, 1), counts.split(rows, 2), strict=True):
+            logits = torch.baddbmm(added, some.float(), k.float().mT, alpha=scaling)
+            total += weights @ logits.softmax(-1)
+        received.append(total / counts.sum(-1, keepdim=True))
+    return torch.cat(received).view(batch, heads, length)
 
 
 def enable_capture(attention: nn.Module, needs: frozenset[str] | None = None) -> None:
@@ -132,18 +137,14 @@ def capture_attention_forward(
         capture, attention_mask = attention_mask, None
     config: Any = module.config
     if config.token_prune_needs is not None:
-        if attention_mask is not None:
-            raise UnsupportedModelError(
-                "tokens are chosen in the vision tower, and an image is padded, which its attention must not see: pass "
-                "images that fill their tiles, as the processor makes them, or use a method such as divprune"
-            )
         # None where gradient checkpointing runs a block once more, which must do what it did
         capture = CURRENT.get() or Capture(config.token_prune_needs)
+        capture.bias = None if attention_mask is None else as_bias(attention_mask)
     implementation = config.token_prune_original._attn_implementation
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if capture is not None:
         capture.store(query, key, value, scaling)
-        if capture.bias is not None:
+        if capture.bias is not None and attention_mask is None:
             attention_mask = capture.bias.to(query.dtype)
     if capture is None or "attention" not in capture.needs:
         eager = sys.modules[type(module).__module__].eager_attention_forward
@@ -169,6 +170,24 @@ def capture_attention_forward(
     returned = torch.cat(maps).to(query.dtype) if implementation == "eager" else None
     capture.attention += maps
     return torch.cat(outputs), returned
+
+
+def as_bias(mask: Any) -> Tensor:
+    """What hides padding from every query, (B, T) or (B, 1, T, T), as (B, 1, 1, T) float32 to be added to logits.
+
+    Raises:
+        UnsupportedModelError: it is not a tensor.
+    """
+    if not isinstance(mask, Tensor):
+        raise UnsupportedModelError(
+            f"a method that chooses tokens in the vision tower cannot read a {type(mask).__name__} as its mask: load "
+            "the model with attn_implementation='sdpa', or use a method that works in the decoder, such as divprune"
+        )
+    row = mask[:, None, None] if mask.dim() == 2 else mask[:, :, :1]
+    if row.is_floating_point():
+        return row.float()
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(row.shape, device=row.device).masked_fill(~row.bool(), lowest)
 
 
 def _piece(query: Tensor, key: Tensor) -> int:

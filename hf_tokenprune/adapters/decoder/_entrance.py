@@ -6,7 +6,6 @@ All are instances of importable classes without state of their own, so that a pr
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from ._cache import (
     state_of,
 )
 from ._forward import Forward
-from ._images import ARGUMENT, PROPOSED, Images, is_decode_step
-from ._layout import DROPPED, GONE, IMAGE, NEWLINE, PAD, PADDING, read_layout
+from ._images import ARGUMENT, PROPOSED, Images, ImageTokens, is_decode_step
+from ._layout import DROPPED, GONE, IMAGE, NEWLINE, PAD, PADDING, Layout, read_layout
 from ._packed import read_packed, unpacked_arguments
 from ._view import View
 
@@ -206,9 +205,18 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
     stages = {stage.where: stage for stage in state.stages if stage.layer < 0}
     tower: Stage | None = stages.get("vision_tower")
     everything = forward.views[0]
-    marks = read_marks(everything.valid, embeds, images, tower)
+    marks = read_marks(everything.valid, embeds, images, tower is not None)
     newline = NEWLINE if state.stages[0].newlines == "protect" else IMAGE if tower is None else DROPPED
-    kinds, forward.layout = read_layout(marks, partial(images.tell, with_newlines=newline != IMAGE), newline)
+    told: list[ImageTokens] = []
+
+    def tell(number: int, runs: tuple[int, ...]) -> list[ImageTokens]:
+        found = images.tell(number, runs, with_newlines=newline != IMAGE)
+        told.extend(found)
+        return found
+
+    kinds, forward.layout = read_layout(marks, tell, newline)
+    if tower is not None:
+        check_marks(tower, told, forward.layout)
     if len(forward.layout.tail) > 1 or forward.proposed > forward.layout.tail[0]:
         forward.proposed = 0  # candidates are text behind the last image of the one prompt there is
     forward.image_rank = torch.where(images.mask, images.mask.long().cumsum(1) - 1, -1)
@@ -229,15 +237,20 @@ def taken(embeds: Tensor, view: View, everything: View) -> Tensor:
     return embeds if view is everything else gather_tokens(embeds, view.slots)
 
 
-def read_marks(valid: Tensor | None, embeds: Tensor, images: Images, tower: Stage | None) -> Tensor:
-    """(B, T) uint8 as :func:`read_layout` takes them."""
+def read_marks(valid: Tensor | None, embeds: Tensor, images: Images, in_tower: bool) -> Tensor:
+    """(B, T) uint8 as :func:`read_layout` takes them; ``in_tower``: tokens may have left there."""
     marks = images.kinds.to(embeds.device)
-    if tower is not None:
-        gone = images.mask & embeds[..., 0].isnan()
-        if not bool(gone.any()):
-            raise PruneStateError(
-                f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features "
-                "made by another model, or with another vision_feature_layer than the model's config names?"
-            )
-        marks = marks + GONE * gone
+    if in_tower:
+        marks = marks + GONE * (images.mask & embeds[..., 0].isnan())
     return marks if valid is None else marks + PAD * ~valid
+
+
+def check_marks(tower: Stage, told: list[ImageTokens], layout: Layout) -> None:
+    """Raise PruneStateError where no image has lost anything in the tower although one is long enough to."""
+    whole = sum(image.length - len(image.newlines) for image in told)
+    parts = {image.length // image.parts for image in told}
+    if sum(map(sum, layout.images)) == whole and any(tower.num_kept(length) < length for length in parts):
+        raise PruneStateError(
+            f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features "
+            "made by another model, or with another vision_feature_layer than the model's config names?"
+        )

@@ -33,10 +33,12 @@ class ImageTokens:
     Attributes:
         length: its tokens, newlines among them.
         newlines: which of these are newlines, counted from 0, ascending.
+        parts: in how many parts of equal length the tower encodes it, where its length does not say: frames.
     """
 
     length: int
     newlines: tuple[int, ...] = ()
+    parts: int = 1
 
 
 @dataclass(frozen=True)
