@@ -39,7 +39,9 @@ class GridAdapter(DecoderAdapter):
         if grids is None:
             return given.as_encoded()
         merged = self.tower(inner).spatial_merge_size ** 2
-        return [ImageTokens(frames * rows * columns // merged, parts=frames) for frames, rows, columns in grids.tolist()]
+        return [
+            ImageTokens(frames * rows * columns // merged, parts=frames) for frames, rows, columns in grids.tolist()
+        ]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         return 1, self.tower_shape(model, image_size).num_patches // self.squares(model).side ** 2, 0
