@@ -5,13 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer, get_llama_4_attn_scale
 
 from ...registry import register_adapter
 from ...signals import ModelShape
 from ._adapter import DecoderAdapter
 from ._grids import USUAL_SIDE
 from ._images import GivenImages, ImageTokens
+from ._layer import PrunedDecoderLayer
+
+
+class PrunedMinistral3DecoderLayer(PrunedDecoderLayer, Ministral3DecoderLayer, text="ministral3"):
+    always_slides = True
+    reads_positions = True
+
+    def query_scale(self, positions: Tensor) -> Tensor:
+        attention: Any = self.self_attn
+        rope = attention.config.rope_parameters
+        beta, usual = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+        scale: Tensor = get_llama_4_attn_scale(positions, beta, usual)
+        return scale
 
 
 @register_adapter("mistral3")
