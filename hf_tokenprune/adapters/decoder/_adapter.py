@@ -163,7 +163,8 @@ class DecoderAdapter:
                 f"the language model is a {kind!r}; its layers are known for {', '.join(sorted(LAYER_CLASSES))}"
             )
         layer_types = set(getattr(text, "layer_types", None) or ())
-        if getattr(text, "sliding_window", None) and (kind == "mistral" or "sliding_attention" in layer_types):
+        slides = LAYER_CLASSES[kind].always_slides or "sliding_attention" in layer_types
+        if getattr(text, "sliding_window", None) and slides:
             raise UnsupportedModelError(
                 "the language model attends in a sliding window, which counts positions that pruning changes; for "
                 "prompts within the window set model.config.text_config.sliding_window = None before loading: the "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import is_flash_attention_requested
 
 from ...errors import PruneStateError, UnsupportedModelError
 from ...signals import Stage
@@ -105,7 +106,7 @@ class LeaveDecoder:
         return output
 
 
-def check_mode(decoder: nn.Module, cache: Any, attention_mask: Any) -> None:
+def check_mode(decoder: Any, cache: Any, attention_mask: Any) -> None:
     """Raise UnsupportedModelError in modes in which layers cannot see different tokens."""
     check_cache(cache)
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
@@ -113,10 +114,19 @@ def check_mode(decoder: nn.Module, cache: Any, attention_mask: Any) -> None:
             "a pruned model takes a (batch, length) attention_mask with an image, not one for every query: it has to "
             "make masks of several lengths"
         )
-    attention = decoder.config._attn_implementation  # type: ignore[union-attr]
+    attention = decoder.config._attn_implementation
     if str(attention).startswith("paged"):
         raise UnsupportedModelError(
             f"attention {attention!r} (continuous batching) cannot hold layers of different lengths"
+        )
+    if (
+        is_flash_attention_requested(requested_attention_implementation=attention)
+        and decoder.layers[0].reads_positions
+        and any(stage.positions == "original" for stage in decoder.token_prune.stages)
+    ):
+        raise UnsupportedModelError(
+            f"attention of {decoder.config.model_type!r} reads positions, and {attention!r} takes those with gaps for "
+            'packed samples: set positions="contiguous" in the config, or model.set_attn_implementation("sdpa")'
         )
 
 
