@@ -222,9 +222,8 @@ def counts(stages: Iterable[Stage], shape: Shape, num_prunable: int | None = Non
     for stage in stages:
         if stage.where == "vision_tower":
             assert isinstance(shape, DecoderShape)
-            patches = shape.tower.num_patches
-            kept = stage.num_kept(patches)
-            n_keep = shape.tower_images * kept if kept < patches else entering
+            kept = stage.num_kept(shape.tower_tokens)
+            n_keep = shape.tower_images * kept if kept < shape.tower_tokens else entering
         else:
             n_keep = stage.num_kept(original if stage.counts_from == "original" else entering)
         n_keep = min(n_keep, entering)

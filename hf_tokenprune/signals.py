@@ -68,6 +68,7 @@ class DecoderShape:
         tower: sizes of the vision tower.
         tower_images: images that the tower encodes for one image of the prompt (NeXT: the whole and its crops).
         image_tokens: tokens in the decoder of one image of the prompt, newline tokens included.
+        tower_tokens: tokens that one of these gives: its patches, or what squares of them become.
         projector_macs: multiply-adds of the projector for one token.
         newline_tokens: how many of ``image_tokens`` are newline tokens.
         position_axes: axes of the positions that tokens are rotated by; where there are several, tokens keep theirs.
@@ -82,6 +83,7 @@ class DecoderShape:
     vocab_size: int
     tower: ModelShape
     tower_images: int
+    tower_tokens: int
     image_tokens: int
     projector_macs: int
     newline_tokens: int
@@ -111,6 +113,7 @@ class Signals:
             and sum to 1; no dropout. A piece fits a CPU's cache: go through it with :meth:`map_attention`.
         queries, keys, values: (B, H, P + N, d) as the attention of this block used them.
         cls_attention: (B, H, P + N) float32, the row of ``attention`` that belongs to token 0, without the others.
+        received_attention: vision towers: (B, H, P + N) float32, the mean of the rows of ``attention``.
         sizes: (B, P + N) float32, how many patches each token stands for, where tokens have been merged before.
         text_attention: decoders: (B, H, R, N) float32, the share of each image token in the attention of R rows of text
             (softmax over all keys), as ``Stage.text_rows`` asks. Rows are aligned at the end: the last one is the last
@@ -132,6 +135,7 @@ class Signals:
     text_attention: Tensor | None = None
     text_mask: Tensor | None = None
     layer_scores: Tensor | None = None
+    received_attention: Tensor | None = None
 
     def need(self, name: str) -> Tensor:
         """The tensor called ``name``; it is there if ``Stage.needs`` has it."""

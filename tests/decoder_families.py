@@ -249,11 +249,13 @@ def may_renumber(family: str) -> bool:
 
 
 def is_refused(family: str, case: Case) -> bool:
-    """Whether a family cannot have what a method wants: tokens that leave where it lets none leave, or at two."""
+    """Whether a family cannot have what a method wants: tokens that leave where it lets none leave, or at two; a CLS
+    token."""
     model = _built(family, None, "sdpa")
     if case.parts is not None:
         return len(one_for_each_place(model)) < 2
-    return bool(closed_places(model) & places(case))
+    lacks_cls = case.method == "cls_attention" and not adapter_of(model).shape(model).tower.has_cls
+    return lacks_cls or bool(closed_places(model) & places(case))
 
 
 SUPPORTED = [(family, case) for family in FAMILIES for case in CASES if not is_refused(family, case)]

@@ -263,8 +263,8 @@ def reference(
         for layer, rows in enumerate(deepstack(encoded_images(maker, **of_images(inputs)))):
             added.setdefault(layer, torch.zeros_like(embeds))[types == 1] = rows
     if "pixel_values_videos" in inputs:
-        embeds[types == 2] = video_features(dense, **of_videos(inputs))
-        for layer, rows in enumerate(deepstack(encoded_videos(dense, **of_videos(inputs)))):
+        embeds[types == 2] = video_features(maker, **of_videos(inputs))
+        for layer, rows in enumerate(deepstack(encoded_videos(maker, **of_videos(inputs)))):
             added.setdefault(layer, torch.zeros_like(embeds))[types == 2] = rows
     image = types > 0
     leaving = []

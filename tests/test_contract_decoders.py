@@ -134,14 +134,16 @@ def test_the_default_config_fits_or_says_why_not(pair) -> None:
     family, case = pair
     model = tiny_vlm(family)
     inputs = sample(model, ONE_IMAGE)
-    before = snapshot(model)
+    before, config, number = snapshot(model), get_method(case.method)(), int(is_image(inputs).sum())
     try:
-        prune(model, get_method(case.method)())
+        prune(model, config)
     except ConfigError as error:
         assert "this model" in str(error)
         assert snapshot(model) == before
-    else:
-        assert lengths(run(model, inputs, use_cache=True)[CACHE_NAME])[-1] < inputs["input_ids"].shape[1]
+    else:  # an image of any size may be one that loses nothing
+        loses = any(stage.num_kept(number) < number for stage in stages_of(model, config))
+        held = lengths(run(model, inputs, use_cache=True)[CACHE_NAME])[-1]
+        assert (held < inputs["input_ids"].shape[1]) == loses
 
 
 @pytest.mark.parametrize("pair", REFUSED, ids=id_of)

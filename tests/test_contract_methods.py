@@ -39,6 +39,7 @@ DECODER_SHAPE = DecoderShape(
     vocab_size=99,
     tower=replace(SHAPE, image_size=(96, 96)),
     tower_images=1,
+    tower_tokens=576,
     image_tokens=576,
     projector_macs=0,
     newline_tokens=0,
@@ -46,7 +47,8 @@ DECODER_SHAPE = DecoderShape(
 SHAPES: dict[str, Shape] = {"vision": SHAPE, "decoder": DECODER_SHAPE}
 TOKEN_AXES = {
     **dict.fromkeys(("tokens", "inputs"), (1,)),
-    **dict.fromkeys(("queries", "keys", "values", "layer_scores", "cls_attention"), (2,)),
+    **dict.fromkeys(("queries", "keys", "values", "layer_scores"), (2,)),
+    **dict.fromkeys(("cls_attention", "received_attention"), (2,)),
     "attention": (2, 3),
     "sizes": (1,),
     "text_attention": (3,),
@@ -86,15 +88,16 @@ def make_signals(batch: int, num_prunable: int, num_protected: int = 1, seed: in
     tokens, inputs = rand(batch, num_tokens, SHAPE.width), rand(batch, num_tokens, SHAPE.width)
     pieces = attention.split(2)
     sizes = torch.randint(1, 5, (batch, num_tokens), generator=generator).float()
-    row = attention[:, :, 0]
-    return Signals(tokens, inputs, num_protected, num_protected > 0, pieces, queries, keys, values, row, sizes)
+    rows = {"cls_attention": attention[:, :, 0], "received_attention": attention.mean(2)}
+    has_cls = num_protected > 0
+    return Signals(tokens, inputs, num_protected, has_cls, pieces, queries, keys, values, sizes=sizes, **rows)
 
 
 def make_decoder_signals(stage: Stage, batch: int, num_prunable: int, seed: int = 0, dtype=torch.float32) -> Signals:
     """What a decoder offers this stage: the signals it needs and no more."""
     if stage.where == "vision_tower":
         signals = make_signals(batch, num_prunable, DECODER_SHAPE.tower.num_protected, seed, dtype)
-        unasked = {"attention", "queries", "keys", "values", "cls_attention"} - stage.needs
+        unasked = {"attention", "queries", "keys", "values", "cls_attention", "received_attention"} - stage.needs
         return replace(signals, sizes=None, **dict.fromkeys(unasked))
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(batch, num_prunable, DECODER_SHAPE.width, generator=generator).to(dtype)
@@ -274,8 +277,9 @@ def test_identical_tokens_and_zero_vectors_are_survived(stage: Stage) -> None:
     num_prunable = num_tokens - signals.num_protected
     if signals.attention is not None:
         signals = replace(signals, attention=tuple(torch.full_like(p, 1 / num_tokens) for p in signals.attention))
-    if signals.cls_attention is not None:
-        signals = replace(signals, cls_attention=torch.full_like(signals.cls_attention, 1 / num_tokens))
+    for name in ("cls_attention", "received_attention"):
+        if getattr(signals, name) is not None:
+            signals = replace(signals, **{name: torch.full_like(getattr(signals, name), 1 / num_tokens)})
     for name in ("text_attention", "layer_scores"):
         if getattr(signals, name) is not None:
             signals = replace(signals, **{name: torch.zeros_like(getattr(signals, name))})
@@ -310,7 +314,7 @@ def test_keeping_all_is_the_identity(decoder_stage: Stage) -> None:
 
 def test_a_stage_of_a_decoder_asks_for_what_there_is(decoder_stage: Stage) -> None:
     offered = {
-        "vision_tower": {"attention", "queries", "keys", "values"},
+        "vision_tower": {"attention", "cls_attention", "received_attention", "queries", "keys", "values"},
         "entrance": set(),
         "after_block": {"text_attention", "layer_scores"},
     }

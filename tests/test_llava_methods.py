@@ -124,7 +124,7 @@ def tower() -> Signals:
     """The golden vision tower: two images, four heads, CLS and 576 patches."""
     attention = rn(61, 2, 4, 577, 577).softmax(-1)
     hidden, metric = rn(62, 2, 577, 32), rn(63, 2, 577, 16)
-    return Signals(hidden, hidden, 1, True, attention=attention.split(1), keys=metric[:, None])
+    return Signals(hidden, hidden, 1, True, cls_attention=attention[:, :, 0], keys=metric[:, None])
 
 
 def test_cls_attention_golden(golden, tower) -> None:

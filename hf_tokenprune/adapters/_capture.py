@@ -7,6 +7,7 @@ shadow copy of their config that names it. All other layers keep SDPA or FlashAt
 import copy
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..errors import UnsupportedModelError
 from ..signals import Signals
 from ..tokens import is_exporting
 
@@ -22,29 +24,34 @@ CAPTURE_NAME = "hf_tokenprune_capture"
 CAPTURE_ARGUMENT = "token_prune_capture"
 CACHE_BYTES = 2 << 20
 """Probabilities of this size are written and read again within a CPU's cache; a whole batch of them is not."""
+DEVICE_BYTES = 256 << 20
+"""The same elsewhere, where fewer and larger pieces are faster: what they may take of the memory at a time."""
 
 
 class Capture:
-    """Carries signals from the attention of one block to the block itself, for one forward.
+    """Carries signals from the attention of one block to whoever reduces its tokens, for one forward.
 
-    It travels as a keyword argument, so no state outlives the forward or is shared between threads.
+    It travels as a keyword argument, or in ``CURRENT``, so no state outlives the forward or is shared between threads.
     """
 
     def __init__(self, needs: frozenset[str], bias: Tensor | None = None) -> None:
         self.needs = needs
         self.bias = bias  # (B, 1, 1, T) float32, added to the logits of every row
-        self.found: dict[str, Tensor] = {}
+        self.found: list[dict[str, Tensor]] = []  # by call: a tower that packs its images attends to them one by one
         self.attention: list[Tensor] = []  # consecutive pieces of the batch
 
     def store(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> None:
         """Take what is needed of (B, H, T, d) tensors; of the queries token 0 is enough for "cls_attention"."""
         available = {"queries": queries, "keys": keys, "values": values}
-        self.found = {name: tensor.detach() for name, tensor in available.items() if name in self.needs}
-        if "cls_attention" in self.needs:
-            with torch.autocast(queries.device.type, enabled=False):
+        found = {name: tensor.detach() for name, tensor in available.items() if name in self.needs}
+        with torch.autocast(queries.device.type, enabled=False):
+            if "cls_attention" in self.needs:
                 logits = (queries[:, :, :1].float() @ keys.float().mT) * scaling
                 attention = (logits if self.bias is None else logits + self.bias).softmax(-1)
-            self.found["cls_attention"] = attention.squeeze(2).detach()
+                found["cls_attention"] = attention.squeeze(2).detach()
+            if "received_attention" in self.needs:
+                found["received_attention"] = received_attention(queries.detach(), keys.detach(), scaling, self.bias)
+        self.found.append(found)
 
     def signals(
         self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool, sizes: Tensor | None = None
@@ -54,15 +61,47 @@ class Capture:
         All on the device of ``tokens``: a tower's features may be those of another block than the one that scores.
         """
         attention = tuple(piece.to(tokens.device) for piece in self.attention) or None
-        found = {name: tensor.to(tokens.device) for name, tensor in self.found.items()}
+        last = self.found[-1] if self.found else {}
+        found = {name: tensor.to(tokens.device) for name, tensor in last.items()}
         return Signals(tokens, inputs, num_protected, has_cls, attention, sizes=sizes, **found)
 
 
-def enable_capture(attention: nn.Module) -> None:
-    """Route this attention module through :func:`capture_attention_forward`."""
+CURRENT: ContextVar[Capture | None] = ContextVar("hf_tokenprune_capture", default=None)
+"""What the vision tower that runs now captures, where blocks do not hand keyword arguments on to their attention."""
+
+
+def received_attention(queries: Tensor, keys: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """The share of each token in the attention of all, mean over queries: (B, H, T, d) -> (B, H, T) float32.
+
+    In pieces: the probabilities of an image of 4096 patches would take a gigabyte. ``bias`` (B, 1, 1, T) hides padding,
+    whose queries do not count.
+    """
+    batch, heads, length, _ = queries.shape
+    limit = CACHE_BYTES if queries.device.type == "cpu" else DEVICE_BYTES
+    maps, rows = max(1, limit // (4 * length**2)), max(1, limit // (4 * length))
+    bias = queries.new_zeros(1, dtype=torch.float32) if bias is None else bias
+    bias = bias.expand(batch, heads, 1, length)
+    pieces = (x.flatten(0, 1).split(maps) for x in (queries, keys, bias))
+    received = []
+    for q, k, added in zip(*pieces, strict=True):
+        counts = (added == 0).float()  # (m, 1, T) of queries
+        total = torch.zeros_like(counts)
+        for some, weights in zip(q.split(rows, 1), counts.split(rows, 2), strict=True):
+            logits = torch.baddbmm(added, some.float(), k.float().mT, alpha=scaling)
+            total += weights @ logits.softmax(-1)
+        received.append(total / counts.sum(-1, keepdim=True))
+    return torch.cat(received).view(batch, heads, length)
+
+
+def enable_capture(attention: nn.Module, needs: frozenset[str] | None = None) -> None:
+    """Route this attention module through :func:`capture_attention_forward`.
+
+    ``needs``: of a vision tower, what goes to the capture in ``CURRENT``; None: it comes as an argument.
+    """
     original: Any = attention.config
     shadow = copy.copy(original)
     shadow.token_prune_original = original
+    shadow.token_prune_needs = needs
     shadow._attn_implementation_internal = CAPTURE_NAME
     attention.config = shadow
 
@@ -87,8 +126,8 @@ def capture_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of (B, H, T, d) tensors that also fills the :class:`Capture` in its keyword arguments, or in the place
-    of the mask.
+    """Attention of (B, H, T, d) tensors that also fills the :class:`Capture` in its keyword arguments, in the place of
+    the mask, or in ``CURRENT``.
 
     With one QKᵀ the probabilities serve the output and the method. They are made in float32 whatever the model's dtype,
     and in pieces of the batch that stay in cache. Where no probabilities are needed the model's own kernel runs.
@@ -97,17 +136,21 @@ def capture_attention_forward(
     if isinstance(attention_mask, Capture):
         capture, attention_mask = attention_mask, None
     config: Any = module.config
+    if config.token_prune_needs is not None:
+        # None where gradient checkpointing runs a block once more, which must do what it did
+        capture = CURRENT.get() or Capture(config.token_prune_needs)
+        capture.bias = None if attention_mask is None else as_bias(attention_mask)
     implementation = config.token_prune_original._attn_implementation
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if capture is not None:
         capture.store(query, key, value, scaling)
-        if capture.bias is not None:
+        if capture.bias is not None and attention_mask is None:
             attention_mask = capture.bias.to(query.dtype)
     if capture is None or "attention" not in capture.needs:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    outputs = []
+    outputs, maps = [], []
     piece = _piece(query, key)
     heads = query.shape[1]
     with torch.autocast(query.device.type, enabled=False):
@@ -120,12 +163,31 @@ def capture_attention_forward(
                 start, beta = capture.bias[i * piece : i * piece + q.shape[0]].repeat_interleave(heads, 0).squeeze(1), 1
             logits = torch.baddbmm(start, flat_q.float(), flat_k.float().mT, beta=beta, alpha=scaling)
             attention = logits.softmax(-1)
-            capture.attention.append(attention.detach().unflatten(0, q.shape[:2]))
+            maps.append(attention.detach().unflatten(0, q.shape[:2]))
             weights = F.dropout(attention.to(v.dtype), p=dropout, training=module.training)
             outputs.append((weights @ flat_v).unflatten(0, q.shape[:2]).transpose(1, 2))
     # Only the eager attention returns its weights (for output_attentions); a fused one would not.
-    returned = torch.cat(capture.attention).to(query.dtype) if implementation == "eager" else None
+    returned = torch.cat(maps).to(query.dtype) if implementation == "eager" else None
+    capture.attention += maps
     return torch.cat(outputs), returned
+
+
+def as_bias(mask: Any) -> Tensor:
+    """What hides padding from every query, (B, T) or (B, 1, T, T), as (B, 1, 1, T) float32 to be added to logits.
+
+    Raises:
+        UnsupportedModelError: it is not a tensor.
+    """
+    if not isinstance(mask, Tensor):
+        raise UnsupportedModelError(
+            f"a method that chooses tokens in the vision tower cannot read a {type(mask).__name__} as its mask: load "
+            "the model with attn_implementation='sdpa', or use a method that works in the decoder, such as divprune"
+        )
+    row = mask[:, None, None] if mask.dim() == 2 else mask[:, :, :1]
+    if row.is_floating_point():
+        return row.float()
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(row.shape, device=row.device).masked_fill(~row.bool(), lowest)
 
 
 def _piece(query: Tensor, key: Tensor) -> int:

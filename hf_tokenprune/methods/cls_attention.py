@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from ..errors import ConfigError
 from ..registry import register_method
 from ..signals import VISION_TOWER, DecoderShape, Reduction, Signals, Stage
@@ -54,9 +52,9 @@ class ClsAttentionConfig(DecoderConfig):
         return (VISION_TOWER,)
 
     def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "ClsAttentionConfig":
-        patches = shape.tower.num_patches
-        kept = min(counts[VISION_TOWER] // shape.tower_images, patches)
-        return dataclasses.replace(self, keep_ratio=kept / patches)
+        tokens = shape.tower_tokens
+        kept = min(counts[VISION_TOWER] // shape.tower_images, tokens)
+        return dataclasses.replace(self, keep_ratio=kept / tokens)
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,11 @@ class ClsAttentionStage(Stage):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"attention"})
+        return frozenset({"cls_attention"})
 
     def num_kept(self, num_prunable: int) -> int:
         return num_rounded(num_prunable, self.keep_ratio)
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        def importance(attention: Tensor) -> Tensor:  # (b, H, T, T) -> (b, N)
-            return attention[:, :, 0, signals.num_protected :].mean(1)
-
-        return Reduction(top_tokens(signals.map_attention(importance), n_keep))
+        importance = signals.need("cls_attention")[..., signals.num_protected :].mean(1)
+        return Reduction(top_tokens(importance, n_keep))

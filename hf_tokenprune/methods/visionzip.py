@@ -50,20 +50,20 @@ class VisionZipConfig(DecoderConfig):
         self.check(has_cls or not self.keep_cls, "keep_cls", "None or False: this vision tower has no CLS token")
         keep_cls = has_cls if self.keep_cls is None else self.keep_cls
         stage = VisionZipStage(
-            -1, "vision_tower", self.dominant, self.contextual, keep_cls, budget="image", **self.shared(shape)
+            -1, "vision_tower", self.dominant, self.contextual, has_cls, keep_cls, budget="image", **self.shared(shape)
         )
         return (stage,)
 
     def by_rule(self, strength: float, shape: DecoderShape) -> "VisionZipConfig":
         """What is removed of every encoded image multiplied by ``strength``, dominant to contextual as they are."""
-        patches = shape.tower.num_patches
-        return self.with_total(round(patches - (patches - self.dominant - self.contextual) * strength))
+        tokens = shape.tower_tokens
+        return self.with_total(round(tokens - (tokens - self.dominant - self.contextual) * strength))
 
     def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
         return (VISION_TOWER,)
 
     def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "VisionZipConfig":
-        return self.with_total(min(counts[VISION_TOWER] // shape.tower_images, shape.tower.num_patches))
+        return self.with_total(min(counts[VISION_TOWER] // shape.tower_images, shape.tower_tokens))
 
     def fewest(self, num_tokens: int) -> int:
         return 2
@@ -80,24 +80,25 @@ class VisionZipConfig(DecoderConfig):
 class VisionZipStage(Stage):
     dominant: int
     contextual: int
+    has_cls: bool
     keep_cls: bool
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"attention", "keys"})
+        return frozenset({self.scores, "keys"})
+
+    @property
+    def scores(self) -> str:
+        """Whose attention counts: that of CLS, or of all tokens where there is none."""
+        return "cls_attention" if self.has_cls else "received_attention"
 
     def num_kept(self, num_prunable: int) -> int:
         return min(self.dominant + self.contextual, num_prunable)
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
         num_protected = signals.num_protected
-
-        def received(attention: Tensor) -> Tensor:  # (b, H, T, T) -> (b, N)
-            from_queries = attention[:, :, 0] if signals.has_cls else attention.mean(2)
-            return from_queries[..., num_protected:].sum(1)
-
         patches = signals.tokens[:, num_protected:]
-        scores = signals.map_attention(received)
+        scores = signals.need(self.scores)[..., num_protected:].sum(1)
         if n_keep == patches.shape[1]:
             return Reduction(top_tokens(scores, n_keep))
         metric = signals.need("keys").float().mean(1)[:, num_protected:]

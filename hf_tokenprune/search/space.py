@@ -76,16 +76,16 @@ class Space:
         if slot not in self.slots:
             return entering
         if isinstance(self.shape, DecoderShape) and self.places[slot] == VISION_TOWER:
-            return self.shape.tower_images * self.config.fewest(self.shape.tower.num_patches)
+            return self.shape.tower_images * self.config.fewest(self.shape.tower_tokens)
         return min(entering, self.config.fewest(entering))
 
     def possible(self, slot: int, count: int) -> int:
         """The most that a stage at this place, where something leaves, can leave of ``count`` tokens.
 
-        In a vision tower every crop of an image keeps equally many patches, and what joins the crops is made behind it.
+        In a vision tower every crop of an image keeps equally many tokens, and what joins the crops is made behind it.
         """
         if isinstance(self.shape, DecoderShape) and self.places[slot] == VISION_TOWER:
-            of_each = min(count // self.shape.tower_images, self.shape.tower.num_patches - 1)
+            of_each = min(count // self.shape.tower_images, self.shape.tower_tokens - 1)
             return self.shape.tower_images * of_each
         return count
 

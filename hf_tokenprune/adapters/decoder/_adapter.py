@@ -16,13 +16,23 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...signals import DecoderShape, ModelShape, Stage
+from .._capture import disable_capture
 from .._sizes import as_pair, linear_macs
 from .._swap import check_swappable, swap_class
 from ._entrance import CountProposals, EnterDecoder, LeaveDecoder
 from ._images import FindImages, GivenImages, ImageTokens
 from ._layer import LAYER_CLASSES, PrunedDecoderLayer
 from ._side_inputs import SideInput
-from ._tower import HAS_CLS, attach_tower, detach_tower, scoring_attention
+from ._tower import (
+    HAS_CLS,
+    Choice,
+    ChooseStates,
+    Squares,
+    attach_tower,
+    feature_block,
+    scoring_attention,
+    tower_blocks,
+)
 
 
 @dataclass
@@ -52,7 +62,9 @@ class DecoderAdapter:
     """Axes of the positions that tokens are rotated by: 3 where they tell time, row and column. Then every token keeps
     its own: no number of tokens less would close the gap of one that left."""
     provides: ClassVar[frozenset[str]] = frozenset({"text_attention", "layer_scores"})
-    tower_provides: ClassVar[frozenset[str]] = frozenset({"attention", "queries", "keys", "values"})
+    tower_provides: ClassVar[frozenset[str]] = frozenset(
+        {"attention", "cls_attention", "received_attention", "queries", "keys", "values"}
+    )
     full_grid_heads: ClassVar[dict[type[PreTrainedModel], str]] = {}
     placeholders: ClassVar[dict[str, str]] = {"image": "image_token_id"}
     """Kinds of visual input, and the field of the model's config that names their placeholder token."""
@@ -64,6 +76,7 @@ class DecoderAdapter:
         inner = self.inner(model)
         text = self.decoder(inner).config
         tower_images, image_tokens, newline_tokens = self.image_tokens(model, image_size)
+        tower = self.tower_shape(model, image_size)
         return DecoderShape(
             depth=len(self.blocks(model)),
             width=text.hidden_size,
@@ -72,8 +85,9 @@ class DecoderAdapter:
             num_key_value_heads=text.num_key_value_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             vocab_size=text.vocab_size,
-            tower=self.tower_shape(model, image_size),
+            tower=tower,
             tower_images=tower_images,
+            tower_tokens=tower.num_patches // self.squares(model).side ** 2,
             image_tokens=image_tokens,
             projector_macs=linear_macs(inner.get_submodule(self.connector_name)),
             newline_tokens=newline_tokens,
@@ -87,6 +101,32 @@ class DecoderAdapter:
     def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
         """Sizes of the vision tower, for what it encodes of an image of ``image_size`` pixels."""
         return tower_shape(self.tower(self.inner(model)))
+
+    def squares(self, model: PreTrainedModel) -> Squares:
+        """Which patches of the vision tower become one image token."""
+        return Squares()
+
+    def scoring_block(self, model: PreTrainedModel) -> int:
+        """Index of the block of the vision tower by whose attention tokens are chosen: that which makes the features.
+
+        Raises:
+            UnsupportedModelError: tokens cannot be chosen there.
+        """
+        return feature_block(self.tower(self.inner(model)), self.feature_layer(model))
+
+    def feature_layer(self, model: PreTrainedModel) -> int | list[int] | None:
+        """Number of the hidden state of the vision tower that makes the features; None: its output."""
+        layer: int | list[int] = model.config.vision_feature_layer
+        return layer
+
+    def choice(self, model: PreTrainedModel, stage: Stage) -> Choice:
+        """The hook that makes the vision tower choose; for a model that :meth:`check` has passed."""
+        layer = self.feature_layer(model)
+        assert not isinstance(layer, list)
+        has_cls = HAS_CLS[self.tower(self.inner(model)).config.model_type]
+        # "default" drops the first token behind the tower, also where it is a patch that could have been chosen.
+        drops_first = getattr(model.config, "vision_feature_select_strategy", None) == "default"
+        return ChooseStates(stage, layer, has_cls, int(has_cls or drops_first), self.squares(model))
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """How many tokens each image of a forward of ``inner`` has, and which are newlines; in the prompts' order."""
@@ -123,7 +163,8 @@ class DecoderAdapter:
                 f"the language model is a {kind!r}; its layers are known for {', '.join(sorted(LAYER_CLASSES))}"
             )
         layer_types = set(getattr(text, "layer_types", None) or ())
-        if getattr(text, "sliding_window", None) and (kind == "mistral" or "sliding_attention" in layer_types):
+        slides = LAYER_CLASSES[kind].always_slides or "sliding_attention" in layer_types
+        if getattr(text, "sliding_window", None) and slides:
             raise UnsupportedModelError(
                 "the language model attends in a sliding window, which counts positions that pruning changes; for "
                 "prompts within the window set model.config.text_config.sliding_window = None before loading: the "
@@ -137,13 +178,15 @@ class DecoderAdapter:
                     "Use a method that works in the decoder, such as divprune"
                 )
             provided = self.tower_provides if in_tower else self.provides
+            if in_tower and self.squares(model).side > 1:
+                provided -= {"attention"}  # a map of all patches of a large image would take gigabytes
             if missing := stage.needs - provided:
                 raise UnsupportedModelError(
                     f"{type(stage).__name__} needs {', '.join(sorted(missing))}, which the adapter for "
                     f"{model.config.model_type!r} does not provide there (it provides: {', '.join(sorted(provided))})"
                 )
             if in_tower:
-                scoring_attention(self.tower(inner), model.config.vision_feature_layer)
+                scoring_attention(self.tower(inner), self.scoring_block(model))
             if stage.layer >= 0 and (others := layer_types - {"full_attention"}):
                 raise UnsupportedModelError(
                     f"{type(stage).__name__} makes tokens leave behind decoder layer {stage.layer}; layers of {kind!r} "
@@ -170,9 +213,9 @@ class DecoderAdapter:
             state.handles.append(model.register_forward_pre_hook(CountProposals(), with_kwargs=True))
         for stage in stages:
             if stage.where == "vision_tower":
-                layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
-                connector = inner.get_submodule(self.connector_name)
-                state.handles += attach_tower(self.tower(inner), connector, stage, layer, strategy)
+                tower, projector = self.tower(inner), inner.get_submodule(self.connector_name)
+                attention = scoring_attention(tower, self.scoring_block(model))
+                state.handles += attach_tower(tower, attention, projector, self.choice(model, stage))
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""
@@ -183,7 +226,7 @@ class DecoderAdapter:
         for handle in state.handles:
             handle.remove()
         if any(stage.where == "vision_tower" for stage in state.stages):
-            detach_tower(self.tower(inner), model.config.vision_feature_layer)
+            disable_capture(scoring_attention(self.tower(inner), self.scoring_block(model)))
         for block in self.blocks(model):
             if isinstance(block, PrunedDecoderLayer):
                 swap_class(block, block.stock_class)
@@ -208,7 +251,7 @@ def tower_shape(tower: Any) -> ModelShape:
     """Sizes of a vision tower; its head is not used."""
     config = tower.config
     return ModelShape(
-        depth=len(next(module for module in tower.modules() if isinstance(module, nn.ModuleList))),
+        depth=len(tower_blocks(tower)),
         width=config.hidden_size,
         mlp_width=config.intermediate_size,
         num_heads=config.num_attention_heads,

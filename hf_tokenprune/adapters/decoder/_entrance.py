@@ -6,11 +6,11 @@ All are instances of importable classes without state of their own, so that a pr
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import is_flash_attention_requested
 
 from ...errors import PruneStateError, UnsupportedModelError
 from ...signals import Stage
@@ -26,8 +26,8 @@ from ._cache import (
     state_of,
 )
 from ._forward import Forward
-from ._images import ARGUMENT, PROPOSED, Images, is_decode_step
-from ._layout import DROPPED, GONE, IMAGE, NEWLINE, PAD, PADDING, read_layout
+from ._images import ARGUMENT, PROPOSED, Images, ImageTokens, is_decode_step
+from ._layout import DROPPED, GONE, IMAGE, NEWLINE, PAD, PADDING, Layout, read_layout
 from ._packed import read_packed, unpacked_arguments
 from ._view import View
 
@@ -106,7 +106,7 @@ class LeaveDecoder:
         return output
 
 
-def check_mode(decoder: nn.Module, cache: Any, attention_mask: Any) -> None:
+def check_mode(decoder: Any, cache: Any, attention_mask: Any) -> None:
     """Raise UnsupportedModelError in modes in which layers cannot see different tokens."""
     check_cache(cache)
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
@@ -114,10 +114,19 @@ def check_mode(decoder: nn.Module, cache: Any, attention_mask: Any) -> None:
             "a pruned model takes a (batch, length) attention_mask with an image, not one for every query: it has to "
             "make masks of several lengths"
         )
-    attention = decoder.config._attn_implementation  # type: ignore[union-attr]
+    attention = decoder.config._attn_implementation
     if str(attention).startswith("paged"):
         raise UnsupportedModelError(
             f"attention {attention!r} (continuous batching) cannot hold layers of different lengths"
+        )
+    if (
+        is_flash_attention_requested(requested_attention_implementation=attention)
+        and decoder.layers[0].reads_positions
+        and any(stage.positions == "original" for stage in decoder.token_prune.stages)
+    ):
+        raise UnsupportedModelError(
+            f"attention of {decoder.config.model_type!r} reads positions, and {attention!r} takes those with gaps for "
+            'packed samples: set positions="contiguous" in the config, or model.set_attn_implementation("sdpa")'
         )
 
 
@@ -206,9 +215,18 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
     stages = {stage.where: stage for stage in state.stages if stage.layer < 0}
     tower: Stage | None = stages.get("vision_tower")
     everything = forward.views[0]
-    marks = read_marks(everything.valid, embeds, images, tower)
+    marks = read_marks(everything.valid, embeds, images, tower is not None)
     newline = NEWLINE if state.stages[0].newlines == "protect" else IMAGE if tower is None else DROPPED
-    kinds, forward.layout = read_layout(marks, partial(images.tell, with_newlines=newline != IMAGE), newline)
+    told: list[ImageTokens] = []
+
+    def tell(number: int, runs: tuple[int, ...]) -> list[ImageTokens]:
+        found = images.tell(number, runs, with_newlines=newline != IMAGE)
+        told.extend(found)
+        return found
+
+    kinds, forward.layout = read_layout(marks, tell, newline)
+    if tower is not None:
+        check_marks(tower, told, forward.layout)
     if len(forward.layout.tail) > 1 or forward.proposed > forward.layout.tail[0]:
         forward.proposed = 0  # candidates are text behind the last image of the one prompt there is
     forward.image_rank = torch.where(images.mask, images.mask.long().cumsum(1) - 1, -1)
@@ -229,15 +247,20 @@ def taken(embeds: Tensor, view: View, everything: View) -> Tensor:
     return embeds if view is everything else gather_tokens(embeds, view.slots)
 
 
-def read_marks(valid: Tensor | None, embeds: Tensor, images: Images, tower: Stage | None) -> Tensor:
-    """(B, T) uint8 as :func:`read_layout` takes them."""
+def read_marks(valid: Tensor | None, embeds: Tensor, images: Images, in_tower: bool) -> Tensor:
+    """(B, T) uint8 as :func:`read_layout` takes them; ``in_tower``: tokens may have left there."""
     marks = images.kinds.to(embeds.device)
-    if tower is not None:
-        gone = images.mask & embeds[..., 0].isnan()
-        if not bool(gone.any()):
-            raise PruneStateError(
-                f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features "
-                "made by another model, or with another vision_feature_layer than the model's config names?"
-            )
-        marks = marks + GONE * gone
+    if in_tower:
+        marks = marks + GONE * (images.mask & embeds[..., 0].isnan())
     return marks if valid is None else marks + PAD * ~valid
+
+
+def check_marks(tower: Stage, told: list[ImageTokens], layout: Layout) -> None:
+    """Raise PruneStateError where no image has lost anything in the tower although one is long enough to."""
+    whole = sum(image.length - len(image.newlines) for image in told)
+    parts = {image.length // image.parts for image in told}
+    if sum(map(sum, layout.images)) == whole and any(tower.num_kept(length) < length for length in parts):
+        raise PruneStateError(
+            f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features "
+            "made by another model, or with another vision_feature_layer than the model's config names?"
+        )

@@ -207,7 +207,8 @@ class Forward:
         key_valid = None if key_valid is None else key_valid[:, : held + length]
         cos, sin = (part[:, :length] for part in rotary)
         normed = block.input_layernorm(states[:, :length])
-        return text_attention(block.self_attn, normed, num_rows, (cos, sin), cached, key_valid), is_text
+        scale = block.query_scale(self.views[-1].positions[..., length - num_rows : length])
+        return text_attention(block.self_attn, normed, num_rows, (cos, sin), cached, key_valid, scale), is_text
 
     def select(self, stage: Stage, states: Tensor) -> View:
         """Decide who stays of the tokens of the newest view, whose ``states`` are (B, L, D)."""

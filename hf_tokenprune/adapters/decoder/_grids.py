@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ...signals import ModelShape
+from ...signals import ModelShape, Stage
 from .._sizes import as_pair
 from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens
+from ._tower import Choice, ChooseMerged, Squares, tower_blocks
 
 USUAL_SIDE = 32
 """Rows and columns of tokens of an image whose size nobody tells: 1024 tokens, in the middle of what papers report."""
@@ -38,11 +39,21 @@ class GridAdapter(DecoderAdapter):
         if grids is None:
             return given.as_encoded()
         merged = self.tower(inner).spatial_merge_size ** 2
-        return [ImageTokens(frames * rows * columns // merged) for frames, rows, columns in grids.tolist()]
+        return [
+            ImageTokens(frames * rows * columns // merged, parts=frames) for frames, rows, columns in grids.tolist()
+        ]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
-        merge = self.tower(self.inner(model)).spatial_merge_size
-        return 1, self.tower_shape(model, image_size).num_patches // merge**2, 0
+        return 1, self.tower_shape(model, image_size).num_patches // self.squares(model).side ** 2, 0
+
+    def squares(self, model: PreTrainedModel) -> Squares:
+        return Squares(self.tower(self.inner(model)).spatial_merge_size, raster=False)
+
+    def scoring_block(self, model: PreTrainedModel) -> int:
+        return len(tower_blocks(self.tower(self.inner(model)))) - 1
+
+    def choice(self, model: PreTrainedModel, stage: Stage) -> Choice:
+        return ChooseMerged(stage, self.squares(model))
 
     def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
         config = self.tower(self.inner(model)).config

@@ -25,6 +25,9 @@ PROPOSED = "token_prune_proposed"
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Arguments with what is yet to be encoded, by kind of visual input."""
 
+FEATURES = "image_hidden_states"
+"""Argument with features of images alone, in families and versions that have it."""
+
 
 @dataclass(frozen=True)
 class ImageTokens:
@@ -33,10 +36,12 @@ class ImageTokens:
     Attributes:
         length: its tokens, newlines among them.
         newlines: which of these are newlines, counted from 0, ascending.
+        parts: in how many parts of equal length the tower encodes it, where its length does not say: frames.
     """
 
     length: int
     newlines: tuple[int, ...] = ()
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -228,11 +233,12 @@ def encoded(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def given_kinds(call: Mapping[str, Any]) -> list[str]:
     """Kinds of visual input that a forward is given something of."""
-    return [
+    kinds = [
         kind
         for kind, name in PIXELS.items()
         if encoded(call).get(kind) is not None or (call.get(name) is not None and len(call[name]))
     ]
+    return ["image"] if not kinds and call.get(FEATURES) is not None else kinds
 
 
 def may_be_a_piece(call: Mapping[str, Any], kind: str) -> bool:

@@ -20,6 +20,11 @@ class PrunedDecoderLayer(nn.Module):
     """Mixed in before a stock decoder layer; ``text`` is the ``model_type`` of the language models made of these."""
 
     stock_class: ClassVar[type[nn.Module]]
+    always_slides: ClassVar[bool] = False
+    """Whether all layers attend in ``config.sliding_window``, if there is one; others go by ``config.layer_types``."""
+    reads_positions: ClassVar[bool] = False
+    """Whether its attention wants positions although tokens are rotated already. Others are given none: FlashAttention
+    takes gaps in them for packed samples."""
     self_attn: nn.Module
     mlp: nn.Module
     input_layernorm: nn.Module
@@ -46,6 +51,8 @@ class PrunedDecoderLayer(nn.Module):
         layer = self.index
         hidden_states = token_prune.arrive(self, layer, hidden_states, kwargs)
         kwargs = token_prune.layer_inputs(layer, hidden_states, kwargs)
+        if self.reads_positions:
+            kwargs["position_ids"] = token_prune.view(token_prune.segment(layer), hidden_states.device).positions
         if token_prune.recorder is not None and token_prune.layout is not None:
             token_prune.recorder.on_block(layer, hidden_states.shape[1])
         token_prune.look(self, layer, hidden_states, kwargs)
@@ -55,6 +62,10 @@ class PrunedDecoderLayer(nn.Module):
         outputs, parts = self.in_parts(hidden_states, **kwargs)
         token_prune.observe(observer, layer, parts)
         return outputs
+
+    def query_scale(self, positions: Tensor) -> Tensor | None:
+        """(B, 1, R, 1) by what the attention multiplies queries at ``positions`` (B, R); None: by nothing."""
+        return None
 
     def in_parts(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The stock layer, with input and output of its attention and of its MLP beside the result."""
@@ -71,7 +82,7 @@ class PrunedLlamaDecoderLayer(PrunedDecoderLayer, LlamaDecoderLayer, text="llama
 
 
 class PrunedMistralDecoderLayer(PrunedDecoderLayer, MistralDecoderLayer, text="mistral"):
-    pass
+    always_slides = True
 
 
 class PrunedQwen2DecoderLayer(PrunedDecoderLayer, Qwen2DecoderLayer, text="qwen2"):

@@ -23,6 +23,7 @@ def text_attention(
     rotary: tuple[Tensor, Tensor],
     cached: Tensor | None,
     key_valid: Tensor | None,
+    query_scale: Tensor | None,
 ) -> Tensor:
     """Attention (B, H, R, L) float32 of the last ``num_rows`` tokens, the share of each of the L tokens in it.
 
@@ -36,11 +37,14 @@ def text_attention(
         rotary: cos and sin, (B or 1, L, d), of these tokens.
         cached: (B, key heads, K, d) keys before these tokens; None: there are none.
         key_valid: (B, K + L) bool, False for padding; None: no padding.
+        query_scale: (B, 1, R, 1) by what the attention multiplies queries; None: by nothing.
     """
     cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rotary)
     with _same_randomness(attention, normed.device):
         queries = _heads(attention, "q", normed[:, -num_rows:], cos[:, -num_rows:], sin[:, -num_rows:])
         keys = _heads(attention, "k", normed, cos, sin)
+    if query_scale is not None:
+        queries = queries * query_scale.to(queries)
     if cached is not None:
         keys = torch.cat([cached.to(keys), keys], dim=2)
     grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (B, key heads, queries a key head, R, d)

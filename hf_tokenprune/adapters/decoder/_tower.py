@@ -3,10 +3,18 @@
 The tower's output stays full length, as the projector, ``generate`` (which encodes images before the first forward) and
 user-held features expect. A dropped token's state becomes NaN: it stays NaN through the projector, wherever the
 features travel, and the decoder takes it out at its entrance. Should it ever not, the logits say so.
+
+Where squares of patches become one token, that token is what is chosen: attention that its patches draw adds up, and
+all of them leave together.
+
+Axes: I images, P protected states, N patches, n tokens, s side of a square, H heads, D width.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,64 +23,174 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ...signals import Stage
+from ...signals import Signals, Stage
 from ...tokens import with_protected
-from .._capture import CAPTURE_ARGUMENT, Capture, disable_capture, enable_capture
+from .._capture import CURRENT, Capture, enable_capture
 
-HAS_CLS = {"clip_vision_model": True, "vit": True, "siglip_vision_model": False}
+HAS_CLS = {
+    "clip_vision_model": True,
+    "idefics3_vision": False,
+    "internvl_vision": True,
+    "siglip_vision_model": False,
+    "smolvlm_vision": False,
+    "vit": True,
+}
 """Vision towers whose blocks are known, by ``model_type``, and whether token 0 is a CLS token."""
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Which patches become one token: ``side`` × ``side`` of them.
+
+    Attributes:
+        raster: the patches of an image, which is a square, come row by row; else those of one token come together.
+    """
+
+    side: int = 1
+    raster: bool = True
+
+    def split(self, patches: Tensor, dim: int) -> Tensor:
+        """(..., N, ...) as (..., n, s², ...), tokens row by row; ``dim`` is not negative."""
+        if self.side == 1 or not self.raster:
+            return patches.unflatten(dim, (-1, self.side**2))
+        across = math.isqrt(patches.shape[dim]) // self.side
+        grid = patches.unflatten(dim, (across, self.side, across, self.side))
+        return grid.transpose(dim + 1, dim + 2).flatten(dim + 2, dim + 3).flatten(dim, dim + 1)
+
+    def join(self, tokens: Tensor) -> Tensor:
+        """(I, n, s², D) as (I, N, D): undoes :meth:`split`."""
+        if self.side == 1 or not self.raster:
+            return tokens.flatten(1, 2)
+        across = math.isqrt(tokens.shape[1])
+        grid = tokens.unflatten(2, (self.side, self.side)).unflatten(1, (across, across))
+        return grid.transpose(2, 3).flatten(1, 4)
+
+    def of_signals(self, found: Mapping[str, Tensor], num_protected: int = 0) -> dict[str, Tensor]:
+        """What was captured of patches, (I, H, P + N, ...), as of tokens, (I, H, P + n, ...).
+
+        Attention adds up, so that shares sum to 1 as before; queries, keys and values are averaged.
+        """
+        if self.side == 1:
+            return dict(found)
+        of_tokens = {}
+        for name, of_patches in found.items():
+            split = self.split(of_patches[:, :, num_protected:].float(), 2)
+            merged = split.sum(3) if name.endswith("attention") else split.mean(3)
+            of_tokens[name] = torch.cat([of_patches[:, :, :num_protected].float(), merged], 2)
+        return of_tokens
 
 
 @dataclass
 class StartCapture:
-    """Forward pre-hook of the tower: sends a :class:`Capture` along."""
+    """Forward pre-hook of the tower: its scoring attention finds where to put what it finds."""
 
     stage: Stage
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, CAPTURE_ARGUMENT: Capture(self.stage.needs)}
-
-
-class CaptureAsMask:
-    """Forward pre-hook of the scoring attention: SigLIP's hands a mask on to the attention function, nothing else."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        capture = kwargs.pop(CAPTURE_ARGUMENT, None)
-        states = args[0] if args else kwargs.pop("hidden_states")
-        return (states,), {**kwargs, "attention_mask": capture}
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        CURRENT.set(Capture(self.stage.needs))
 
 
 @dataclass
-class MarkDropped:
-    """Forward hook of the tower: the states that ``stage`` drops become NaN in the hidden state of ``layer``.
-
-    Of the first ``num_protected`` tokens nothing is asked: a CLS token, or a patch that is no feature of this model.
-    """
+class Choice:
+    """Forward hook of the tower, also where that raises: states that ``stage`` drops become NaN in its output."""
 
     stage: Stage
-    layer: int
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        capture = CURRENT.get()
+        CURRENT.set(None)
+        if output is not None:
+            assert capture is not None
+            with torch.autocast(output.last_hidden_state.device.type, enabled=False):
+                self.choose(capture, kwargs, output)
+
+    def choose(self, capture: Capture, call: dict[str, Any], output: Any) -> None:
+        """Mark what leaves in ``output`` of the tower, whose keyword arguments were ``call``."""
+        raise NotImplementedError
+
+    def marked(self, signals: Signals) -> Tensor:
+        """``signals.tokens`` (I, P + n, D), NaN where they leave, and with new states where the stage merges."""
+        tokens, num_protected = signals.tokens, signals.num_protected
+        reduction = self.stage.reduce(signals, self.stage.num_kept(tokens.shape[1] - num_protected))
+        keep = with_protected(reduction.keep, num_protected)
+        return mark(tokens, keep, reduction.tokens, reduction.keep + num_protected)
+
+
+@dataclass
+class ChooseStates(Choice):
+    """Of towers that give images of one size, whose patches' states are features, or squares of them behind the tower.
+
+    To the method a token is the states of its patches side by side, as it is to the projector.
+
+    Attributes:
+        layer: number of the hidden state that makes the features; None: what the tower gives out in the end.
+        has_cls: whether state 0 is of a CLS token.
+        num_protected: the first states, of which nothing is asked: CLS, or a patch that is no feature of this model.
+        squares: which patches become one token.
+    """
+
+    layer: int | None
     has_cls: bool
     num_protected: int
+    squares: Squares
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        selected = output.hidden_states[self.layer]
+    def choose(self, capture: Capture, call: dict[str, Any], output: Any) -> None:
+        selected = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
         if selected is None:
             raise UnsupportedModelError(
                 f"{type(self.stage).__name__} chooses tokens in vision_feature_layer={self.layer}, the layer that the "
                 "model's config names; the call asks for another one. Leave the argument out"
             )
-        num_protected = self.num_protected
-        n_keep = self.stage.num_kept(selected.shape[1] - num_protected)
-        with torch.autocast(selected.device.type, enabled=False):
-            signals = kwargs[CAPTURE_ARGUMENT].signals(selected, selected, num_protected, self.has_cls)
-            reduction = self.stage.reduce(signals, n_keep)
-        states = mark(
-            selected, with_protected(reduction.keep, num_protected), reduction.tokens, reduction.keep + num_protected
-        )
-        hidden = list(output.hidden_states)
-        hidden[self.layer] = states
-        output.hidden_states = tuple(hidden)
-        return output
+        first, side = self.num_protected, self.squares.side
+        patches = self.squares.split(selected[:, first:], 1)  # (I, n, s², D)
+        tokens = torch.cat([selected[:, :first].repeat(1, 1, side**2), patches.flatten(2)], 1)
+        capture.found[-1] = self.squares.of_signals(capture.found[-1], first)
+        tokens = self.marked(capture.signals(tokens, tokens, first, self.has_cls))
+        patches = self.squares.join(tokens[:, first:].unflatten(2, (side**2, -1)))
+        states = torch.cat([tokens[:, :first, : selected.shape[2]], patches], 1)
+        if self.layer is None:
+            output.last_hidden_state = states
+        else:
+            hidden = list(output.hidden_states)
+            hidden[self.layer] = states
+            output.hidden_states = tuple(hidden)
+
+
+@dataclass
+class ChooseMerged(Choice):
+    """Of towers that pack images of any size in one sequence, and merge squares of patches at their end.
+
+    The method sees every image, or frame of a video, on its own: the merged tokens, without a CLS token.
+
+    Attributes:
+        squares: which patches become one token.
+        raster: of the tower's keyword arguments: where in the order of the blocks each token of the output stands,
+            (n,) int64; None: in the same order.
+    """
+
+    squares: Squares
+    raster: Callable[[dict[str, Any]], Tensor] | None = None
+
+    def choose(self, capture: Capture, call: dict[str, Any], output: Any) -> None:
+        features = output.pooler_output  # (n of all images, D)
+        packed = {name: torch.cat([found[name] for found in capture.found], 2) for name in capture.found[0]}
+        signals = {name: of_tokens.to(features.device) for name, of_tokens in self.squares.of_signals(packed).items()}
+        if self.raster is not None:
+            order = self.raster(call).to(features.device)
+            signals = {name: of_tokens.index_select(2, order) for name, of_tokens in signals.items()}
+        lengths = [next(iter(found.values())).shape[2] // self.squares.side**2 for found in capture.found]
+        images = list(features.split(lengths))
+        pieces = {name: of_tokens.split(lengths, 2) for name, of_tokens in signals.items()}
+        alike = defaultdict(list)
+        for i, length in enumerate(lengths):
+            alike[length].append(i)
+        for members in alike.values():
+            tokens = torch.stack([images[i] for i in members])
+            of_these = {name: torch.cat([each[i] for i in members]) for name, each in pieces.items()}
+            marked = self.marked(Signals(tokens, tokens, 0, False, **of_these))
+            for i, states in zip(members, marked, strict=True):
+                images[i] = states
+        output.pooler_output = torch.cat(images)
 
 
 class HideMarks:
@@ -98,52 +216,59 @@ def mark(states: Tensor, keep: Tensor, tokens: Tensor | None, index: Tensor) -> 
     return torch.where(stays.unsqueeze(-1), states, torch.nan)
 
 
-def scoring_attention(tower: PreTrainedModel, feature_layer: int | list[int]) -> nn.Module:
-    """The attention module of the block that makes the features.
+def scoring_attention(tower: PreTrainedModel, block: int) -> nn.Module:
+    """The attention module of a block.
 
     Raises:
-        UnsupportedModelError: an unknown tower, one that is pruned itself, or features of several layers.
+        UnsupportedModelError: the tower is pruned itself.
     """
-    kind = tower.config.model_type
-    if kind not in HAS_CLS:
-        raise UnsupportedModelError(
-            f"the vision tower is a {kind!r}; methods that choose tokens there know {', '.join(sorted(HAS_CLS))}. "
-            "Use one that works in the decoder, such as divprune"
-        )
-    blocks: Any = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
-    if not isinstance(feature_layer, int) or feature_layer == 0 or not -len(blocks) <= feature_layer <= len(blocks):
-        raise UnsupportedModelError(
-            f"vision_feature_layer={feature_layer}: methods that choose tokens in the vision tower need one block's "
-            "output as features. Use one that works in the decoder, such as divprune"
-        )
+    blocks: Any = tower_blocks(tower)
     if any(hasattr(block, "token_prune") for block in blocks):
         raise UnsupportedModelError(
             "the vision tower is pruned itself, and methods that choose tokens in it read the attention of all its "
             "tokens. Use one that works in the decoder, such as divprune, or call unprune on the tower first"
         )
-    block = blocks[feature_layer - 1 if feature_layer > 0 else feature_layer + len(blocks)]
-    attention: nn.Module = getattr(block, "self_attn", None) or block.attention
-    return attention
+    names = ("self_attn", "attention", "attn")
+    return next(getattr(blocks[block], name) for name in names if hasattr(blocks[block], name))
 
 
-def attach_tower(
-    tower: PreTrainedModel, projector: nn.Module, stage: Stage, feature_layer: int, select_strategy: str
-) -> list[Any]:
-    """Make the tower choose; returns handles of the hooks."""
-    attention = scoring_attention(tower, feature_layer)
-    enable_capture(attention)
-    has_cls = HAS_CLS[tower.config.model_type]
-    # "default" drops the first token behind the tower, also where it is a patch that could have been chosen.
-    mark_dropped = MarkDropped(stage, feature_layer, has_cls, int(has_cls or select_strategy == "default"))
-    return [
-        attention.register_forward_pre_hook(CaptureAsMask(), with_kwargs=True),
-        projector.register_forward_pre_hook(HideMarks()),
-        projector.register_forward_hook(RestoreMarks()),
-        tower.register_forward_pre_hook(StartCapture(stage), with_kwargs=True),
-        tower.register_forward_hook(mark_dropped, with_kwargs=True),
+def tower_blocks(tower: nn.Module) -> nn.ModuleList:
+    """The blocks of a vision tower, in order."""
+    return next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
+
+
+def feature_block(tower: PreTrainedModel, feature_layer: int | list[int] | None) -> int:
+    """Index of the block whose output is the ``feature_layer``-th hidden state; of the last one for None.
+
+    Raises:
+        UnsupportedModelError: an unknown tower, features of several layers, or of no block.
+    """
+    kind, depth = tower.config.model_type, len(tower_blocks(tower))
+    if kind not in HAS_CLS:
+        raise UnsupportedModelError(
+            f"the vision tower is a {kind!r}; methods that choose tokens there know {', '.join(sorted(HAS_CLS))}. "
+            "Use one that works in the decoder, such as divprune"
+        )
+    if feature_layer is None:
+        return depth - 1
+    if not isinstance(feature_layer, int) or feature_layer == 0 or not -depth <= feature_layer <= depth:
+        raise UnsupportedModelError(
+            f"vision_feature_layer={feature_layer}: methods that choose tokens in the vision tower need one block's "
+            "output as features. Use one that works in the decoder, such as divprune"
+        )
+    return feature_layer - 1 if feature_layer > 0 else feature_layer + depth
+
+
+def attach_tower(tower: PreTrainedModel, attention: nn.Module, projector: nn.Module, choice: Choice) -> list[Any]:
+    """Make the tower choose by ``attention``, of one of its blocks; returns handles of the hooks."""
+    enable_capture(attention, choice.stage.needs)
+    handles = [
+        tower.register_forward_pre_hook(StartCapture(choice.stage)),
+        tower.register_forward_hook(choice, with_kwargs=True, always_call=True),
     ]
-
-
-def detach_tower(tower: PreTrainedModel, feature_layer: int) -> None:
-    """Undo :func:`attach_tower`, but for its hooks."""
-    disable_capture(scoring_attention(tower, feature_layer))
+    if isinstance(choice, ChooseStates):  # else the projector is a part of the tower
+        handles += [
+            projector.register_forward_pre_hook(HideMarks()),
+            projector.register_forward_hook(RestoreMarks()),
+        ]
+    return handles

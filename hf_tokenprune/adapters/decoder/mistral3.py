@@ -1,0 +1,58 @@
+"""Mistral 3 (Small 3.1 and later, Ministral 3): images of any size, with a text token behind every row of patches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer, get_llama_4_attn_scale
+
+from ...registry import register_adapter
+from ...signals import ModelShape
+from ._adapter import DecoderAdapter
+from ._grids import USUAL_SIDE
+from ._images import GivenImages, ImageTokens
+from ._layer import PrunedDecoderLayer
+
+
+class PrunedMinistral3DecoderLayer(PrunedDecoderLayer, Ministral3DecoderLayer, text="ministral3"):
+    always_slides = True
+    reads_positions = True
+
+    def query_scale(self, positions: Tensor) -> Tensor:
+        attention: Any = self.self_attn
+        rope = attention.config.rope_parameters
+        beta, usual = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+        scale: Tensor = get_llama_4_attn_scale(positions, beta, usual)
+        return scale
+
+
+@register_adapter("mistral3")
+class Mistral3Adapter(DecoderAdapter):
+    tower_grid = "squares of patches are merged into one token, so all of them have to be there"
+
+    def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
+        sizes = given.image_sizes
+        if given.features is not None or sizes is None:
+            return given.as_encoded()
+        side = token_side(inner)
+        return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
+
+    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+        height, width = self.tower_shape(model, image_size).image_size
+        side = token_side(self.inner(model))
+        return 1, (height // side) * (width // side), 0
+
+    def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        tower = super().tower_shape(model, image_size)
+        usual = USUAL_SIDE * token_side(self.inner(model))
+        height, width = tower.image_size  # of the largest image
+        return replace(tower, image_size=image_size or (min(usual, height), min(usual, width)))
+
+
+def token_side(inner: Any) -> int:
+    """Pixels of an image that one token stands for, across and down."""
+    side: int = inner.vision_tower.patch_size * inner.config.spatial_merge_size
+    return side
