@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from hf_tokenprune import PruneConfig, list_adapters
 from hf_tokenprune.adapters.decoder import LAYER_CLASSES, DecoderAdapter
@@ -226,6 +226,16 @@ def places(case: Case) -> frozenset[str]:
     return frozenset(stage.where for stage in plan(case.config(model), adapter_of(model).shape(model)))
 
 
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether some layers have a state instead of keys: it cannot be cut, or taken apart into samples."""
+    return len(with_keys(model, range(DEPTH))) < DEPTH
+
+
+def new_cache(model: PreTrainedModel) -> Cache:
+    """An empty one; recurrent layers need to be told."""
+    return DynamicCache(config=model.config.get_text_config()) if is_recurrent(model) else DynamicCache()
+
+
 def one_for_each_place(model: PreTrainedModel) -> list[Case]:
     """What a stack is made of: one method at every place where this family lets tokens leave."""
     single = [case for case in CASES if case.parts is None and not case.in_layers]
@@ -236,8 +246,7 @@ def one_for_each_place(model: PreTrainedModel) -> list[Case]:
 def closed_places(model: PreTrainedModel) -> set[str]:
     """Where this family lets no tokens leave: a tower whose patches are pooled, between layers that are recurrent."""
     tower = {"vision_tower"} if adapter_of(model).tower_grid else set()
-    recurrent = len(with_keys(model, range(DEPTH))) < DEPTH
-    return tower | ({"after_block"} if recurrent else set())
+    return tower | ({"after_block"} if is_recurrent(model) else set())
 
 
 CASES = cases()
@@ -271,6 +280,9 @@ def _once() -> list[tuple[str, Case]]:
 ONCE = _once()
 """Every method on one of the families that support the most, and a stack of methods on the others, or what comes first
 where there is none: for what depends on neither the family nor on pairs."""
+
+ONCE_WITH_KEYS = [(family, case) for family, case in ONCE if not is_recurrent(_built(family, None, "sdpa"))]
+"""Of these, the families whose caches can be cut and taken apart."""
 
 REFUSED = [(family, case) for family in FAMILIES for case in CASES if is_refused(family, case)]
 

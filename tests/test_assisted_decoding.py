@@ -4,28 +4,47 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from hf_tokenprune import prune, record
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.errors import UnsupportedModelError
 
-from .decoder_families import ONCE, Case, Inputs, collate, lengths, run, sample, tiny_vlm
+from .decoder_families import (
+    ONCE,
+    ONCE_WITH_KEYS,
+    Case,
+    Inputs,
+    collate,
+    is_image,
+    lengths,
+    new_cache,
+    run,
+    sample,
+    tiny_vlm,
+)
+from .decoder_prompts import BY_TOKEN
+from .reference_decoder import together
 from .test_contract_decoders import ONE_IMAGE, close, id_of
 from .test_generate import greedy, pruned_pair
 
 each_once = pytest.mark.parametrize("pair", ONCE, ids=id_of)
+each_once_with_keys = pytest.mark.parametrize("pair", ONCE_WITH_KEYS, ids=id_of)
 STEPS = 8
 
 
 def repeating(inputs: Inputs) -> Inputs:
     """A prompt whose last words stood there before, for look-up."""
-    ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -6:-2]], 1)
-    return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return longer(inputs, inputs["input_ids"][:, -6:-2])
+
+
+def longer(inputs: Inputs, words: torch.Tensor) -> Inputs:
+    """A prompt with words (1, n) behind it."""
+    text = {name: torch.full_like(words, name == "attention_mask") for name in BY_TOKEN if name in inputs}
+    return together(inputs, text | {"input_ids": words})
 
 
 @pytest.mark.parametrize("how", ["look-up", "assistant"])
-@each_once
+@each_once_with_keys
 def test_assisted_decoding_is_greedy(pair: tuple[str, Case], how: str) -> None:
     two = pruned_pair(*pair)
     inputs = repeating(sample(two.dense, ONE_IMAGE))
@@ -53,9 +72,8 @@ def test_candidates_behind_a_prompt_choose_nothing(pair: tuple[str, Case]) -> No
     before = run(model, prompt).logits
     for seed in range(3):
         words = torch.randint(1, 50, (1, 4), generator=torch.Generator().manual_seed(seed))
-        ids = torch.cat([prompt["input_ids"], words], 1)
-        inputs = {**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        logits = run(model, inputs, logits_to_keep=5, **{CACHE_NAME: DynamicCache()}).logits
+        inputs = longer(prompt, words)
+        logits = run(model, inputs, logits_to_keep=5, **{CACHE_NAME: new_cache(model)}).logits
         close(logits[:, :1], before[:, -1:])
         with record(model) as rec:
             whole = run(model, inputs).logits
@@ -73,15 +91,15 @@ def test_what_cannot_be_candidates_has_its_say(pair: tuple[str, Case]) -> None:
     model = tiny_vlm(family)
     one = sample(model, ONE_IMAGE)
     prune(model, case.config(model))
-    tail = len(ONE_IMAGE) - ONE_IMAGE.index("I") - 1
     length = one["input_ids"].shape[1]
+    tail = length - 1 - int(is_image(one)[0].nonzero().max())
     batch = collate([one, sample(model, "..I..", 1)])
     for inputs, count in ((one, tail + 2), (one, length), (one, length + 9), (batch, 3), (batch, length)):
         with record(model) as rec:
             whole = run(model, inputs).logits
         kept = {name: sets.tolist() for name, sets in rec.kept.items()}
         with record(model) as rec:
-            last = run(model, inputs, logits_to_keep=count, **{CACHE_NAME: DynamicCache()}).logits
+            last = run(model, inputs, logits_to_keep=count, **{CACHE_NAME: new_cache(model)}).logits
         assert {name: sets.tolist() for name, sets in rec.kept.items()} == kept
         assert torch.equal(last, whole[:, -count:])
 

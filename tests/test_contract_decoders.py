@@ -63,7 +63,9 @@ def id_of(pair: tuple[str, Case]) -> str:
 
 every_method = pytest.mark.parametrize("pair", SUPPORTED, ids=id_of)
 each_once = pytest.mark.parametrize("pair", ONCE, ids=id_of)
-every_text = pytest.mark.parametrize(("family", "text"), TEXTS)
+every_method_and_text = pytest.mark.parametrize(
+    ("pair", "text"), [(pair, text) for pair in SUPPORTED for text in texts_of(pair[0])]
+)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -170,7 +172,7 @@ def test_ranking_by_cls_needs_one(family) -> None:
 # -- the independent reference ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("pair", "text"), [(pair, text) for pair in SUPPORTED for text in texts_of(pair[0])])
+@every_method_and_text
 def test_prefill_is_the_reference(pair, text) -> None:
     """Logits at every place, states before every layer, and how many tokens enter it."""
     family, case = pair
@@ -487,7 +489,11 @@ class KeepAll(Stage):
         raise AssertionError("nothing is to be decided where everything stays")
 
 
-EVERYWHERE = (KeepAll(-1, "entrance"), *(KeepAll(layer, "after_block") for layer in range(DEPTH - 1)))
+def everywhere(model: PreTrainedModel) -> list[KeepAll]:
+    """A stage at the entrance and behind every layer, where the family lets tokens leave."""
+    positions = "contiguous" if may_renumber(model.config.model_type) else "original"
+    places = [(-1, "entrance"), *((layer, "after_block") for layer in range(DEPTH - 1))]
+    return [KeepAll(*place, positions=positions) for place in places if place[1] not in closed_places(model)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -501,7 +507,7 @@ EVERYWHERE = (KeepAll(-1, "entrance"), *(KeepAll(layer, "after_block") for layer
 )
 def test_keep_all_is_bit_identical(family, text, attention, positions) -> None:
     model = tiny_vlm(family, text, attention=attention)
-    stages = [dataclasses.replace(s, positions=positions) for s in EVERYWHERE if s.where not in closed_places(model)]
+    stages = [dataclasses.replace(stage, positions=positions) for stage in everywhere(model)]
     alone = prompts(model)
     batches = [alone[0], collate(alone[:3]), collate([alone[0]] * 2)]
     dense = [run(model, batch, use_cache=True, output_hidden_states=True) for batch in batches]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from hf_tokenprune import prune, record, unprune
@@ -19,8 +19,8 @@ from hf_tokenprune.signals import Stage
 from .decoder_families import (
     CASES,
     FAMILIES,
+    ONCE_WITH_KEYS,
     SUPPORTED,
-    TEXTS,
     VOCABULARY,
     Case,
     Inputs,
@@ -28,23 +28,29 @@ from .decoder_families import (
     collate,
     is_image,
     lengths,
+    new_cache,
     run,
     sample,
     stages_of,
+    texts_of,
     tiny_vlm,
+    with_keys,
 )
-from .reference_decoder import Reference, reference
+from .decoder_prompts import BY_TOKEN
+from .reference_decoder import Reference, axes, reference
 from .test_contract_decoders import (
-    EVERYWHERE,
     ONE_IMAGE,
     close,
     each_once,
     every_family,
     every_method,
-    every_text,
+    every_method_and_text,
+    everywhere,
     id_of,
     prompts,
 )
+
+each_once_with_keys = pytest.mark.parametrize("pair", ONCE_WITH_KEYS, ids=id_of)
 
 STEPS = 5
 BEAM_STEPS = 8  # enough for beams to change places
@@ -81,7 +87,7 @@ def guided(stages: tuple[Stage, ...]) -> bool:
     return any(stage.needs & {"text_attention", "layer_scores"} for stage in stages)
 
 
-def pruned_pair(family: str, case: Case, text: str = "llama", **fields: Any) -> Pruned:
+def pruned_pair(family: str, case: Case, text: str | None = None, **fields: Any) -> Pruned:
     model, dense = tiny_vlm(family, text), tiny_vlm(family, text)
     config = case.config(dense, **fields)
     return Pruned(prune(model, config), dense, stages_of(dense, config))
@@ -90,8 +96,7 @@ def pruned_pair(family: str, case: Case, text: str = "llama", **fields: Any) -> 
 # -- greedy ----------------------------------------------------------------------------------------------------------
 
 
-@every_text
-@every_method
+@every_method_and_text
 def test_greedy_is_the_reference(pair, text) -> None:
     """Tokens, logits of every step, and the length of every layer's cache."""
     two = pruned_pair(*pair, text)
@@ -103,13 +108,13 @@ def test_greedy_is_the_reference(pair, text) -> None:
     close(torch.cat(output.logits), logits)
     entering = told.forward().entering
     assert entering[-1] < inputs["input_ids"].shape[1], "something left"
-    assert lengths(output[CACHE_NAME]) == [n + STEPS - 1 for n in entering]
+    assert lengths(output[CACHE_NAME]) == with_keys(two.model, [n + STEPS - 1 for n in entering])
 
 
 @every_method
 def test_a_padded_batch_is_its_samples_alone(pair) -> None:
     """Prompts of different lengths with none, one and several images of several sizes: tokens and logits of a step."""
-    two = pruned_pair(*pair, "qwen2")
+    two = pruned_pair(*pair, texts_of(pair[0])[-1])
     alone = prompts(two.dense)
     batch = collate(alone)
     output = greedy(two.model, batch)
@@ -151,7 +156,7 @@ def test_keep_all_generates_the_dense_tokens(family, how) -> None:
     batch = collate([sample(model, ONE_IMAGE, 1), sample(model, "..I...", 2)])
     torch.manual_seed(5)
     expected = model.generate(**batch, max_new_tokens=STEPS, **ways[how])
-    with attached(model, *EVERYWHERE):
+    with attached(model, *everywhere(model)):
         torch.manual_seed(5)
         assert torch.equal(model.generate(**batch, max_new_tokens=STEPS, **ways[how]), expected)
 
@@ -222,26 +227,40 @@ def test_streaming(pair) -> None:
 # -- caches held by the user -----------------------------------------------------------------------------------------
 
 
-def continued(inputs: Inputs, tokens: list[int], words: Inputs) -> Inputs:
-    """The whole conversation so far as ids, with the images of the new turn only: what generate takes with a cache."""
-    so_far = inputs["input_ids"][0].tolist() + tokens
-    ids = torch.tensor([so_far + words["input_ids"][0].tolist()])
-    return {**words, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def continued(told: Reference, words: Inputs) -> Inputs:
+    """The whole conversation as ids, with the images of the new turn only: what generate takes with a cache.
+
+    Positions of several axes too: stock models would make them from the grids of all images, and features of the new.
+    """
+    whole = dataclasses.replace(told, leaving=()).then_prompt(reference(told.dense, words))
+    inputs = {**words, **{name: whole.inputs[name] for name in BY_TOKEN if name in whole.inputs}}
+    return inputs if len(whole.positions) == 1 else {**inputs, "position_ids": axes(whole.positions)}
+
+
+def step(count: int, *told: Reference) -> Inputs:
+    """The last tokens of conversations, to be fed behind a cache.
+
+    Positions of several axes are the caller's: a stock model would place them behind the prompt that it saw last.
+    """
+    ids = torch.cat([one.inputs["input_ids"][:, -count:] for one in told])
+    if len(told[0].positions) == 1:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "position_ids": torch.cat([axes(one.positions)[..., -count:] for one in told], 1)}
 
 
 @pytest.mark.parametrize("second", ["...", "..I...", "I"])
 @every_method
 def test_several_turns_with_one_cache(pair, second) -> None:
     """A second turn of text, or with an image of its own: what the reference makes of the whole conversation."""
-    two = pruned_pair(*pair, "qwen2")
+    two = pruned_pair(*pair, texts_of(pair[0])[-1])
     first, words = sample(two.dense, ONE_IMAGE, 1), sample(two.dense, second, 2)
-    cache = DynamicCache()
+    cache = new_cache(two.dense)
     output = greedy(two.model, first, **{CACHE_NAME: cache})
     tokens = output.sequences[0, -STEPS:].tolist()
     assert output[CACHE_NAME] is cache
 
     told = two.told(first).then(tokens)
-    whole = continued(first, tokens, words)
+    whole = continued(told, words)
     with record(two.model) as rec:
         output = greedy(two.model, whole, **{CACHE_NAME: cache})
     if "I" in second:
@@ -252,11 +271,11 @@ def test_several_turns_with_one_cache(pair, second) -> None:
     expected, logits = told.generate(STEPS)
     assert output.sequences[0, -STEPS:].tolist() == expected
     close(torch.cat(output.logits), logits)
-    assert lengths(cache) == [n + STEPS - 1 for n in told.forward().entering]
+    assert lengths(cache) == with_keys(two.model, [n + STEPS - 1 for n in told.forward().entering])
 
-    whole = continued(whole, expected, sample(two.dense, "..", 3))
-    output = greedy(two.model, whole, **{CACHE_NAME: cache})
-    expected, logits = told.then(expected + whole["input_ids"][0, -2:].tolist()).generate(STEPS)
+    told, words = told.then(expected), sample(two.dense, "..", 3)
+    output = greedy(two.model, continued(told, words), **{CACHE_NAME: cache})
+    expected, logits = told.then(words["input_ids"][0].tolist()).generate(STEPS)
     assert output.sequences[0, -STEPS:].tolist() == expected
     close(torch.cat(output.logits), logits)
 
@@ -267,7 +286,7 @@ def test_a_cached_text_in_front(pair) -> None:
     two = pruned_pair(*pair)
     system, inputs = sample(two.dense, ".....", 1), sample(two.dense, ONE_IMAGE, 2)
     cache = run(two.model, system, use_cache=True)[CACHE_NAME]
-    whole = continued(system, [], inputs)
+    whole = continued(reference(two.dense, system), inputs)
     with record(two.model) as rec:
         output = greedy(two.model, whole, **{CACHE_NAME: cache})
     start = dataclasses.replace(reference(two.dense, system), leaving=())
@@ -283,7 +302,8 @@ def test_a_cached_text_in_front(pair) -> None:
 @pytest.mark.parametrize("chunk", [1, 3])
 @each_once
 def test_a_loop_written_by_hand(pair, chunk, mask) -> None:
-    """Forwards with nothing but ids and the cache, one token or several at a time; positions are worked out inside."""
+    """Forwards with nothing but ids and the cache, one token or several at a time; positions are worked out inside, but
+    for several axes and a mask, with which stock code breaks."""
     two = pruned_pair(*pair)
     inputs = sample(two.dense, ONE_IMAGE, 1)
     more = torch.randint(1, VOCABULARY - 2, (1, 6), generator=torch.Generator().manual_seed(7))
@@ -291,13 +311,13 @@ def test_a_loop_written_by_hand(pair, chunk, mask) -> None:
     if not mask:
         inputs.pop("attention_mask")
     cache = run(two.model, inputs, use_cache=True)[CACHE_NAME]
-    seen, logits = inputs["input_ids"].shape[1], []
+    told, seen, logits = two.told(inputs), inputs["input_ids"].shape[1], []
     for piece in more.split(chunk, dim=1):
-        seen += piece.shape[1]
-        step = {"input_ids": piece, **({"attention_mask": ones[:, :seen]} if mask else {})}
-        logits.append(run(two.model, step, **{CACHE_NAME: cache}, use_cache=True).logits[0])
+        seen, told = seen + piece.shape[1], told.then(piece[0].tolist())
+        fed = {**step(piece.shape[1], told), "attention_mask": ones[:, :seen]} if mask else {"input_ids": piece}
+        logits.append(run(two.model, fed, **{CACHE_NAME: cache}, use_cache=True).logits[0])
         assert cache.get_seq_length() == seen
-    close(torch.cat(logits), two.told(inputs).then(more[0].tolist()).forward().logits[-6:])
+    close(torch.cat(logits), told.forward().logits[-6:])
 
 
 @each_once
@@ -309,9 +329,10 @@ def test_a_padded_loop_written_by_hand(pair) -> None:
     more = torch.randint(1, VOCABULARY - 2, (len(alone), 4), generator=torch.Generator().manual_seed(7))
     cache = run(two.model, batch, use_cache=True)[CACHE_NAME]
     mask = torch.cat([batch["attention_mask"], torch.ones_like(more)], 1)
-    logits = run(two.model, {"input_ids": more, "attention_mask": mask}, **{CACHE_NAME: cache}).logits
-    for row, inputs in enumerate(alone):
-        close(logits[row], two.told(inputs).then(more[row].tolist()).forward().logits[-4:])
+    told = [two.told(inputs).then(words) for inputs, words in zip(alone, more.tolist(), strict=True)]
+    logits = run(two.model, {**step(4, *told), "attention_mask": mask}, **{CACHE_NAME: cache}).logits
+    for row, one in enumerate(told):
+        close(logits[row], one.forward().logits[-4:])
 
 
 @pytest.mark.parametrize("method", ["divprune", "transprune", "stack"])
@@ -326,50 +347,51 @@ def test_a_loop_behind_padding_on_the_right(method) -> None:
     logits = []
     for start, end in ((0, 1), (1, 4)):
         positions = batch["attention_mask"].sum(1, keepdim=True) + torch.arange(start, end)
-        step = {"input_ids": more[:, start:end], "attention_mask": mask[:, : seen + end], "position_ids": positions}
-        logits.append(run(two.model, step, **{CACHE_NAME: cache}).logits)
+        piece = {"input_ids": more[:, start:end], "attention_mask": mask[:, : seen + end], "position_ids": positions}
+        logits.append(run(two.model, piece, **{CACHE_NAME: cache}).logits)
     for row, inputs in enumerate(alone):
         expected = two.told(inputs).then(more[row].tolist()).forward().logits[-4:]
         close(torch.cat(logits, 1)[row], expected)
 
 
-@each_once
+@each_once_with_keys
 def test_cropping_and_going_on(pair) -> None:
     """What was generated can be taken back; a cut inside the pruned prompt is refused."""
     two = pruned_pair(*pair)
     inputs = sample(two.dense, ONE_IMAGE, 1)
-    cache = DynamicCache()
+    cache = new_cache(two.dense)
     output = greedy(two.model, inputs, **{CACHE_NAME: cache})
     kept = output.sequences[0, -STEPS:].tolist()[:2]
     cache.crop(-2)  # of four: the last token was never fed
     other = sample(two.dense, "...", 5)
-    again = greedy(two.model, continued(inputs, kept, other), **{CACHE_NAME: cache})
-    tokens, logits = two.told(inputs).then(kept + other["input_ids"][0].tolist()).generate(STEPS)
+    told = two.told(inputs)
+    again = greedy(two.model, continued(told.then(kept), other), **{CACHE_NAME: cache})
+    tokens, logits = told.then(kept + other["input_ids"][0].tolist()).generate(STEPS)
     assert again.sequences[0, -STEPS:].tolist() == tokens
     close(torch.cat(again.logits), logits)
 
     cache = run(two.model, inputs, use_cache=True)[CACHE_NAME]
-    cache.crop(-ONE_IMAGE.rindex(".") + ONE_IMAGE.index("I") - 1)
+    cache.crop(int(is_image(inputs)[0].nonzero().max()) - inputs["input_ids"].shape[1])
     with pytest.raises(PruneStateError, match=r"cropped inside a prompt .* start with a new DynamicCache"):
         run(two.model, {"input_ids": inputs["input_ids"][:, -1:]}, **{CACHE_NAME: cache})
     assert greedy(two.model, inputs).sequences.equal(output.sequences)
 
 
-@each_once
+@each_once_with_keys
 def test_cropping_to_a_length_is_right_or_refused(pair) -> None:
     """Old Transformers crop every layer to one length, which layers of different lengths cannot follow."""
     two = pruned_pair(*pair)
     inputs = sample(two.dense, ONE_IMAGE, 1)
     length = inputs["input_ids"].shape[1]
-    cache = DynamicCache()
+    cache = new_cache(two.dense)
     tokens = greedy(two.model, inputs, **{CACHE_NAME: cache}).sequences[0, -STEPS:].tolist()
-    step = {"input_ids": torch.tensor([[9]])}
+    told = two.told(inputs).then([*tokens[:2], 9])
     try:
         cache.crop(length + 2)
-        logits = run(two.model, step, **{CACHE_NAME: cache}).logits[0]
+        logits = run(two.model, step(1, told), **{CACHE_NAME: cache}).logits[0]
     except ValueError:
         return
-    close(logits, two.told(inputs).then([*tokens[:2], 9]).forward().logits[-1:])
+    close(logits, told.forward().logits[-1:])
 
 
 @each_once
@@ -381,8 +403,9 @@ def test_a_copied_cache_goes_its_own_way(pair) -> None:
     told = two.told(inputs)
     for held, words in ((cache, [5, 6]), (clone, [7]), (cache, [8]), (clone, [9, 10])):
         held.words = [*getattr(held, "words", []), *words]
-        logits = run(two.model, {"input_ids": torch.tensor([words])}, **{CACHE_NAME: held}).logits[0]
-        close(logits, told.then(held.words).forward().logits[-len(words) :])
+        now = told.then(held.words)
+        logits = run(two.model, step(len(words), now), **{CACHE_NAME: held}).logits[0]
+        close(logits, now.forward().logits[-len(words) :])
 
 
 @each_once
@@ -395,12 +418,12 @@ def test_caches_of_two_conversations_do_not_mix(pair) -> None:
     for word in (5, 6):
         for i, cache in enumerate(caches):
             told[i] = told[i].then([word])
-            logits = run(two.model, {"input_ids": torch.tensor([[word]])}, **{CACHE_NAME: cache}).logits[0]
+            logits = run(two.model, step(1, told[i]), **{CACHE_NAME: cache}).logits[0]
             close(logits, told[i].forward().logits[-1:])
 
 
 @pytest.mark.parametrize("how", ["reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
-@each_once
+@each_once_with_keys
 def test_rows_of_a_cache_move(pair, how) -> None:
     """Samples of a ragged batch change places, are repeated, or are taken out."""
     two = pruned_pair(*pair)
@@ -415,9 +438,10 @@ def test_rows_of_a_cache_move(pair, how) -> None:
         getattr(cache, how)(torch.tensor(rows))
     more = torch.randint(1, VOCABULARY - 2, (len(rows), 2), generator=torch.Generator().manual_seed(7))
     mask = torch.cat([batch["attention_mask"][rows], torch.ones_like(more)], 1)
-    logits = run(two.model, {"input_ids": more, "attention_mask": mask}, **{CACHE_NAME: cache}).logits
-    for i, row in enumerate(rows):
-        close(logits[i], two.told(alone[row]).then(more[i].tolist()).forward().logits[-2:])
+    told = [two.told(alone[row]).then(words) for row, words in zip(rows, more.tolist(), strict=True)]
+    logits = run(two.model, {**step(2, *told), "attention_mask": mask}, **{CACHE_NAME: cache}).logits
+    for i, one in enumerate(told):
+        close(logits[i], one.forward().logits[-2:])
 
 
 @each_once
@@ -439,7 +463,7 @@ def test_a_cache_can_be_reset(pair) -> None:
     assert output.sequences.equal(greedy(two.dense, second).sequences)
 
 
-@each_once
+@each_once_with_keys
 def test_a_cache_belongs_to_a_config(pair) -> None:
     """One that was filled before the config changed is refused, not misread."""
     two = pruned_pair(*pair)
@@ -459,8 +483,9 @@ def test_a_dense_cache_stays_dense(pair) -> None:
     two = pruned_pair(*pair)
     inputs = sample(two.dense, ONE_IMAGE, 1)
     cache = run(two.dense, inputs, use_cache=True)[CACHE_NAME]
-    logits = run(two.model, {"input_ids": torch.tensor([[5, 6]])}, **{CACHE_NAME: cache}).logits[0]
-    close(logits, reference(two.dense, inputs).then([5, 6]).forward().logits[-2:])
+    told = reference(two.dense, inputs).then([5, 6])
+    logits = run(two.model, step(2, told), **{CACHE_NAME: cache}).logits[0]
+    close(logits, told.forward().logits[-2:])
 
 
 @each_once
@@ -480,11 +505,11 @@ def test_the_former_name_of_the_cache(pair) -> None:
     """Transformers takes the argument under both names for a while, of the base model too."""
     two = pruned_pair(*pair)
     inputs = sample(two.dense, ONE_IMAGE, 1)
-    step = {"input_ids": torch.tensor([[5]])}
+    word = {"input_ids": torch.tensor([[5]])}
     states = []
     for name in (CACHE_NAME, "past_key_values"):
         cache = run(two.model.base_model, inputs, use_cache=True)[CACHE_NAME]
-        states.append(run(two.model.base_model, step, **{name: cache}).last_hidden_state)
+        states.append(run(two.model.base_model, word, **{name: cache}).last_hidden_state)
     assert torch.equal(*states)
 
 
@@ -535,7 +560,7 @@ def test_compiled_models_prune_as_plain_ones(part, order) -> None:
 @pytest.mark.parametrize("pair", [(FAMILIES[0], case) for case in CASES if (FAMILIES[0], case) in SUPPORTED], ids=id_of)
 def test_gpu_beams_turns_and_lookup(pair) -> None:
     """float32 on CUDA: the tokens of the CPU."""
-    two = pruned_pair(*pair, TEXTS[-1])
+    two = pruned_pair(*pair, texts_of(pair[0])[-1])
     batch = collate(prompts(two.dense))
     ways: list[dict[str, Any]] = [{}, {"num_beams": 3}]
     expected = [two.model.generate(**batch, max_new_tokens=STEPS, do_sample=False, **way) for way in ways]
