@@ -199,7 +199,8 @@ class Masked(Reference):
             visual = [rows[self.image] for rows in self.added]
             more |= {"visual_pos_masks": self.image[None], "deepstack_visual_embeds": visual}
         try:
-            (states,) = decoder(inputs_embeds=self.embeds[None], **more).last_hidden_state
+            embeds = self.embeds.nan_to_num(0)  # what a tower has dropped is NaN, which a mask does not hide
+            (states,) = decoder(inputs_embeds=embeds[None], **more).last_hidden_state
         finally:
             for handle in handles:
                 handle.remove()

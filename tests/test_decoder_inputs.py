@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_tokenprune import PruneConfig, TransPruneConfig, prune, record
+from hf_tokenprune.adapters.decoder import LAYER_CLASSES
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
 from hf_tokenprune.registry import get_method
@@ -27,6 +28,7 @@ from .decoder_families import (
     CASES,
     DEPTH,
     FAMILIES,
+    ONCE,
     SUPPORTED,
     TEXTS,
     Case,
@@ -37,13 +39,14 @@ from .decoder_families import (
     image_features,
     is_image,
     lengths,
+    new_cache,
     run,
     sample,
     tiny_vlm,
 )
 from .families import snapshot
 from .reference_decoder import newlines, reference
-from .test_contract_decoders import EVERYWHERE, ONE_IMAGE, close, each_once, every_family, id_of, prompts
+from .test_contract_decoders import ONE_IMAGE, close, each_once, every_family, everywhere, id_of, prompts
 
 
 def ready(family: str = "llava", case: Case | None = None, **model: object) -> tuple[PreTrainedModel, Inputs]:
@@ -51,6 +54,11 @@ def ready(family: str = "llava", case: Case | None = None, **model: object) -> t
     vlm = tiny_vlm(family, **model)
     inputs = sample(vlm, ONE_IMAGE)
     return prune(vlm, (case or Case("pyramiddrop")).config(vlm)), inputs
+
+
+def one_of(family: str) -> Case:
+    """A case that a family supports: of those that are tried on each family."""
+    return next(case for name, case in reversed(ONCE) if name == family)
 
 
 @contextmanager
@@ -61,7 +69,7 @@ def refused(model: PreTrainedModel, inputs: Inputs, match: str, error: type = Un
     with pytest.raises(error, match=match):
         yield
     assert {**snapshot(model), "attributes": None} == before
-    cache = DynamicCache()
+    cache = new_cache(model)
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False, **{CACHE_NAME: cache}).equal(expected)
     assert lengths(cache)[-1] < inputs["input_ids"].shape[1]
 
@@ -173,12 +181,17 @@ def test_features_of_another_model_are_refused(pair) -> None:
     assert run(model, inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        family
+        for family, case in SUPPORTED
+        if case.method == "visionzip" and hasattr(AutoConfig.for_model(family), "vision_feature_layer")
+    ],
+)
 @pytest.mark.parametrize("wanted", [[-2, -1], [1]], ids=str)
 def test_features_of_several_layers_need_a_choice_in_the_decoder(family, wanted) -> None:
     model = tiny_vlm(family, vision_feature_layer=wanted)
-    if adapter_of(model).tower_grid:
-        pytest.skip("this family never chooses in the tower")
     inputs = sample(model, ONE_IMAGE)
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match=r"vision_feature_layer=\[.*need one block's output"):
@@ -226,7 +239,8 @@ def test_sliding_layers_are_refused() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_unknown_language_model_is_refused(case) -> None:
     model = tiny_vlm("llava", text_config={"model_type": "gemma"})
-    refused_by_prune(model, case, f"the language model is a 'gemma'; its layers are known for {', '.join(TEXTS)}")
+    known = ", ".join(sorted(LAYER_CLASSES))
+    refused_by_prune(model, case, f"the language model is a 'gemma'; its layers are known for {known}")
 
 
 def test_an_unknown_vision_tower_is_refused_where_it_chooses() -> None:
@@ -382,11 +396,11 @@ def test_what_looks_like_a_newline_is_one_only_in_an_image(family) -> None:
     )
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_the_attention_implementation_may_change_while_pruned(text) -> None:
-    model = tiny_vlm("llava", text)
+@pytest.mark.parametrize(("family", "text"), TEXTS)
+def test_the_attention_implementation_may_change_while_pruned(family, text) -> None:
+    model = tiny_vlm(family, text)
     inputs = sample(model, ONE_IMAGE)
-    prune(model, Case("stack").config(model))
+    prune(model, one_of(family).config(model))
     expected = run(model, inputs).logits
     model.set_attn_implementation("eager")
     close(run(model, inputs).logits, expected)
@@ -407,7 +421,7 @@ def test_images_of_one_size_after_another() -> None:
     model = tiny_vlm(FAMILIES[1])
     batches = [sample(model, parts, seed) for seed, parts in enumerate([ONE_IMAGE, "..i..", "I.", ONE_IMAGE])]
     dense = [run(model, inputs).logits for inputs in batches]
-    with attached(model, *EVERYWHERE):
+    with attached(model, *everywhere(model)):
         assert all(
             torch.equal(run(model, inputs).logits, logits) for inputs, logits in zip(batches, dense, strict=True)
         )
