@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -31,6 +31,7 @@ from .decoder_visuals import video_features as video_features
 from .families import methods_for
 
 FAMILIES = [name for name in list_adapters() if isinstance(get_adapter(name), DecoderAdapter)]
+T = TypeVar("T")
 DEPTH = 8
 KEY_VALUE_HEADS = {"llama": 4, "mistral": 1}
 """Of four heads; two where a language model is not named: grouped queries."""
@@ -162,7 +163,7 @@ def lengths(cache: Cache) -> list[int]:
     return [layer.keys.shape[2] for layer in cache.layers if hasattr(layer, "keys")]
 
 
-def with_keys(model: PreTrainedModel, by_layer: Iterable[int]) -> list[int]:
+def with_keys(model: PreTrainedModel, by_layer: Iterable[T]) -> list[T]:
     """What is told for each layer, of the layers that have keys."""
     types = getattr(model.get_decoder().config, "layer_types", None) or DEPTH * ["full_attention"]
     return [value for value, kind in zip(by_layer, types, strict=True) if kind != "linear_attention"]

@@ -43,9 +43,10 @@ from .decoder_families import (
     run,
     sample,
     tiny_vlm,
+    with_keys,
 )
 from .families import snapshot
-from .reference_decoder import newlines, reference
+from .reference_decoder import axes, newlines, positions_of, reference
 from .test_contract_decoders import ONE_IMAGE, close, each_once, every_family, everywhere, id_of, prompts
 
 
@@ -54,6 +55,12 @@ def ready(family: str = "llava", case: Case | None = None, **model: object) -> t
     vlm = tiny_vlm(family, **model)
     inputs = sample(vlm, ONE_IMAGE)
     return prune(vlm, (case or Case("pyramiddrop")).config(vlm)), inputs
+
+
+def placed(model: PreTrainedModel, inputs: Inputs) -> Inputs:
+    """With positions, where they have several axes: stock code makes these from input_ids and a mask (B, T) alone."""
+    positions = positions_of(model, inputs)
+    return inputs if len(positions) == 1 else {**inputs, "position_ids": axes(positions)}
 
 
 def one_of(family: str) -> Case:
@@ -110,10 +117,9 @@ def test_a_mask_for_every_query_is_refused(pair) -> None:
     model, inputs = ready(*pair)
     length = inputs["input_ids"].shape[1]
     mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
-    with refused(model, inputs, r"takes a \(batch, length\) attention_mask"):
-        run(model, {**inputs, "attention_mask": mask})
-    with refused(model, inputs, r"takes a \(batch, length\) attention_mask"):
-        run(model, {**inputs, "attention_mask": {"full_attention": mask}})
+    for masks in (mask, {"full_attention": mask}):
+        with refused(model, inputs, r"takes a \(batch, length\) attention_mask"):
+            run(model, {**placed(model, inputs), "attention_mask": masks})
 
 
 def test_paged_attention_is_refused() -> None:
@@ -150,7 +156,7 @@ def test_embeddings_with_placeholders_are_taken(pair) -> None:
     model, inputs = ready(*pair)
     expected = run(model, inputs).logits
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
-    given = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    given = {name: tensor for name, tensor in placed(model, inputs).items() if name != "input_ids"}
     assert torch.equal(run(model, {**given, "inputs_embeds": embeds}).logits, expected)
 
 
@@ -356,7 +362,7 @@ def test_masks_of_any_dtype(dtype) -> None:
 def test_positions_of_the_caller(pair) -> None:
     """Positions count from wherever the caller starts: the rotary embedding knows differences only."""
     model, inputs = ready(*pair)
-    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    positions = axes(positions_of(model, inputs))
     close(run(model, inputs, position_ids=positions + 17).logits, run(model, inputs).logits)
     assert torch.equal(run(model, inputs, position_ids=positions).logits, run(model, inputs).logits)
 
@@ -367,7 +373,7 @@ def test_output_attentions_are_of_the_tokens_that_were_there(pair) -> None:
     model, inputs = ready(family, case, attention="eager")
     with record(model) as rec:
         attentions = run(model, inputs, output_attentions=True).attentions
-    assert [attention.shape[-2:] for attention in attentions] == [(n, n) for n in rec.tokens.values()]
+    assert [attention.shape[-2:] for attention in attentions] == with_keys(model, [(n, n) for n in rec.tokens.values()])
 
 
 @each_once
