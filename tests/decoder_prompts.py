@@ -54,6 +54,16 @@ def joined(tensors: list[Tensor], axis: int = 0) -> Tensor:
     return torch.cat([filled(tensor) for tensor in tensors], axis)
 
 
+def in_one(model: PreTrainedModel, prompts: list[Inputs]) -> Inputs:
+    """Prompts one behind the other, as one."""
+    axis = family_of(model).axis
+    names = dict.fromkeys(name for inputs in prompts for name in inputs)
+    return {
+        name: joined([inputs[name] for inputs in prompts if name in inputs], 1 if name in BY_TOKEN else axis)
+        for name in names
+    }
+
+
 def collate(samples: list[Inputs], side: str = "left") -> Inputs:
     """One batch of several prompts, padded on one side."""
     longest = max(s["input_ids"].shape[1] for s in samples)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_tokenprune.recording import Record
 from hf_tokenprune.signals import Stage
 
-from .decoder_prompts import BY_TOKEN, joined, of_images, of_videos, types_of
+from .decoder_prompts import BY_TOKEN, in_one, of_images, of_videos, types_of
 from .decoder_visuals import Inputs, encoded_images, encoded_videos, image_features, video_features
 
 
@@ -143,7 +143,7 @@ class Reference:
         behind = self.positions.max() + 1 + torch.arange(len(ids))
         return replace(
             self,
-            inputs=together(self.inputs, text | {"input_ids": new}),
+            inputs=in_one(self.dense, [self.inputs, text | {"input_ids": new}]),
             embeds=torch.cat([self.embeds, self.dense.get_input_embeddings().weight[ids].detach()]),
             added=tuple(F.pad(rows, (0, 0, 0, len(ids))) for rows in self.added),
             positions=torch.cat([self.positions, behind.expand(len(self.positions), -1)], 1),
@@ -153,7 +153,7 @@ class Reference:
     def then_prompt(self, other: Reference) -> Reference:
         """The prompt with another one behind it, with images of its own."""
         before, length = int(self.image.sum()), len(self.embeds)
-        inputs = together(self.inputs, other.inputs)
+        inputs = in_one(self.dense, [self.inputs, other.inputs])
         return replace(
             self,
             inputs=inputs,
@@ -231,14 +231,6 @@ def positions_of(dense: PreTrainedModel, inputs: Inputs) -> Tensor:
     names = ("input_ids", *BY_TOKEN, "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     positions: Tensor = dense.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
     return positions[:, 0]
-
-
-def together(first: Inputs, second: Inputs) -> Inputs:
-    """Inputs of one prompt that is two, one behind the other: what positions are made of."""
-    return {
-        name: joined([part[name] for part in (first, second) if name in part], int(name in BY_TOKEN))
-        for name in first | second
-    }
 
 
 def reference(

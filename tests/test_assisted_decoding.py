@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from hf_tokenprune import prune, record
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
@@ -22,8 +23,7 @@ from .decoder_families import (
     sample,
     tiny_vlm,
 )
-from .decoder_prompts import BY_TOKEN
-from .reference_decoder import together
+from .decoder_prompts import BY_TOKEN, in_one
 from .test_contract_decoders import ONE_IMAGE, close, id_of
 from .test_generate import greedy, pruned_pair
 
@@ -32,22 +32,22 @@ each_once_with_keys = pytest.mark.parametrize("pair", ONCE_WITH_KEYS, ids=id_of)
 STEPS = 8
 
 
-def repeating(inputs: Inputs) -> Inputs:
+def repeating(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     """A prompt whose last words stood there before, for look-up."""
-    return longer(inputs, inputs["input_ids"][:, -6:-2])
+    return longer(model, inputs, inputs["input_ids"][:, -6:-2])
 
 
-def longer(inputs: Inputs, words: torch.Tensor) -> Inputs:
+def longer(model: PreTrainedModel, inputs: Inputs, words: torch.Tensor) -> Inputs:
     """A prompt with words (1, n) behind it."""
     text = {name: torch.full_like(words, name == "attention_mask") for name in BY_TOKEN if name in inputs}
-    return together(inputs, text | {"input_ids": words})
+    return in_one(model, [inputs, text | {"input_ids": words}])
 
 
 @pytest.mark.parametrize("how", ["look-up", "assistant"])
 @each_once_with_keys
 def test_assisted_decoding_is_greedy(pair: tuple[str, Case], how: str) -> None:
     two = pruned_pair(*pair)
-    inputs = repeating(sample(two.dense, ONE_IMAGE))
+    inputs = repeating(two.dense, sample(two.dense, ONE_IMAGE))
     more: dict = {"prompt_lookup_num_tokens": 3}
     if how == "assistant":
         more = {"assistant_model": copy.deepcopy(two.dense)}
@@ -72,7 +72,7 @@ def test_candidates_behind_a_prompt_choose_nothing(pair: tuple[str, Case]) -> No
     before = run(model, prompt).logits
     for seed in range(3):
         words = torch.randint(1, 50, (1, 4), generator=torch.Generator().manual_seed(seed))
-        inputs = longer(prompt, words)
+        inputs = longer(model, prompt, words)
         logits = run(model, inputs, logits_to_keep=5, **{CACHE_NAME: new_cache(model)}).logits
         close(logits[:, :1], before[:, -1:])
         with record(model) as rec:

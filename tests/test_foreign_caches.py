@@ -13,11 +13,24 @@ from hf_tokenprune import prune
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.errors import PruneStateError, UnsupportedModelError
 
-from .decoder_families import DEPTH, ONCE, Case, Inputs, adapter_of, is_image, lengths, run, sample, tiny_vlm
+from .decoder_families import (
+    DEPTH,
+    ONCE,
+    ONCE_WITH_KEYS,
+    Case,
+    Inputs,
+    adapter_of,
+    is_image,
+    lengths,
+    run,
+    sample,
+    tiny_vlm,
+)
 from .reference_decoder import reference
 from .test_contract_decoders import ONE_IMAGE, close, id_of
 
 each_once = pytest.mark.parametrize("pair", ONCE, ids=id_of)
+each_once_with_keys = pytest.mark.parametrize("pair", ONCE_WITH_KEYS, ids=id_of)
 
 
 def ready(pair: tuple[str, Case]) -> tuple[PreTrainedModel, Inputs]:
@@ -33,7 +46,7 @@ def press(attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) 
 
 
 @pytest.mark.parametrize("pressed", [range(DEPTH), [DEPTH - 1]], ids=["all layers", "the last layer"])
-@each_once
+@each_once_with_keys
 def test_a_cache_that_was_compressed_is_not_called_cropped(pair: tuple[str, Case], pressed: Any) -> None:
     model, inputs = ready(pair)
     expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -63,7 +76,7 @@ def halved(cache: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [cut_generated, halved])
-@each_once
+@each_once_with_keys
 def test_a_cache_that_lost_tokens_later(pair: tuple[str, Case], change: Callable[[Any], None]) -> None:
     model, inputs = ready(pair)
     cache = DynamicCache()
@@ -82,7 +95,7 @@ def test_embeddings_given_to_the_language_model_are_refused(pair: tuple[str, Cas
     """Features stand among them, and nobody can tell where: it must not be dense without a word."""
     model, inputs = ready(pair)
     embeds = reference(tiny_vlm(pair[0]), inputs).embeds[None]
-    decoder = adapter_of(model).inner(model).language_model
+    decoder = model.get_decoder()
     for more in ({}, {CACHE_NAME: DynamicCache()}):
         with pytest.raises(UnsupportedModelError, match="were given to the language model itself"):
             decoder(inputs_embeds=embeds, **more)
@@ -93,7 +106,7 @@ def test_embeddings_given_to_the_language_model_are_refused(pair: tuple[str, Cas
 def test_text_given_to_the_language_model_is_right(pair: tuple[str, Case], by_name: bool) -> None:
     """On its own, and behind a pruned prompt: as through the model around it."""
     model, inputs = ready(pair)
-    decoder = adapter_of(model).inner(model).language_model
+    decoder = model.get_decoder()
     ids = inputs["input_ids"][~is_image(inputs)][None]
 
     def call(ids: Tensor, cache: Any = None) -> Tensor:
@@ -102,10 +115,12 @@ def test_text_given_to_the_language_model_is_right(pair: tuple[str, Case], by_na
             states: Tensor = (decoder(input_ids=ids, **more) if by_name else decoder(ids, **more)).last_hidden_state
         return states
 
-    assert torch.equal(call(ids), adapter_of(model).inner(tiny_vlm(pair[0])).language_model(ids).last_hidden_state)
+    assert torch.equal(call(ids), tiny_vlm(pair[0]).get_decoder()(ids).last_hidden_state)
     caches = [run(model, inputs, use_cache=True)[CACHE_NAME] for _ in range(2)]
+    # By itself it counts from the length of the cache: the model around it knows how far axes lag behind.
+    model.base_model.rope_deltas = None
     for step in (ids[:, -2:], ids[:, :1]):
-        outer = run(adapter_of(model).inner(model), {"input_ids": step}, **{CACHE_NAME: caches[1]})
+        outer = run(model.base_model, {"input_ids": step}, **{CACHE_NAME: caches[1]})
         close(call(step, caches[0]), outer.last_hidden_state)
     step = model.get_input_embeddings()(ids[:, :1]).detach()
     outer = run(model, {"input_ids": ids[:, :1]}, **{CACHE_NAME: caches[1]}).logits

@@ -5,13 +5,12 @@ What is right comes from elsewhere: the dense model's own features, with a senti
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from hf_tokenprune import prune, record
@@ -38,6 +37,8 @@ from .decoder_families import (
     tiny_vlm,
     video_features,
 )
+from .decoder_prompts import BY_TOKEN, in_one, of_images
+from .decoder_visuals import encoded_images, family_of
 from .test_contract_decoders import close, each_once, every_family, id_of
 
 PINPOINTS = [[9, 18], [18, 9], [18, 18], [27, 9], [27, 27]]
@@ -59,6 +60,12 @@ NEWLINES = [
     if case.method in ("divprune", "visionzip") and hasattr(tiny_vlm(family).model, "image_newline")
 ]
 """A choice in the decoder and one in the tower, in families with newlines."""
+
+
+def has_grids(family: str) -> bool:
+    """Whether prompts tell the rows and columns of images."""
+    return "image_grid_thw" in sample(tiny_vlm(family), "I")
+
 
 every_alone = pytest.mark.parametrize("pair", ALONE, ids=id_of)
 
@@ -206,20 +213,16 @@ def test_images_that_are_not_cut_because_there_are_several() -> None:
 def test_images_that_touch_keep_what_each_keeps_alone(pair, call) -> None:
     family, case = pair
     model = tiny_vlm(family)
-    parts = "IiI" + ("VV" if hasattr(model.config, "video_token_id") else "")
-    together = sample(model, f"..{parts}...", seed=3)
+    parts = "IiI" + ("VV" if "V" in family_of(model).kinds else "")
+    pieces = [sample(model, part, seed) for seed, part in enumerate(parts)]
+    words = sample(model, "..")
+    together = in_one(model, [words, *pieces, words])
     prune(model, case.config(model))
-    taken = {"I": 0, "V": 0}
     expected, before = [], 0
-    for part in parts:
-        alone = sample(model, f".{part}..")
-        name = "pixel_values_videos" if part == "V" else "pixel_values"
-        number = taken[part.upper()]
-        pixels = together[name][number : number + 1]
-        alone[name] = pixels if part == "V" else pixels[:, : alone[name].shape[1]]
-        taken[part.upper()] += 1
+    for piece in pieces:
+        alone = in_one(model, [words, piece, words])
         expected += [before + kept for kept in kept_of(model, alone)]
-        before += int(is_image(alone).sum())
+        before += int(is_image(piece).sum())
     with record(model) as rec:
         if call == "forward":
             run(model, together)
@@ -387,7 +390,9 @@ def test_an_image_over_two_samples_is_an_error(family) -> None:
     ids = torch.full((2, length), 1)
     ids[0, length // 2 :] = IMAGE
     ids[1, : length // 2] = IMAGE
-    given = {name: tensor for name, tensor in inputs.items() if name not in ("input_ids", "attention_mask")}
+    given = {name: tensor for name, tensor in inputs.items() if name not in BY_TOKEN}
+    if has_grids(family):  # stock code would look for whole ones
+        given |= {"mm_token_type_ids": (ids == IMAGE).long(), "position_ids": torch.zeros(3, *ids.shape).long()}
     with pytest.raises(UnsupportedModelError, match="not together in one sample"):
         run(model, {"input_ids": ids, **given})
 
@@ -400,18 +405,19 @@ takes_features = pytest.mark.skipif(
 )
 
 
-def encode(model: PreTrainedModel, inputs: Inputs) -> tuple[Tensor, ...]:
-    more = {"image_sizes": inputs["image_sizes"]} if "image_sizes" in inputs else {}
-    with torch.no_grad():
-        return tuple(model.get_image_features(inputs["pixel_values"], return_dict=True, **more).pooler_output)
+def encode(model: PreTrainedModel, inputs: Inputs) -> Any:
+    return encoded_images(model, **of_images(inputs))
 
 
 def words(inputs: Inputs) -> Inputs:
-    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    """All but pixels, and what says how large images are."""
+    return {name: tensor for name, tensor in inputs.items() if name in (*BY_TOKEN, "image_grid_thw")}
 
 
-def as_features(features: Any) -> dict[str, BaseModelOutputWithPooling]:
-    return {"image": BaseModelOutputWithPooling(pooler_output=features)}
+def as_features(encoded: Any, form: Callable[[Any], Any] = tuple) -> dict[str, Any]:
+    """What people keep of encoders: nothing but ``pooler_output``, and DeepStack's features."""
+    kept = {name: encoded[name] for name in ("deepstack_features",) if encoded.get(name) is not None}
+    return {"image": type(encoded)(pooler_output=form(encoded.pooler_output), **kept)}
 
 
 @takes_features
@@ -423,16 +429,16 @@ def test_features_kept_from_before_are_as_good_as_pixels(pair, parts) -> None:
     model = tiny_vlm(family)
     inputs = sample(model, parts)
     prune(model, case.config(model))
-    features = encode(model, inputs)
+    encoded = encode(model, inputs)
     with record(model) as expected:
         logits = run(model, inputs).logits
     ways = [{}, {"image_sizes": inputs["image_sizes"]}] if "image_sizes" in inputs else [{}]
     for more in ways:
         with record(model) as found:
-            close(run(model, words(inputs), mm_encoder_outputs=as_features(features), **more).logits, logits)
+            close(run(model, words(inputs), mm_encoder_outputs=as_features(encoded), **more).logits, logits)
         assert found.tokens == expected.tokens
         assert all(torch.equal(found.kept[name], kept) for name, kept in expected.kept.items())
-    close(run(model, words(inputs), mm_encoder_outputs=as_features(list(features))).logits, logits)
+    close(run(model, words(inputs), mm_encoder_outputs=as_features(encoded, list)).logits, logits)
 
 
 @takes_features
@@ -442,11 +448,11 @@ def test_features_whose_newlines_are_not_behind_rows_are_refused(pair) -> None:
     model = tiny_vlm(family)
     inputs = sample(model, "..I...")
     prune(model, case.config(model, **({"newlines": "protect"} if case.method == "divprune" else {})))
-    (features,) = encode(model, inputs)
-    features = features.clone()
+    encoded = encode(model, inputs)
+    (features,) = encoded.pooler_output
     features[0] = features[-1]
     with pytest.raises(UnsupportedModelError, match="Pass image_sizes with the features"):
-        run(model, words(inputs), mm_encoder_outputs=as_features((features,)))
+        run(model, words(inputs), mm_encoder_outputs=as_features(encoded))
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------

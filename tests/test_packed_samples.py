@@ -11,7 +11,21 @@ from hf_tokenprune import prune, record
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.errors import UnsupportedModelError
 
-from .decoder_families import FAMILIES, ONCE, Case, Inputs, lengths, run, sample, tiny_vlm
+from .decoder_families import (
+    FAMILIES,
+    ONCE,
+    Case,
+    Inputs,
+    adapter_of,
+    lengths,
+    may_renumber,
+    run,
+    sample,
+    texts_of,
+    tiny_vlm,
+)
+from .decoder_prompts import BY_TOKEN, joined
+from .reference_decoder import positions_of
 from .test_contract_decoders import close, id_of
 
 each_once = pytest.mark.parametrize("pair", ONCE, ids=id_of)
@@ -22,15 +36,15 @@ def samples(model: PreTrainedModel) -> list[Inputs]:
     return [sample(model, parts, seed) for seed, parts in enumerate(PROMPTS)]
 
 
-def packed(alone: list[Inputs]) -> Inputs:
-    """One behind the other in one row."""
+def packed(model: PreTrainedModel, alone: list[Inputs]) -> Inputs:
+    """One behind the other in one row; positions of several axes have those in the text before them."""
     row = {
-        "input_ids": torch.cat([inputs["input_ids"] for inputs in alone], 1),
-        "position_ids": torch.cat([torch.arange(inputs["input_ids"].shape[1]) for inputs in alone])[None],
+        name: joined([inputs[name] for inputs in alone if name in inputs], int(name in BY_TOKEN))
+        for name in {name for inputs in alone for name in inputs} - {"attention_mask"}
     }
-    for name in {name for inputs in alone for name in inputs} - {"input_ids", "attention_mask"}:
-        row[name] = torch.cat([inputs[name] for inputs in alone if name in inputs])
-    return row
+    text = torch.cat([torch.arange(inputs["input_ids"].shape[1]) for inputs in alone])[None]
+    positions = torch.cat([positions_of(model, inputs) for inputs in alone], 1)
+    return {**row, "position_ids": text if len(positions) == 1 else torch.cat([text, positions])[:, None]}
 
 
 def ends_of(alone: list[Inputs]) -> dict[str, Any]:
@@ -44,15 +58,22 @@ def parted(row: Tensor, alone: list[Inputs]) -> list[Tensor]:
     return list(row[0].split([inputs["input_ids"].shape[1] for inputs in alone]))
 
 
-@pytest.mark.parametrize("positions", ["contiguous", "original"])
-@each_once
+@pytest.mark.parametrize(
+    ("pair", "positions"),
+    [
+        (pair, rule)
+        for pair in ONCE
+        for rule in ("contiguous", "original")
+        if rule == "original" or may_renumber(pair[0])
+    ],
+)
 def test_each_sample_is_what_it_is_alone(pair: tuple[str, Case], positions: str) -> None:
     """Logits, hidden states and kept sets; with a cache left to its default, too, and with ends of samples."""
     family, case = pair
-    model = tiny_vlm(family, "qwen2")
+    model = tiny_vlm(family, texts_of(family)[-1])
     alone = samples(model)
     prune(model, case.config(model, positions=positions))
-    row, expected = packed(alone), []
+    row, expected = packed(model, alone), []
     for inputs in alone:
         with record(model) as rec:
             expected.append((run(model, inputs, output_hidden_states=True), rec.kept))
@@ -74,7 +95,7 @@ def test_ends_of_samples_alone_tell_them_apart(pair: tuple[str, Case]) -> None:
     model = tiny_vlm(family)
     alone = samples(model)
     prune(model, case.config(model))
-    row = packed(alone)
+    row = packed(model, alone)
     expected = run(model, row, use_cache=False).logits
     row.pop("position_ids")
     close(run(model, row, use_cache=False, **ends_of(alone)).logits, expected)
@@ -85,9 +106,9 @@ def test_several_rows_of_samples(family: str) -> None:
     """Two rows of the same length, cut at different places."""
     model = tiny_vlm(family)
     alone = [sample(model, parts, seed) for seed, parts in enumerate(["..I...", "I..", ".I.", "I....."])]
-    first, second = packed(alone[:2]), packed(alone[2:])
-    row = {name: torch.cat([first[name], second[name]]) for name in first}
-    prune(model, Case("stack").config(model))
+    first, second = packed(model, alone[:2]), packed(model, alone[2:])
+    row = {name: torch.cat([first[name], second[name]], -2 if name == "position_ids" else 0) for name in first}
+    prune(model, next(case for name, case in ONCE if name == family).config(model))
     logits = run(model, row, use_cache=False).logits.flatten(0, 1)
     close(logits, torch.cat([run(model, inputs).logits[0] for inputs in alone]))
 
@@ -98,7 +119,7 @@ def test_gradients_reach_every_sample(pair: tuple[str, Case]) -> None:
     model = tiny_vlm(family).train()
     alone = samples(model)[:2]
     prune(model, case.config(model))
-    weight = model.model.language_model.layers[6].mlp.up_proj.weight
+    weight = adapter_of(model).blocks(model)[6].input_layernorm.weight
 
     def gradient(batches: list[Inputs]) -> Tensor:
         model.zero_grad()
@@ -107,7 +128,7 @@ def test_gradients_reach_every_sample(pair: tuple[str, Case]) -> None:
         assert weight.grad is not None
         return weight.grad.clone()
 
-    torch.testing.assert_close(gradient([packed(alone)]), gradient(alone), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient([packed(model, alone)]), gradient(alone), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("filled", [False, True])
@@ -120,8 +141,8 @@ def test_a_cache_of_a_packed_row_is_refused(filled: bool) -> None:
     if filled:
         run(model, {"input_ids": torch.tensor([[5, 6]])}, **{CACHE_NAME: cache})
     with pytest.raises(UnsupportedModelError, match=r"2 samples in 1 row, which a .*Cache cannot keep apart"):
-        run(model, packed(alone), **{CACHE_NAME: cache})
-    single = packed(alone[:1])
+        run(model, packed(model, alone), **{CACHE_NAME: cache})
+    single = packed(model, alone[:1])
     single["position_ids"] += 2 * filled
     run(model, single, **{CACHE_NAME: cache})
     assert lengths(cache)[-1] < single["input_ids"].shape[1]

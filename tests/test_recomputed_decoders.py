@@ -30,8 +30,9 @@ class WithDropout(nn.Module):
 
 def wrapped(model: PreTrainedModel) -> PreTrainedModel:
     for block in adapter_of(model).blocks(model):
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(block.self_attn, name, WithDropout(getattr(block.self_attn, name)))
+        for part in [part for part in block.modules() if hasattr(part, "q_proj")]:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(part, name, WithDropout(getattr(part, name)))
     return model
 
 

@@ -84,7 +84,7 @@ def test_a_packed_row_over_two_devices(pair: tuple[str, Case]) -> None:
     """Samples get their places in the row again where the last layer is."""
     family, case = pair
     model = tiny_vlm(family)
-    row = packed([sample(model, ONE_IMAGE, 1), sample(model, "..I..", 2)])
+    row = packed(model, [sample(model, ONE_IMAGE, 1), sample(model, "..I..", 2)])
     prune(model, case.config(model))
     expected = run(model, row, use_cache=False, output_hidden_states=True)
     over_two(model, 3)
