@@ -186,7 +186,7 @@ class ChooseMerged(Choice):
             alike[length].append(i)
         for members in alike.values():
             tokens = torch.stack([images[i] for i in members])
-            of_these = {name: torch.cat([each[i] for i in members]) for name, each in pieces.items()}
+            of_these: dict[str, Any] = {name: torch.cat([each[i] for i in members]) for name, each in pieces.items()}
             marked = self.marked(Signals(tokens, tokens, 0, False, **of_these))
             for i, states in zip(members, marked, strict=True):
                 images[i] = states
