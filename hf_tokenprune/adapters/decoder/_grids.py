@@ -14,7 +14,7 @@ from ...errors import UnsupportedModelError
 from ...signals import ModelShape, Stage
 from .._sizes import as_pair
 from ._adapter import DecoderAdapter
-from ._images import GivenImages, ImageTokens
+from ._images import GivenImages, ImageTokens, given_kinds, without_pixels
 from ._tower import Choice, ChooseMerged, Squares, tower_blocks
 
 USUAL_SIDE = 32
@@ -35,6 +35,8 @@ class GridAdapter(DecoderAdapter):
                 f"{given.kind}s without mm_token_type_ids, from which positions in time, rows and columns follow: pass "
                 "all that the processor returns, AutoProcessor.from_pretrained(...)(text=..., images=...)"
             )
+        if given.kind not in given_kinds(given.call):
+            raise UnsupportedModelError(without_pixels(given.kind))
         grids = given.call.get(f"{given.kind}_grid_thw")
         if grids is None:
             return given.as_encoded()
