@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ...registry import register_adapter
 from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens
+from ._tower import Squares
 
 TILES_A_SIDE = 4
 """Of the longer side of any image: what processors scale it to, unless told otherwise; models do not know."""
@@ -19,8 +20,7 @@ TILES_A_SIDE = 4
 class Idefics3Adapter(DecoderAdapter):
     decoder_name = "text_model"
     tower_name = "vision_model"
-    connector_name = "connector"
-    tower_grid = "squares of patches are shuffled into one token, so all of them have to be there"
+    connector_name = "connector.modality_projection"
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """Tiles: nothing but the words between them tells a model which of them are of one image."""
@@ -31,3 +31,9 @@ class Idefics3Adapter(DecoderAdapter):
         short, long = sorted(image_size or (1, 1))
         tiles = TILES_A_SIDE * math.ceil(TILES_A_SIDE * short / long) + 1  # the last one is the whole
         return tiles, tiles * self.inner(model).image_seq_len, 0
+
+    def squares(self, model: PreTrainedModel) -> Squares:
+        return Squares(model.config.scale_factor)
+
+    def feature_layer(self, model: PreTrainedModel) -> None:
+        return None
