@@ -44,7 +44,7 @@ def texts_of(family: str) -> list[str]:
     """The language models that a family can have and decoders are known for; the one of the stock config first."""
     stock = AutoConfig.for_model(family)
     own = stock.text_config.model_type
-    if stock.sub_configs["text_config"] is not AutoConfig:
+    if stock.sub_configs["text_config"] is not AutoConfig or get_adapter(family).position_axes > 1:
         return [own]
     parts_of_others = {name for name in LAYER_CLASSES if AutoConfig.for_model(name).base_config_key}
     return [own, *sorted(LAYER_CLASSES.keys() - parts_of_others - {own})]
