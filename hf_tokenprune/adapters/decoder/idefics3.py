@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate, pairwise
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ...errors import UnsupportedModelError
 from ...registry import register_adapter
 from ._adapter import DecoderAdapter
-from ._images import GivenImages, ImageTokens
+from ._images import PIECES, GivenImages, ImageTokens
+from ._tower import Squares
 
 TILES_A_SIDE = 4
 """Of the longer side of any image: what processors scale it to, unless told otherwise; models do not know."""
@@ -19,15 +22,35 @@ TILES_A_SIDE = 4
 class Idefics3Adapter(DecoderAdapter):
     decoder_name = "text_model"
     tower_name = "vision_model"
-    connector_name = "connector"
-    tower_grid = "squares of patches are shuffled into one token, so all of them have to be there"
+    connector_name = "connector.modality_projection"
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
-        """Tiles: nothing but the words between them tells a model which of them are of one image."""
-        length = inner.image_seq_len
-        return [ImageTokens(length)] * (given.total // length)
+        """An image ends with a tile that shows the whole of it.
+
+        Every prompt's last tile is such a one, so the token in front of it is that in front of all of them.
+
+        Raises:
+            UnsupportedModelError: a piece of a prompt, whose last tile may be any.
+        """
+        if given.as_one:
+            raise UnsupportedModelError(PIECES)
+        ids = given.call.get("input_ids")
+        if ids is None:  # embeddings: tiles are then all that can be told
+            return [ImageTokens(length) for length in given.runs]
+        ids = ids.flatten().cpu()
+        starts = [0, *accumulate(given.runs[:-1])]
+        in_front = ids[(ids == inner.config.image_token_id).nonzero().flatten()[starts] - 1]
+        ends = (in_front == in_front[-1]).tolist()
+        bounds = [0, *(number for number, is_last in enumerate(ends, start=1) if is_last)]  # of images, in tiles
+        return [ImageTokens(sum(given.runs[start:end]), parts=end - start) for start, end in pairwise(bounds)]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         short, long = sorted(image_size or (1, 1))
         tiles = TILES_A_SIDE * math.ceil(TILES_A_SIDE * short / long) + 1  # the last one is the whole
         return tiles, tiles * self.inner(model).image_seq_len, 0
+
+    def squares(self, model: PreTrainedModel) -> Squares:
+        return Squares(model.config.scale_factor)
+
+    def feature_layer(self, model: PreTrainedModel) -> None:
+        return None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from ...registry import register_adapter
-from ...signals import ModelShape
 from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens
+from ._tower import Squares
 
 MOST_TILES = 12
 """Of an image: what processors cut it into at most, unless told otherwise; models do not know."""
@@ -19,18 +18,22 @@ MOST_TILES = 12
 
 @register_adapter("internvl")
 class InternVLAdapter(DecoderAdapter):
-    tower_grid = "squares of patches are shuffled into one token, so all of them have to be there"
-
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """An image is what stands between ``<img>`` and ``</img>``: all its tiles, or one frame of a video."""
-        return [ImageTokens(length) for length in given.runs]
+        tiles = given.call["pixel_values"] if given.features is None else given.features
+        of_tile = max(1, given.total // max(1, len(tiles)))
+        return [ImageTokens(length, parts=max(1, length // of_tile)) for length in given.runs]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         tower = self.tower_shape(model, image_size)
         height, width = tower.image_size
         columns, rows = get_optimal_tiled_canvas(image_size or (2 * height, 2 * width), (height, width), 1, MOST_TILES)
         tiles = columns * rows + (columns * rows > 1)  # several have a thumbnail of the whole behind them
-        return tiles, tiles * int(tower.num_patches * model.config.downsample_ratio**2), 0
+        return tiles, tiles * tower.num_patches // self.squares(model).side ** 2, 0
 
-    def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
-        return replace(super().tower_shape(model, image_size), num_protected=1, has_cls=True)
+    def squares(self, model: PreTrainedModel) -> Squares:
+        return Squares(round(1 / model.config.downsample_ratio))
+
+    def feature_layer(self, model: PreTrainedModel) -> int | list[int] | None:
+        layer = super().feature_layer(model)
+        return None if layer == -1 else layer  # the last one has passed a norm

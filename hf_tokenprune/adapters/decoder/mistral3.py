@@ -31,11 +31,11 @@ class PrunedMinistral3DecoderLayer(PrunedDecoderLayer, Ministral3DecoderLayer, t
 
 @register_adapter("mistral3")
 class Mistral3Adapter(DecoderAdapter):
-    tower_grid = "squares of patches are merged into one token, so all of them have to be there"
+    tower_grid = "it attends to all images of a batch at once, as one sequence with a mask between them"
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         sizes = given.image_sizes
-        if given.features is not None or sizes is None:
+        if sizes is None:
             return given.as_encoded()
         side = token_side(inner)
         return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
