@@ -171,6 +171,7 @@ class FindImages:
         kinds = self.placeholders(module, args[0] if args else kwargs.get("input_ids"), kwargs)
         if kinds is None:
             return args, {**kwargs, ARGUMENT: None}
+        check_mask(kwargs.get("attention_mask"))  # before stock code reads positions from it
         if not given_kinds(kwargs):
             raise UnsupportedModelError(without_pixels("image"))
         if any(may_be_a_piece(kwargs, kind) for kind in PIXELS) and not self.fits_pieces(module, kinds):
@@ -219,6 +220,15 @@ class FindImages:
                 "tokenizer uses; with a kept cache pass only images that are new"
             )
         return None
+
+
+def check_mask(attention_mask: Any) -> None:
+    """Raise UnsupportedModelError unless it is one row a sample, or None."""
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+        raise UnsupportedModelError(
+            "a pruned model takes a (batch, length) attention_mask with an image, not one for every query: it has to "
+            "make masks of several lengths"
+        )
 
 
 def is_decode_step(tokens: Tensor, cache: Any) -> bool:
