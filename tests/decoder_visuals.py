@@ -147,23 +147,27 @@ class Tiles(Family):
 
 
 class TilesInText(Family):
-    """Idefics3 and SmolVLM: tiles with text between them, the last one the whole image; one row of them a prompt."""
+    """Idefics3 and SmolVLM: tiles with text between them, the last one the whole image; one row of them a prompt.
+
+    Processors scale the longer side to four tiles, or leave the whole alone.
+    """
 
     axis = 1
 
     def size(self, model: PreTrainedModel, part: str) -> tuple[int, int]:
         side = model.config.vision_config.image_size
-        return (side, 2 * side) if part == "I" else (side, side)
+        return (side, 4 * side) if part == "I" else (side, side)
 
     def image(self, model: PreTrainedModel, part: str, draw: Draw) -> Visual:
         config = model.config.vision_config
-        number, side = 3 if part == "I" else 1, config.image_size
+        number, side = 5 if part == "I" else 1, config.image_size
         seen = torch.ones(1, number, side, side, dtype=torch.long)
         if part == "i":  # narrower than a tile: processors pad it
             seen[..., side - config.patch_size :] = 0
         pixels = draw(1, number, 3, side, side) * seen[:, :, None]
         of_tile = len(image_features(model, pixels, pixel_attention_mask=seen)) // number
-        ids = [token for _ in range(number) for token in (START, *[IMAGE] * of_tile)]
+        names = [*range(1, number), VIDEO_START]  # of the tiles; the last one's is that of every whole image
+        ids = [token for name in names for token in (START, name, *[IMAGE] * of_tile)]
         return Visual([*ids, END], {"pixel_values": pixels, "pixel_attention_mask": seen})
 
 

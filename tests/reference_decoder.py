@@ -103,6 +103,7 @@ class Reference:
             (output,) = layer(
                 states[None],
                 attention_mask=None if is_linear(decoder, index) else causal[None, None],
+                position_ids=axes(positions),
                 position_embeddings=decoder.rotary_emb(states[None], axes(positions)),
             )
             states = output + self.added[index][places] if index < len(self.added) else output

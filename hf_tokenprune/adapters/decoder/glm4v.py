@@ -23,11 +23,11 @@ class PrunedGlm4vTextDecoderLayer(PrunedDecoderLayer, Glm4vTextDecoderLayer, tex
     def in_parts(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         attention_in = self.input_layernorm(hidden_states)
         attention_out, _ = self.self_attn(hidden_states=attention_in, **kwargs)
-        attention_out = self.post_self_attn_layernorm(attention_out)
-        hidden_states = hidden_states + attention_out
+        hidden_states = hidden_states + self.post_self_attn_layernorm(attention_out)
         mlp_in = self.post_attention_layernorm(hidden_states)
-        mlp_out = self.post_mlp_layernorm(self.mlp(mlp_in))
-        return hidden_states + mlp_out, (attention_in, attention_out, mlp_in, mlp_out)
+        mlp_out = self.mlp(mlp_in)
+        parts = (attention_in, attention_out, mlp_in, mlp_out)
+        return hidden_states + self.post_mlp_layernorm(mlp_out), parts
 
 
 @register_adapter("glm46v")

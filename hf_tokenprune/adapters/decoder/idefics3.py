@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate, pairwise
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,9 +24,19 @@ class Idefics3Adapter(DecoderAdapter):
     tower_grid = "squares of patches are shuffled into one token, so all of them have to be there"
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
-        """Tiles: nothing but the words between them tells a model which of them are of one image."""
-        length = inner.image_seq_len
-        return [ImageTokens(length)] * (given.total // length)
+        """An image ends with a tile that shows the whole of it.
+
+        Every prompt's last tile is such a one, so the token in front of it is that in front of all of them.
+        """
+        ids = given.call.get("input_ids")
+        if ids is None:  # embeddings: tiles are then all that can be told
+            return [ImageTokens(length) for length in given.runs]
+        ids = ids.flatten().cpu()
+        starts = [0, *accumulate(given.runs[:-1])]
+        in_front = ids[(ids == inner.config.image_token_id).nonzero().flatten()[starts] - 1]
+        ends = (in_front == in_front[-1]).tolist()
+        bounds = [0, *(end for end, is_last in zip(accumulate(given.runs), ends, strict=True) if is_last)]
+        return [ImageTokens(end - start) for start, end in pairwise(bounds)]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         short, long = sorted(image_size or (1, 1))
