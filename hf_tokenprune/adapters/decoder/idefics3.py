@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ...errors import UnsupportedModelError
 from ...registry import register_adapter
 from ._adapter import DecoderAdapter
-from ._images import GivenImages, ImageTokens
+from ._images import PIECES, GivenImages, ImageTokens
 
 TILES_A_SIDE = 4
 """Of the longer side of any image: what processors scale it to, unless told otherwise; models do not know."""
@@ -27,7 +28,12 @@ class Idefics3Adapter(DecoderAdapter):
         """An image ends with a tile that shows the whole of it.
 
         Every prompt's last tile is such a one, so the token in front of it is that in front of all of them.
+
+        Raises:
+            UnsupportedModelError: a piece of a prompt, whose last tile may be any.
         """
+        if given.as_one:
+            raise UnsupportedModelError(PIECES)
         ids = given.call.get("input_ids")
         if ids is None:  # embeddings: tiles are then all that can be told
             return [ImageTokens(length) for length in given.runs]
@@ -35,8 +41,8 @@ class Idefics3Adapter(DecoderAdapter):
         starts = [0, *accumulate(given.runs[:-1])]
         in_front = ids[(ids == inner.config.image_token_id).nonzero().flatten()[starts] - 1]
         ends = (in_front == in_front[-1]).tolist()
-        bounds = [0, *(end for end, is_last in zip(accumulate(given.runs), ends, strict=True) if is_last)]
-        return [ImageTokens(end - start) for start, end in pairwise(bounds)]
+        bounds = [0, *(number for number, is_last in enumerate(ends, start=1) if is_last)]  # of images, in tiles
+        return [ImageTokens(sum(given.runs[start:end]), parts=end - start) for start, end in pairwise(bounds)]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         short, long = sorted(image_size or (1, 1))

@@ -23,7 +23,9 @@ class InternVLAdapter(DecoderAdapter):
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """An image is what stands between ``<img>`` and ``</img>``: all its tiles, or one frame of a video."""
-        return [ImageTokens(length) for length in given.runs]
+        tiles = given.call["pixel_values"] if given.features is None else given.features
+        of_tile = max(1, given.total // max(1, len(tiles)))
+        return [ImageTokens(length, parts=max(1, length // of_tile)) for length in given.runs]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         tower = self.tower_shape(model, image_size)

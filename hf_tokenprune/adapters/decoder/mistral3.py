@@ -35,7 +35,7 @@ class Mistral3Adapter(DecoderAdapter):
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         sizes = given.image_sizes
-        if given.features is not None or sizes is None:
+        if sizes is None:
             return given.as_encoded()
         side = token_side(inner)
         return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
