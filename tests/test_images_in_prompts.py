@@ -415,9 +415,13 @@ def words(inputs: Inputs) -> Inputs:
 
 
 def as_features(encoded: Any, form: Callable[[Any], Any] = tuple) -> dict[str, Any]:
-    """What people keep of encoders: nothing but ``pooler_output``, and DeepStack's features."""
+    """What people keep of encoders: nothing but ``pooler_output``, and DeepStack's features.
+
+    Where that is a tensor of tiles (InternVL), stock models take no other form.
+    """
     kept = {name: encoded[name] for name in ("deepstack_features",) if encoded.get(name) is not None}
-    return {"image": type(encoded)(pooler_output=form(encoded.pooler_output), **kept)}
+    features = encoded.pooler_output
+    return {"image": type(encoded)(pooler_output=features if isinstance(features, Tensor) else form(features), **kept)}
 
 
 @takes_features
