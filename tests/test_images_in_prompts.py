@@ -421,7 +421,8 @@ def as_features(encoded: Any, form: Callable[[Any], Any] = tuple) -> dict[str, A
     """
     kept = {name: encoded[name] for name in ("deepstack_features",) if encoded.get(name) is not None}
     features = encoded.pooler_output
-    return {"image": type(encoded)(pooler_output=features if isinstance(features, Tensor) else form(features), **kept)}
+    taken = features if isinstance(features, torch.Tensor) else form(features)
+    return {"image": type(encoded)(pooler_output=taken, **kept)}
 
 
 @takes_features

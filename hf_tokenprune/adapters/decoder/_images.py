@@ -176,7 +176,8 @@ class FindImages:
             raise UnsupportedModelError(without_pixels("image"))
         if any(may_be_a_piece(kwargs, kind) for kind in PIXELS) and not self.fits_pieces(module, kinds):
             raise UnsupportedModelError(PIECES)
-        return args, {**kwargs, ARGUMENT: Images(kinds, self.family, module, {**kwargs, "input_ids": input_ids}, proposed)}
+        call = {**kwargs, "input_ids": input_ids}
+        return args, {**kwargs, ARGUMENT: Images(kinds, self.family, module, call, proposed)}
 
     def fits_pieces(self, module: Any, kinds: Tensor) -> bool:
         """Whether a piece of a prompt with these placeholders (B, T) may be pruned before the others are there.
