@@ -1,5 +1,7 @@
 """What adapters read off modules and configs to tell the sizes of a model."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -12,3 +14,21 @@ def linear_macs(*modules: nn.Module | None) -> int:
 def as_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     """A size in a config: one number stands for a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def head_dim(config: Any) -> int:
+    """Width of an attention head."""
+    own: int | None = getattr(config, "head_dim", None)
+    return own or config.hidden_size // config.num_attention_heads
+
+
+def projection_macs(config: Any, gated: bool = False) -> int:
+    """Multiply-adds of one token for queries, keys, values and output of its attention; ``gated``: and for a gate."""
+    queries = config.num_attention_heads * head_dim(config)
+    keys = config.num_key_value_heads * head_dim(config)
+    return int(config.hidden_size * ((2 + gated) * queries + 2 * keys))
+
+
+def mlp_matrices(block: nn.Module) -> int:
+    """Matrices of the MLP of a transformer block: 3 where it is gated, else 2."""
+    return 2 + any(name.endswith("gate_proj") for name, _ in block.named_modules())
