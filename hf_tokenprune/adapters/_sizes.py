@@ -6,9 +6,13 @@ from torch import nn
 
 
 def linear_macs(*modules: nn.Module | None) -> int:
-    """Multiply-adds of applying the linear layers in ``modules`` to one token."""
-    layers = [m for module in modules if module is not None for m in module.modules() if isinstance(m, nn.Linear)]
-    return sum(layer.in_features * layer.out_features for layer in layers)
+    """Multiply-adds of applying the linear layers in ``modules`` to one token.
+
+    A convolution is one where it makes a token of a square of patches.
+    """
+    layers = [m for module in modules if module is not None for m in module.modules()]
+    linear = sum(layer.in_features * layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+    return linear + sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Conv2d))
 
 
 def as_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:

@@ -94,8 +94,9 @@ def _decoder_counter(
         if len(image_size) != 2 or min(image_size) < 1:
             raise ConfigError(f"image_size={image_size}: expected (height, width) in pixels")
         height, width = image_size
-        usual, (shape, larger) = shape, (find_adapter(model).shape(model, (n * height, n * width)) for n in (1, 2))
-        if not usual.newline_tokens and shape == larger == usual:
+        others = [(2 * height, 2 * width), (height, 2 * width)]  # the number of tokens may depend on size or aspect
+        usual, (shape, *larger) = shape, (find_adapter(model).shape(model, size) for size in [image_size, *others])
+        if not usual.newline_tokens and all(other == usual for other in [shape, *larger]):
             raise ConfigError(
                 f"image_size={image_size}: has no effect on this model, every image has {shape.image_tokens} tokens; "
                 "leave it out"

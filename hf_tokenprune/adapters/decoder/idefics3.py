@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from ...registry import register_adapter
@@ -31,3 +33,10 @@ class Idefics3Adapter(DecoderAdapter):
         short, long = sorted(image_size or (1, 1))
         tiles = TILES_A_SIDE * math.ceil(TILES_A_SIDE * short / long) + 1  # the last one is the whole
         return tiles, tiles * self.inner(model).image_seq_len, 0
+
+    def image_inputs(
+        self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
+    ) -> dict[str, Tensor]:
+        inputs = super().image_inputs(model, image_size, placeholders, generator)
+        pixels = inputs["pixel_values"].unflatten(0, (len(placeholders), -1))
+        return {"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, :, 0]).long()}
