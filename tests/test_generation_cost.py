@@ -24,7 +24,7 @@ from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 from hf_tokenprune.methods.divprune import divprune
 from hf_tokenprune.signals import DecoderShape
 
-from .decoder_families import FAMILIES, SUPPORTED, Case, small_size, texts_of, tiny_vlm
+from .decoder_families import FAMILIES, SUPPORTED, TEXTS, Case, small_size, tiny_vlm
 
 TEXT, NEW = 9, 4
 DROP_WITHOUT_LOOKING = [  # no products of their own: a run costs what the model does
@@ -110,7 +110,7 @@ def counted_parts(count: GenerationCost) -> dict[str, int]:
 # -- PyTorch's counter, on real runs ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "text"), [(family, text) for family in FAMILIES for text in texts_of(family)])
+@pytest.mark.parametrize(("family", "text"), TEXTS)
 def test_a_dense_prefill_costs_what_pytorch_counts(family: str, text: str) -> None:
     model = counted_vlm(family, text)
     size = small_size(model)
