@@ -153,6 +153,11 @@ def adapter_of(model: PreTrainedModel) -> DecoderAdapter:
     return adapter
 
 
+def small_size(model: PreTrainedModel) -> tuple[int, int] | None:
+    """Of an image, in families that take any size: a usual one has a thousand tokens, too many for a test."""
+    return (40, 24) if adapter_of(model).shape(model).image_tokens > 500 else None
+
+
 def run(model: PreTrainedModel, inputs: Inputs, **kwargs: Any) -> Any:
     with torch.no_grad():
         return model(**inputs, **kwargs)

@@ -6,7 +6,8 @@ import math
 from itertools import accumulate, pairwise
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
@@ -53,3 +54,10 @@ class Idefics3Adapter(DecoderAdapter):
 
     def feature_layer(self, model: PreTrainedModel) -> None:
         return None
+
+    def image_inputs(
+        self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
+    ) -> dict[str, Tensor]:
+        inputs = super().image_inputs(model, image_size, placeholders, generator)
+        pixels = inputs["pixel_values"].unflatten(0, (len(placeholders), -1))
+        return {"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, :, 0]).long()}
