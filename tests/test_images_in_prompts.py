@@ -393,7 +393,7 @@ def test_an_image_over_two_samples_is_an_error(family) -> None:
     given = {name: tensor for name, tensor in inputs.items() if name not in BY_TOKEN}
     if has_grids(family):  # stock code would look for whole ones
         given |= {"mm_token_type_ids": (ids == IMAGE).long(), "position_ids": torch.zeros(3, *ids.shape).long()}
-    with pytest.raises((UnsupportedModelError, ValueError), match="not together in one sample|not divisible"):
+    with pytest.raises((UnsupportedModelError, ValueError), match=r"not together in one sample|not divisible"):
         run(model, {"input_ids": ids, **given})
 
 
