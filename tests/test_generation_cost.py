@@ -27,6 +27,7 @@ from hf_tokenprune.signals import DecoderShape
 from .decoder_families import FAMILIES, SUPPORTED, TEXTS, Case, small_size, tiny_vlm
 
 TEXT, NEW = 9, 4
+ROTARY = ("rotary_emb", "rotary_pos_emb", "patch_positional_embedding")
 DROP_WITHOUT_LOOKING = [  # no products of their own: a run costs what the model does
     RandomConfig(),
     UniformConfig(layers=(1, 4), keep_ratios=(0.6, 0.5)),
@@ -74,8 +75,9 @@ def measured(run: Any, model: nn.Module | None = None) -> dict[str, int]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     counts = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
-    angles = sum(count for name, count in counts.items() if name.endswith(("rotary_emb", "rotary_pos_emb")))
-    counts["Global"] -= angles
+    for rotary in [name for name in counts if name.endswith(ROTARY)]:
+        for name in [name for name in counts if name == "Global" or rotary.startswith(f"{name}.")]:
+            counts[name] -= counts[rotary]
     assert counts["Global"] % 2 == 0
     macs = {name if name == "Global" else name.partition(".")[2]: count // 2 for name, count in counts.items()}
     for name, mixer in model.named_modules() if model is not None else ():

@@ -184,6 +184,7 @@ def random_inputs(
     words = torch.tensor([token for token in range(shape.vocab_size) if token not in placeholders.values()])
     ids = words[torch.randint(len(words), (batch_size, text_tokens), generator=generator)]
     front = text_tokens // 2
+    ids[:, front - 1] = ids[0, front - 1]  # what stands in front of an image is the same everywhere
     image = torch.full((batch_size, shape.image_tokens), placeholders["image"])
     input_ids = torch.cat([ids[:, :front], image, ids[:, front:]], dim=1)
     images = adapter.image_inputs(model, image_size, input_ids == placeholders["image"], generator)

@@ -13,7 +13,6 @@ from hf_tokenprune.evaluation.answers import (
     ExactMatch,
     collect_answers,
     evaluate_answers,
-    mean_text_tokens,
 )
 from hf_tokenprune.evaluation.data import load_images
 from hf_tokenprune.evaluation.images import ImageDataset
@@ -21,6 +20,7 @@ from hf_tokenprune.evaluation.loop import Logits, collect_logits
 from hf_tokenprune.evaluation.paired import evaluate_paired
 from hf_tokenprune.evaluation.preprocess import PreprocessedImages
 from hf_tokenprune.evaluation.processor import load_processor
+from hf_tokenprune.evaluation.prompts import mean_text_tokens
 from hf_tokenprune.evaluation.questions import QuestionDataset, is_right, load_questions
 from hf_tokenprune.evaluation.report import PairedReport, PairedRow
 from hf_tokenprune.evaluation.retrieval import Recall, RetrievalReport, RetrievalRow, evaluate_retrieval

@@ -18,9 +18,9 @@ from ..config import PruneConfig
 from ..engine import find_adapter
 from ..errors import ConfigError
 from ..evaluation import ImageDataset, load_images, load_processor, load_questions
-from ..evaluation.answers import prompts
 from ..evaluation.classes import in_classes_of, names_of
 from ..evaluation.preprocess import PreprocessedImages, collate
+from ..evaluation.prompts import prompts
 from ..evaluation.run import names_for_texts
 from ..evaluation.zero_shot import in_classes_of_texts, similarity_to_classes
 from . import SearchResult, one_budget, search

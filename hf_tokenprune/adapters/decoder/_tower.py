@@ -178,7 +178,8 @@ class ChooseMerged(Choice):
         if self.raster is not None:
             order = self.raster(call).to(features.device)
             signals = {name: of_tokens.index_select(2, order) for name, of_tokens in signals.items()}
-        lengths = [next(iter(found.values())).shape[2] // self.squares.side**2 for found in capture.found]
+        grids = call["grid_thw"].tolist()  # every frame is attended by itself
+        lengths = [rows * columns // self.squares.side**2 for frames, rows, columns in grids for _ in range(frames)]
         images = list(features.split(lengths))
         pieces = {name: of_tokens.split(lengths, 2) for name, of_tokens in signals.items()}
         alike = defaultdict(list)
