@@ -125,6 +125,7 @@ class PruneConfig:
         speedup: float | None = None,
         keep: float | None = None,
         text_tokens: int | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> C:
         """This method within a budget, at once and from sizes alone, by the rule known to be best for it.
 
@@ -137,13 +138,15 @@ class PruneConfig:
             speedup: dense MACs over pruned ones, at least. What time follows is measured by ``hf-tokenprune bench``.
             keep: fraction of the prunable tokens that the last stage leaves, at most.
             text_tokens: vision-language models: tokens of the prompt besides those of its image; None: 64.
+            image_size: (height, width) in pixels, as for ``hf_tokenprune.cost``.
 
         Raises:
             ConfigError: not exactly one budget, one out of range or out of reach, or a method without a schedule.
         """
         from .cost import config_within
 
-        return config_within(model, self, macs=macs, speedup=speedup, keep=keep, text_tokens=text_tokens)
+        budget: dict[str, Any] = {"macs": macs, "speedup": speedup, "keep": keep}
+        return config_within(model, self, **budget, text_tokens=text_tokens, image_size=image_size)
 
     @staticmethod
     def preset(name: str) -> PruneConfig:

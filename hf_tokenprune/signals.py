@@ -29,6 +29,9 @@ class ModelShape:
         has_cls: whether token 0 is a CLS token.
         head_macs: multiply-adds of everything behind the last block, an image.
         head_token_macs: further ones for every token that is left (heads that pool by attention).
+        mlp_matrices: matrices of a block's MLP; 3 where it is gated.
+        windows: sides in patches of the square windows that each block attends within, 0: the whole image; empty: the
+            whole image in all of them.
     """
 
     depth: int
@@ -43,13 +46,21 @@ class ModelShape:
     has_cls: bool
     head_macs: int
     head_token_macs: int = 0
+    mlp_matrices: int = 2
+    windows: tuple[int, ...] = ()
 
     kind: ClassVar[str] = "vision"
 
     @property
-    def num_patches(self) -> int:
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
         height, width = (size // patch for size, patch in zip(self.image_size, self.patch_size, strict=True))
-        return height * width
+        return height, width
+
+    @property
+    def num_patches(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def num_prunable(self) -> int:
@@ -72,6 +83,9 @@ class DecoderShape:
         projector_macs: multiply-adds of the projector for one token.
         newline_tokens: how many of ``image_tokens`` are newline tokens.
         position_axes: axes of the positions that tokens are rotated by; where there are several, tokens keep theirs.
+        token_macs: multiply-adds of one token in each layer, without its products with other tokens; empty: those of
+            attention and a gated MLP of these widths in all of them.
+        recurrent: layers that have no attention and hold a state of fixed size instead of keys and values.
     """
 
     depth: int
@@ -88,6 +102,8 @@ class DecoderShape:
     projector_macs: int
     newline_tokens: int
     position_axes: int = 1
+    token_macs: tuple[int, ...] = ()
+    recurrent: frozenset[int] = frozenset()
 
     kind: ClassVar[str] = "decoder"
 

@@ -44,10 +44,10 @@ def texts_of(family: str) -> list[str]:
     """The language models that a family can have and decoders are known for; the one of the stock config first."""
     stock = AutoConfig.for_model(family)
     own = stock.text_config.model_type
-    if stock.sub_configs["text_config"] is not AutoConfig or get_adapter(family).position_axes > 1:
+    if stock.sub_configs["text_config"] is not AutoConfig or stock.text_config.base_config_key:
         return [own]
-    parts_of_others = {name for name in LAYER_CLASSES if AutoConfig.for_model(name).base_config_key}
-    return [own, *sorted(LAYER_CLASSES.keys() - parts_of_others - {own})]
+    parts = {name for name in LAYER_CLASSES if AutoConfig.for_model(name).base_config_key}  # of other families
+    return [own, *sorted(LAYER_CLASSES.keys() - parts - {own})]
 
 
 TEXTS = [(family, text) for family in FAMILIES for text in texts_of(family)]
@@ -151,6 +151,11 @@ def shape_of(model: PreTrainedModel) -> DecoderShape:
 def adapter_of(model: PreTrainedModel) -> DecoderAdapter:
     adapter: DecoderAdapter = get_adapter(model.config.model_type)
     return adapter
+
+
+def small_size(model: PreTrainedModel) -> tuple[int, int] | None:
+    """Of an image, in families that take any size: a usual one has a thousand tokens, too many for a test."""
+    return (40, 24) if adapter_of(model).shape(model).image_tokens > 500 else None
 
 
 def run(model: PreTrainedModel, inputs: Inputs, **kwargs: Any) -> Any:

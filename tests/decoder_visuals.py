@@ -264,7 +264,10 @@ TOWER = {"patch_size": 2, "out_hidden_size": 32}
 LEARNED = {**TOWER, "num_position_embeddings": 16}
 WHOLE = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 
-GLM = FramesAsImages({**PARTIAL_ROPE, "num_attention_heads": 2, "num_key_value_heads": 1}, {**TOWER, "image_size": 8})
+GLM = (
+    {**PARTIAL_ROPE, "num_attention_heads": 2, "num_key_value_heads": 1},
+    {**TOWER, "image_size": 8},
+)
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(),
@@ -293,8 +296,8 @@ FAMILIES: dict[str, Family] = {
         },
         LEARNED,
     ),
-    "glm4v": GLM,
-    "glm46v": GLM,
+    "glm4v": FramesAsImages(*GLM),
+    "glm46v": FramesAsImages(*GLM),
 }
 """By ``model_type``, with the tower's behind a + where a family's images depend on it."""
 

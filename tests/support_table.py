@@ -1,10 +1,11 @@
-"""The tables of methods and model families in docs/methods.md, made from the registries and the checks of the adapters.
+"""Tables in docs/ of what works on which family and what is refused, made from the registries and the adapters' checks.
 
 ``python -m tests.support_table`` writes them anew; a test compares.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,22 +14,47 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from hf_tokenprune import PruneConfig, TokenPruneError
 from hf_tokenprune.engine import find_adapter, options, plan
 from hf_tokenprune.evaluation.tables import markdown
-from hf_tokenprune.registry import get_method
+from hf_tokenprune.registry import get_adapter, get_method
+from hf_tokenprune.signals import Stage
 
 from .decoder_families import FAMILIES as DECODERS
+from .decoder_families import Case, texts_of
 from .families import methods_for, supported_classes
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 START, END = "<!-- made by `python -m tests.support_table` -->\n\n", "\n<!-- end -->"
 
 
-def works(model: PreTrainedModel, config: PruneConfig) -> bool:
+def refusal(model: PreTrainedModel, config: PruneConfig) -> str:
+    """Why a model is not pruned by a config; empty where it is.
+
+    The first sentence of the error, without what stands in brackets, what says which method it was, and advice: so that
+    one reason has the same words for all methods.
+    """
     adapter = find_adapter(model)
+    stages: tuple[Stage, ...] = ()
     try:
-        adapter.check(model, plan(config, adapter.shape(model)), **options(config))
-    except TokenPruneError:
-        return False
-    return True
+        stages = plan(config, adapter.shape(model))
+        adapter.check(model, stages, **options(config))
+    except TokenPruneError as error:
+        whole = re.sub(r" \([^()]*\)", "", str(error)).partition(". ")[0]
+        names = {type(each).__name__ for each in (config, *stages)}
+        clauses = [clause for clause in whole.split("; ") if not clause.startswith("use ")]
+        return "; ".join(clause for clause in clauses if not names & set(clause.split())) or whole
+    return ""
+
+
+def works(model: PreTrainedModel, config: PruneConfig) -> bool:
+    return not refusal(model, config)
+
+
+def fitted(model: PreTrainedModel, method: str) -> PruneConfig:
+    """The method's default where it works, else a config that fits few tokens too: tiles of some families have few."""
+    default, case = get_method(method)(), Case(method)
+    return default if works(model, default) or case.parts is not None else case.config(model)
+
+
+# -- docs/methods.md -------------------------------------------------------------------------------------------------
 
 
 def cell(models: Sequence[PreTrainedModel], config: PruneConfig) -> str:
@@ -47,32 +73,89 @@ def cell(models: Sequence[PreTrainedModel], config: PruneConfig) -> str:
     return "yes ¹" if any(found) else "no"
 
 
-def table(kind: str, families: dict[str, list[PreTrainedModel]]) -> str:
-    methods = methods_for(kind)
-    rows = [
-        [f"`{family}`", *(cell(models, get_method(name)()) for name in methods)] for family, models in families.items()
-    ]
+def decoder_cell(model: PreTrainedModel, method: str) -> str:
+    """What the default config of a method does on a vision-language model."""
+    default = get_method(method)()
+    if works(model, default):
+        return "yes"
+    return "yes ⁴" if works(model, fitted(model, method)) else "no"
+
+
+def table(cells: dict[str, list[str]], methods: list[str]) -> str:
+    """Of a row of ``cells`` for each family."""
+    rows = [[f"`{family}`", *row] for family, row in cells.items()]
     return markdown(["family", *(f"`{name}`" for name in methods)], rows)
 
 
 def tables() -> str:
     """Both tables, of models of their families' default sizes (without memory for weights)."""
+    of_encoders, of_decoders = methods_for("vision"), methods_for("decoder")
     encoders: dict[str, list[PreTrainedModel]] = {}
     with torch.device("meta"):
         for family, cls in supported_classes():
             masked = {"mask_ratio": 0.0} if family == "vit_mae" else {}
             encoders.setdefault(family, []).append(cls(AutoConfig.for_model(family, **masked)))
-        decoders = {name: [AutoModelForImageTextToText.from_config(AutoConfig.for_model(name))] for name in DECODERS}
-    return f"{table('vision', encoders)}\n\n{table('decoder', decoders)}\n"
+    decoders = {name: stock_decoder(name) for name in DECODERS}
+    first = {name: [cell(models, get_method(each)()) for each in of_encoders] for name, models in encoders.items()}
+    second = {name: [decoder_cell(model, each) for each in of_decoders] for name, model in decoders.items()}
+    return f"{table(first, of_encoders)}\n\n{table(second, of_decoders)}\n"
 
 
-def parts() -> tuple[str, str, str]:
+# -- docs/vision_language_models.md ----------------------------------------------------------------------------------
+
+
+def stock_decoder(family: str) -> PreTrainedModel:
+    """A vision-language model of its family's default sizes, without memory for weights."""
+    config = AutoConfig.for_model(family)
+    config.get_text_config().pad_token_id = None  # that of some defaults is no token of their vocabulary
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    return model
+
+
+def decoder_table() -> str:
+    """What each family can be and what works on it, and the reasons for what is refused.
+
+    Without methods that are made of others: these work where their parts do.
+    """
+    methods = [name for name in methods_for("decoder") if Case(name).parts is None]
+    reasons: list[str] = []
+    rows = []
+    for family in DECODERS:
+        model = stock_decoder(family)
+        found = {f"`{name}`": refusal(model, fitted(model, name)) for name in methods}
+        reasons += [reason for reason in dict.fromkeys(found.values()) if reason and reason not in reasons]
+        works_here = [name for name, reason in found.items() if not reason]
+        refused = [f"{name} ({1 + reasons.index(reason)})" for name, reason in found.items() if reason]
+        axes = get_adapter(family).position_axes
+        rows.append(
+            [
+                f"`{family}`",
+                ", ".join(f"`{text}`" for text in texts_of(family)),
+                "renumbered or original" if axes == 1 else f"original, of {axes} axes",
+                ", ".join(works_here) if refused else "all",
+                ", ".join(refused) or "none",
+            ]
+        )
+    header = ["family", "language models", "positions", "methods that work", "refused"]
+    notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))
+    return f"{markdown(header, rows).replace('---:', '---')}\n\n{notes}\n"
+
+
+PAGES: dict[Path, Callable[[], str]] = {
+    DOCS / "methods.md": tables,
+    DOCS / "vision_language_models.md": decoder_table,
+}
+
+
+def parts(page: Path) -> tuple[str, str, str]:
     """The page before the tables, the tables in it, and the rest."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    before, rest = page.read_text(encoding="utf-8").split(START)
     old, after = rest.split(END)
     return before, old, after
 
 
 if __name__ == "__main__":
-    before, _, after = parts()
-    PAGE.write_text(before + START + tables() + END + after, encoding="utf-8")
+    for page, made in PAGES.items():
+        before, _, after = parts(page)
+        page.write_text(before + START + made() + END + after, encoding="utf-8")

@@ -1,10 +1,13 @@
 """Budgets from sizes alone, and the presets of the package."""
 
 import json
+import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,16 +26,18 @@ from hf_tokenprune import (
     get_preset,
     list_presets,
     prune,
+    pruned,
 )
 from hf_tokenprune.cost import config_for_macs, cost
 from hf_tokenprune.engine import find_adapter, plan
 from hf_tokenprune.registry import get_method
 
-from .decoder_families import tiny_vlm
+from .decoder_families import FAMILIES, small_size, tiny_vlm
 from .families import methods_for, tiny_model
 
 SCALABLE = [name for name in methods_for("vision") if get_method(name).scaled is not PruneConfig.scaled]
 ROOT = Path(__file__).resolve().parents[1]
+SHAPES = SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / "make_presets.py")))
 
 
 def shell(width: int = 192) -> ViTForImageClassification:
@@ -140,6 +145,37 @@ def test_presets_meet_the_budget_in_their_name(size: str) -> None:
         macs = cost(model, PruneConfig.preset(name)).pruned.macs / 1e9
         assert 0.97 * budget < macs <= budget
         assert macs == pytest.approx(get_preset(name).provenance["gmacs"], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_budget_for_images_of_another_size(family: str) -> None:
+    model = tiny_vlm(family)
+    size = small_size(model)
+    dense = cost(model, image_size=size, text_tokens=9).dense.macs
+    found = DivPruneConfig().for_budget(model, speedup=1.25, text_tokens=9, image_size=size)
+    assert cost(model, found, image_size=size, text_tokens=9).pruned.macs <= dense / 1.25
+    more = replace(found, keep_ratio=found.keep_ratio + 1 / find_adapter(model).shape(model, size).image_tokens)
+    assert cost(model, more, image_size=size, text_tokens=9).pruned.macs > dense / 1.25, "no more would do"
+    assert config_for_macs(model, more, dense / 1.25, text_tokens=9, image_size=size).keep_ratio < more.keep_ratio
+    with pytest.raises(ConfigError, match="budgets of a vision encoder are for images of the checkpoint's own size"):
+        ToMeConfig().for_budget(shell(), speedup=1.25, image_size=(448, 448))
+
+
+@pytest.mark.parametrize("shape", SHAPES.VISION_LANGUAGE)
+def test_presets_of_vision_language_models_prune_models_of_their_shape(shape: str) -> None:
+    model = SHAPES.vision_language(shape)
+    names = [name for name in list_presets() if f"/{shape}@keep" in name]
+    assert len(names) == len(SHAPES.KEPT)
+    for name in names:
+        with pruned(model, name):
+            report = cost(model)
+        found = get_preset(name).provenance
+        assert [found["gmacs"], found["dense_gmacs"]] == [round(m.macs / 1e9, 1) for m in (report.pruned, report.dense)]
+        kept = float(name.split("@keep")[1])
+        text = report.text_tokens
+        assert report.pruned.layers[0].tokens_in - text == pytest.approx(kept * report.image_tokens, abs=1)
+    with pytest.raises(UnsupportedModelError, match="divprune' works on vision-language models"):
+        prune(shell(), names[0])
 
 
 def test_a_searched_preset_prunes() -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification, AutoProcessor, LlavaCo
 from typer.testing import CliRunner, Result
 
 from hf_tokenprune import (
+    DivPruneConfig,
     PruneConfig,
     RandomConfig,
     from_pretrained,
@@ -23,9 +24,11 @@ from hf_tokenprune import (
 from hf_tokenprune.cli import app
 from hf_tokenprune.cli.options import parse_fields
 from hf_tokenprune.config import FORMAT_VERSION
+from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
 from hf_tokenprune.registry import get_method
 
+from .decoder_families import FAMILIES, small_size, tiny_vlm
 from .llava_checkpoint import save_tiny_llava
 from .two_processes import alone_and_together
 
@@ -243,7 +246,7 @@ def test_info_counts_prefill_decode_and_cache(sizes: Path) -> None:
     assert (data["text_tokens"], data["new_tokens"]) == (40, 8)
     assert max(data["ratio"], data["kv_ratio"]) < data["decode_ratio"] < 1
     text = ok(*arguments)
-    assert "KV cache" in text and "one image and 40 text tokens in, 8 new tokens out" in text
+    assert "KV cache" in text and "text tokens in, 8 new tokens out" in text
 
 
 def test_budgets_are_of_the_prefill_with_its_text(sizes: Path) -> None:
@@ -275,6 +278,28 @@ def test_bench_splits_prefill_and_decode(llava: Path) -> None:
     assert (data["macs"]["text_tokens"], data["macs"]["new_tokens"]) == (5, 2)
     text = ok(*arguments, "--random-weights", "--dtype", "bfloat16")
     assert "decode a token" in text and "bfloat16" in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_info_and_bench_of_every_family(family: str, tmp_path: Path) -> None:
+    """On a checkpoint in a folder, at a size where images may have any."""
+    model = tiny_vlm(family)
+    model.save_pretrained(tmp_path)
+    size = small_size(model)
+    common = (tmp_path, "-m", "divprune", "-s", "keep_ratio=0.4", "--text-tokens", 5, "--new-tokens", 2)
+    common += ("--image-size", "{}x{}".format(*size)) if size else ()
+    expected = cost(model, DivPruneConfig(keep_ratio=0.4), size, text_tokens=5, new_tokens=2).to_dict()
+    info = json.loads(ok("info", *common, "--json"))["divprune"]
+    bench = json.loads(ok("bench", *common, "-b", 1, "--rounds", 1, "--random-weights", "--json"))["divprune"]
+    assert {name: info[name] for name in expected} == bench["macs"] == expected
+    (scaled,) = json.loads(ok("info", *common, "-g", 0.9e-9 * expected["dense_macs"], "--json")).values()
+    assert scaled["pruned_macs"] <= 0.9 * expected["dense_macs"]
+
+
+@pytest.mark.parametrize("size", ["400", "4x", "400,300"])
+def test_image_sizes_are_two_numbers(sizes: Path, size: str) -> None:
+    result = run("info", sizes, "-m", "divprune", "--image-size", size)
+    assert result.exit_code == 1 and f"--image-size {size}: expected HEIGHTxWIDTH in pixels" in result.output
 
 
 def test_eval_of_a_vision_language_model_needs_questions_and_compare_takes_none(

@@ -4,6 +4,8 @@ What follows ``python`` on the line that opens a fenced block tells what is done
 
 - nothing: it runs; the blocks of a page run in order, as one program. A ``text`` block that comes next is its output.
 - ``hub``: it runs, with a small model in place of the one it would download, and with a file ``photo.jpg``.
+- ``family=name``: it runs with a tiny random model of that family and inputs as its processor makes them, in place of
+  those it would download; behind the blocks ``families`` of its page, if there are any.
 - ``notest``: it is only compiled.
 - ``file=path``: it is an excerpt, and these lines stand in that file.
 
@@ -18,13 +20,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import CodeType
 from typing import NamedTuple
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from typer.testing import CliRunner
 
 import hf_tokenprune
@@ -37,15 +47,19 @@ from hf_tokenprune.registry import get_method
 
 from . import support_table
 from .clip_checkpoint import save_tiny_clip
+from .decoder_families import FAMILIES, sample, tiny_vlm
 from .llava_checkpoint import save_photo, save_tiny_llava
 
 ROOT = Path(__file__).resolve().parents[1]
 OUR_METHODS = [name for name in list_methods() if get_method(name).__module__.startswith("hf_tokenprune.")]
 METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("## For vision encoders")[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+VLM_PAGE = ROOT / "docs" / "vision_language_models.md"
 CLIP = '"openai/clip-vit-base-patch32"'
 VIT, LLAVA = '"facebook/deit-small-patch16-224"', '"llava-hf/llava-1.5-7b-hf"'
 OLDER = Version(transformers.__version__) < Version("5.23")
+TABLES = [page for page in support_table.PAGES if page.name != "methods.md" or not OLDER]
+"""Of older versions that of encoders is another: some families cannot merge tokens there."""
 END = "\x1e"  # printed behind every block that runs
 REPOSITORY = DOCS.removesuffix("docs")
 """Of the files of this repository on the web. A package page renders README.md, where relative links are dead."""
@@ -62,6 +76,11 @@ class Block(NamedTuple):
     @property
     def runs(self) -> bool:
         return self.language == "python" and self.tag in ("", "hub")
+
+    @property
+    def family(self) -> str | None:
+        """Of the model that it runs with; None where it names none."""
+        return self.tag.removeprefix("family=") if self.tag.startswith("family=") else None
 
 
 def blocks(page: Path) -> list[Block]:
@@ -115,6 +134,58 @@ def test_code_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path, tin
             output = [line.rstrip() for line in next(printed).splitlines()]
             if following is not None and following.language == "text":
                 assert output == following.code, f"output of the block in line {block.line}"
+
+
+class Checkpoint:
+    """In the place of the auto classes: a tiny model of a family, and of its processor what a chat needs."""
+
+    def __init__(self, family: str) -> None:
+        self.model = tiny_vlm(family)
+
+    def load_model(self, name: str, **kwargs: object) -> PreTrainedModel:
+        return self.model
+
+    def load_processor(self, name: str, **kwargs: object) -> "Checkpoint":
+        return self
+
+    def apply_chat_template(self, messages: list[dict], **kwargs: object) -> BatchFeature:
+        parts = {"text": "...", "image": "I", "video": "V"}
+        return BatchFeature(sample(self.model, "".join(parts[part["type"]] for m in messages for part in m["content"])))
+
+    def decode(self, tokens: torch.Tensor, skip_special_tokens: bool) -> str:
+        return " ".join(map(str, tokens.tolist()))
+
+
+def code_of(page: Path, block: Block) -> CodeType:
+    return compile("\n".join(block.code), f"{page}:{block.line}", "exec")
+
+
+FAMILY_BLOCKS = [(page, block) for page in PAGES for block in blocks(page) if block.family is not None]
+
+
+@pytest.mark.parametrize(
+    ("page", "block"), [pytest.param(page, block, id=f"{page.stem}:{block.line}") for page, block in FAMILY_BLOCKS]
+)
+def test_code_of_a_family_runs_on_its_model(page: Path, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert block.family is not None
+    checkpoint = Checkpoint(block.family)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", checkpoint.load_model)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", checkpoint.load_processor)
+    namespace: dict[str, object] = {}
+    for shared in blocks(page):
+        if shared.tag == "families":
+            exec(code_of(page, shared), namespace)
+    exec(code_of(page, block), namespace)
+    assert find_adapter(checkpoint.model).states(checkpoint.model), "the model is pruned"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_vision_language_models_has_its_six_lines(family: str) -> None:
+    found = [block for block in blocks(VLM_PAGE) if block.family == family]
+    assert found, f"{name_of(VLM_PAGE)} has no block with the tag family={family}"
+    for block in found:
+        lines = [line for line in block.code if line and not line.startswith(("from ", "import "))]
+        assert len(lines) <= 6, f"line {block.line}: {len(lines)} lines"
 
 
 class Names(NamedTuple):
@@ -271,10 +342,10 @@ def test_every_field_of_a_method_is_documented(method: str) -> None:
         assert f"`{field.name}`" in text, f"{field.name} is not described"
 
 
-@pytest.mark.skipif(OLDER, reason="the tables are of newer versions: in older ones some families cannot merge tokens")
-def test_the_support_tables_are_those_of_the_registries() -> None:
-    _, on_page, _ = support_table.parts()
-    assert on_page == support_table.tables(), "write them anew: python -m tests.support_table"
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in TABLES])
+def test_the_support_tables_are_those_of_the_registries(page: Path) -> None:
+    _, on_page, _ = support_table.parts(page)
+    assert on_page == support_table.PAGES[page](), "write them anew: python -m tests.support_table"
 
 
 def test_every_public_name_is_documented() -> None:

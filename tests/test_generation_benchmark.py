@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from hf_tokenprune import DivPruneConfig, RandomConfig, StackConfig, UniformConfig, prune, record
+from hf_tokenprune import DivPruneConfig, RandomConfig, StackConfig, prune, record
 from hf_tokenprune.benchmark import benchmark
 from hf_tokenprune.benchmark.decoder import GenerationBenchmarkReport, GenerationRow, TokenClock, random_inputs
 from hf_tokenprune.benchmark.timing import Arms, GivenStage, Timing
@@ -17,7 +17,7 @@ from hf_tokenprune.cost import cost
 from hf_tokenprune.engine import find_adapter
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 
-from .decoder_families import FAMILIES, IMAGE, SUPPORTED, VIDEO, Case, run, stages_of, tiny_vlm
+from .decoder_families import FAMILIES, IMAGE, SUPPORTED, VIDEO, Case, run, small_size, stages_of, tiny_vlm
 from .families import snapshot
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -28,8 +28,9 @@ QUICK = {"rounds": 2, "warmup": 1, "text_tokens": 6, "new_tokens": 3}
 def test_inputs_are_those_of_a_processor(family: str) -> None:
     """The stock model takes them: it compares placeholders with features, and crops with sizes of images."""
     model = tiny_vlm(family).to(torch.bfloat16)
-    shape = find_adapter(model).shape(model)
-    inputs = random_inputs(model, 3, 5)
+    size = small_size(model)
+    shape = find_adapter(model).shape(model, size)
+    inputs = random_inputs(model, 3, 5, size)
     assert run(model, inputs).logits.shape[:2] == (3, shape.image_tokens + 5)
     is_image = inputs["input_ids"] == IMAGE
     assert is_image.sum(1).tolist() == [shape.image_tokens] * 3
@@ -37,7 +38,7 @@ def test_inputs_are_those_of_a_processor(family: str) -> None:
     assert not (inputs["input_ids"] == VIDEO).any()
     assert inputs["attention_mask"].all() and inputs["attention_mask"].shape == is_image.shape
     assert inputs["pixel_values"].dtype == torch.bfloat16
-    again = random_inputs(model, 3, 5)
+    again = random_inputs(model, 3, 5, size)
     assert all(torch.equal(again[name], tensor) for name, tensor in inputs.items())
 
 
@@ -55,7 +56,7 @@ def test_inputs_of_other_image_sizes(size: tuple[int, int]) -> None:
 def test_given_arm_drops_as_many_tokens_and_looks_at_none(family: str, case: Case) -> None:
     model = tiny_vlm(family)
     stages = stages_of(model, case.config(model))
-    arms, inputs = Arms(model, case.config(model)), random_inputs(model, 2, 6)
+    arms, inputs = Arms(model, case.config(model)), random_inputs(model, 2, 6, small_size(model))
     lengths = {}
     for arm in ("pruned", "given"):
 
@@ -75,20 +76,21 @@ def test_given_arm_drops_as_many_tokens_and_looks_at_none(family: str, case: Cas
 @EVERY_FAMILY
 def test_report_and_model_afterwards(family: str) -> None:
     model = tiny_vlm(family).train()
-    run(model, random_inputs(model, 1, 4))  # the first forward of any model installs hooks of Transformers' own
+    size = small_size(model)
+    run(model, random_inputs(model, 1, 4, size))  # the first forward of any model installs hooks of Transformers' own
     before, tensors, threads = snapshot(model), copy.deepcopy(model.state_dict()), torch.get_num_threads()
-    config = UniformConfig(layers=(1, 4), keep_ratios=(0.7, 0.4))
-    report = benchmark(model, config, batch_sizes=(1, 2), threads=1, **QUICK)
+    config = DivPruneConfig(keep_ratio=0.4)
+    report = benchmark(model, config, batch_sizes=(1, 2), threads=1, image_size=size, **QUICK)
     assert isinstance(report, GenerationBenchmarkReport)
     assert [row.batch_size for row in report.rows] == [1, 2]
     assert report.rounds == 2 and report.environment["threads"] == 1
-    assert report.macs == cost(model, config, text_tokens=6, new_tokens=3)
+    assert report.macs == cost(model, config, image_size=size, text_tokens=6, new_tokens=3)
     for row in report.rows:
         for timing in (row.prefill, row.decode, row.end_to_end):
             assert timing.dense_seconds > 0 and timing.pruned_seconds > 0
             assert timing.speedup is timing.speedup_quartiles is None, "two rounds tell nothing from noise"
         assert row.decision_share is row.decision_quartiles is None
-        assert row.dense_peak_bytes > row.pruned_peak_bytes > 0
+        assert row.dense_peak_bytes > 0 and row.pruned_peak_bytes > 0  # often both are the vision tower's
     assert model.training and torch.get_num_threads() == threads
     assert snapshot(model) == before
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
@@ -98,6 +100,7 @@ def test_pruned_model_is_measured_with_its_own_config_and_stays_pruned() -> None
     model = prune(tiny_vlm("llava"), RandomConfig(keep_ratios=0.5))
     report = benchmark(model, batch_sizes=(1,), image_size=None, **QUICK)
     assert report.macs == cost(model, text_tokens=6, new_tokens=3)
+    assert report.rows[0].dense_peak_bytes > report.rows[0].pruned_peak_bytes > 0
     with record(model) as rec:
         run(model, random_inputs(model, 1, 6))
     assert rec.tokens[0] == 12 + 6, "12 of 25 image tokens"
@@ -110,8 +113,9 @@ def test_other_dtype_is_measured_on_a_copy() -> None:
     assert model.dtype == torch.float32
 
 
-def test_other_image_sizes_are_measured() -> None:
-    model = tiny_vlm("llava_next")
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_other_image_sizes_are_measured(family: str) -> None:
+    model = tiny_vlm(family)
     config = DivPruneConfig(keep_ratio=0.4)
     report = benchmark(model, config, batch_sizes=(1,), image_size=(10, 30), **QUICK)
     assert report.macs == cost(model, config, image_size=(10, 30), text_tokens=6, new_tokens=3)
@@ -196,8 +200,8 @@ def test_a_dictionary_and_a_table() -> None:
     assert whole.split()[:5] == ["4", "end", "to", "end", "1000.0"]
     assert len(header) == len(prefill) > len(decode) == len(whole)
     assert (
-        last
-        == "one image and 6 text tokens in, 3 new tokens out; 7 interleaved rounds; medians; [ ] quartiles; "
+        last == "one image of 20x20 pixels (25 tokens) and 6 text tokens in, 3 new tokens out; "
+        "7 interleaved rounds; medians; [ ] quartiles; "
         + ("noise: not measurable here (quartiles on both sides of 1; a decision's below 0); device abacus")
     )
 

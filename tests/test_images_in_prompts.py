@@ -415,9 +415,14 @@ def words(inputs: Inputs) -> Inputs:
 
 
 def as_features(encoded: Any, form: Callable[[Any], Any] = tuple) -> dict[str, Any]:
-    """What people keep of encoders: nothing but ``pooler_output``, and DeepStack's features."""
+    """What people keep of encoders: nothing but ``pooler_output``, and DeepStack's features.
+
+    Where that is a tensor of tiles (InternVL), stock models take no other form.
+    """
     kept = {name: encoded[name] for name in ("deepstack_features",) if encoded.get(name) is not None}
-    return {"image": type(encoded)(pooler_output=form(encoded.pooler_output), **kept)}
+    features = encoded.pooler_output
+    taken = features if isinstance(features, torch.Tensor) else form(features)
+    return {"image": type(encoded)(pooler_output=taken, **kept)}
 
 
 @takes_features

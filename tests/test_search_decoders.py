@@ -2,6 +2,7 @@
 what ``cost`` counts, and every method with a decoder can be searched."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from hf_tokenprune.benchmark.decoder import random_inputs
 from hf_tokenprune.cli import app
 from hf_tokenprune.cost import cost
 from hf_tokenprune.search import AnswerObjective, SearchResult, Space, Trial, search
+from hf_tokenprune.search.journal import Journal
+from hf_tokenprune.search.latency import Latency
 from hf_tokenprune.search.space import prefill_costs
 from hf_tokenprune.search.strategies import STRATEGIES
 from hf_tokenprune.signals import DecoderShape
 
 from .counted_time import count_time, work
-from .decoder_families import IMAGE, ONCE, SUPPORTED, Case, Inputs, adapter_of, collate, sample, tiny_vlm
+from .decoder_families import FAMILIES, IMAGE, ONCE, SUPPORTED, Case, Inputs, adapter_of, collate, sample, tiny_vlm
 from .families import snapshot
 from .llava_checkpoint import save_tiny_llava
 
@@ -195,10 +198,8 @@ def test_a_schedule_is_its_config(family: str, case: Case, seed: int) -> None:
     config = space.config_of(schedule)
     assert cost(model, config, text_tokens=9).pruned.macs == space.cost(schedule)
     assert PruneConfig.from_dict(config.to_dict()) == config
-    inputs = sample(model, "...I......")
+    inputs = random_inputs(model, 1, 9)
     assert isinstance(space.shape, DecoderShape)
-    if int((inputs["input_ids"] == IMAGE).sum()) != space.shape.image_tokens:
-        pytest.fail("the prompt has the image that is counted")
     prune(model, config)
     with record(model) as rec, torch.no_grad():
         model(**inputs)
@@ -268,6 +269,16 @@ def test_every_method_is_searched_within_its_budget(case: Case) -> None:
     json.dumps(result.to_dict())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_searched_within_its_budget(family: str) -> None:
+    model = tiny_vlm(family)
+    result = run(model, DivPruneConfig())
+    assert cost(model, result.config).pruned.macs == result.cost <= result.budget
+    with pruned(model, result.config):
+        pruned_answers = [generated(model, inputs)[0] for inputs in prompts(model)]
+    assert len(pruned_answers) == result.settings["inputs"]
+
+
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "rule"])
 def test_a_stack_is_searched_with_every_strategy_and_resumed(strategy: str, tmp_path: Path) -> None:
     if strategy == "optuna":
@@ -322,6 +333,19 @@ def test_a_search_for_time_meets_its_budget(config: PruneConfig, monkeypatch: py
     with pruned(model, result.config):
         assert 0.9 * result.budget <= work(prefill) <= 1.03 * result.budget
         assert result.cost == pytest.approx(work(prefill), rel=0.03), "a sum over layers is the whole"
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if adapter_of(tiny_vlm(name)).position_axes > 1])
+def test_layers_that_differ_take_parts_of_what_is_timed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    count_time(monkeypatch)
+    monkeypatch.setattr("hf_tokenprune.adapters.decoder._grids.USUAL_SIDE", 5)
+    model, config = tiny_vlm(family), DivPruneConfig()
+    untimed = partial(prefill_costs, model, text_tokens=9)
+    latency = Latency(model, 1, untimed, Journal(), text_tokens=9)
+    step = latency.costs(config, latency.dense / 2).step
+    seconds, macs = ([of(layer, 25, 25) for layer in range(8)] for of in (step, untimed(config).step))
+    assert sum(seconds) == pytest.approx(latency.dense - latency.fixed, rel=1e-6)
+    assert [each / sum(seconds) for each in seconds] == pytest.approx([each / sum(macs) for each in macs])
 
 
 def test_layers_that_the_config_names_need_not_exist() -> None:

@@ -5,9 +5,12 @@ import torch
 from PIL import Image
 from transformers import ViTForImageClassification
 
-from hf_tokenprune import RandomConfig, TokenPruneError, prune, record
+from hf_tokenprune import DivPruneConfig, RandomConfig, TokenPruneError, prune, record
 from hf_tokenprune.pictures.kept import draw_kept, kept_sheet, to_image, visualize
 
+from .decoder_families import FAMILIES, run, tiny_vlm
+from .decoder_prompts import collate, sample
+from .decoder_visuals import family_of
 from .families import images, inputs_for, supported_classes, tiny_model
 
 
@@ -40,6 +43,21 @@ def test_sheet_shows_what_was_recorded(family) -> None:
                 x = 6 + column * 70 + patch % 8 * 8 + 4
                 y = 20 + row * 70 + patch // 8 * 8 + 4
                 assert (grey[x, y] < 150) == (patch in kept), (layer, row, patch)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if family_of(tiny_vlm(name)).typed])
+def test_tokens_of_a_vision_language_model_are_drawn_on_images_of_several_sizes(family: str) -> None:
+    model = prune(tiny_vlm(family), DivPruneConfig(keep_ratio=0.4))
+    batch = collate([sample(model, "..I."), sample(model, ".i")])
+    grids = (batch["image_grid_thw"][:, 1:] // model.config.vision_config.spatial_merge_size).tolist()
+    with record(model) as rec:
+        run(model, batch)
+    assert grids == [[4, 6], [3, 2]] and (rec.kept["entrance"][1] < 0).any(), "the smaller one's row is filled up"
+    for (rows, columns), kept in zip(grids, rec.kept["entrance"], strict=True):
+        picture = draw_kept(Image.new("RGB", (60, 60), "black"), kept, (rows, columns), size=10 * columns).convert("L")
+        tokens = [(row, column) for row in range(rows) for column in range(columns)]
+        bright = [picture.getpixel((10 * column + 5, 10 * row + 5)) > 150 for row, column in tokens]
+        assert [token for token, dimmed in enumerate(bright) if not dimmed] == kept[kept >= 0].tolist()
 
 
 class Normalised:

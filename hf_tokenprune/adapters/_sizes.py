@@ -1,14 +1,38 @@
 """What adapters read off modules and configs to tell the sizes of a model."""
 
+from typing import Any
+
 from torch import nn
 
 
 def linear_macs(*modules: nn.Module | None) -> int:
-    """Multiply-adds of applying the linear layers in ``modules`` to one token."""
-    layers = [m for module in modules if module is not None for m in module.modules() if isinstance(m, nn.Linear)]
-    return sum(layer.in_features * layer.out_features for layer in layers)
+    """Multiply-adds of applying the linear layers in ``modules`` to one token.
+
+    A convolution is one where it makes a token of a square of patches.
+    """
+    layers = [m for module in modules if module is not None for m in module.modules()]
+    linear = sum(layer.in_features * layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+    return linear + sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Conv2d))
 
 
 def as_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     """A size in a config: one number stands for a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def head_dim(config: Any) -> int:
+    """Width of an attention head."""
+    own: int | None = getattr(config, "head_dim", None)
+    return own or config.hidden_size // config.num_attention_heads
+
+
+def projection_macs(config: Any, gated: bool = False) -> int:
+    """Multiply-adds of one token for queries, keys, values and output of its attention; ``gated``: and for a gate."""
+    queries = config.num_attention_heads * head_dim(config)
+    keys = config.num_key_value_heads * head_dim(config)
+    return int(config.hidden_size * ((2 + gated) * queries + 2 * keys))
+
+
+def mlp_matrices(block: nn.Module) -> int:
+    """Matrices of the MLP of a transformer block: 3 where it is gated, else 2."""
+    return 2 + any(name.endswith("gate_proj") for name, _ in block.named_modules())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -93,9 +92,8 @@ class GenerationBenchmarkReport:
                     f"{of_prefill if part == 'prefill' else ''}"
                 )
         setting = ", ".join(f"{key} {value}" for key, value in self.environment.items())
-        prompt = f"one image and {self.macs.text_tokens} text tokens in, {self.macs.new_tokens} new tokens out"
         legend = explained("".join(lines), self.rounds)
-        lines.append(f"{prompt}; {self.rounds} interleaved rounds; medians; {legend}; {setting}")
+        lines.append(f"{self.macs.prompt}; {self.rounds} interleaved rounds; medians; {legend}; {setting}")
         return "\n".join(lines)
 
 
@@ -176,12 +174,11 @@ def random_inputs(
 
     Args:
         text_tokens: tokens of each prompt that are not of the image; one half stands in front of it.
-        image_size: (height, width) in pixels; None: two by two crops where a family cuts images into such, else the
-            size that the checkpoint's config names.
+        image_size: (height, width) in pixels, for families that take images of any size or cut them; None: a usual
+            size.
     """
     adapter = find_adapter(model)
     shape = adapter.shape(model, image_size)
-    side = shape.tower.image_size
     generator = torch.Generator().manual_seed(0)
     placeholders = {kind: getattr(model.config, name) for kind, name in adapter.placeholders.items()}
     words = torch.tensor([token for token in range(shape.vocab_size) if token not in placeholders.values()])
@@ -189,14 +186,9 @@ def random_inputs(
     front = text_tokens // 2
     image = torch.full((batch_size, shape.image_tokens), placeholders["image"])
     input_ids = torch.cat([ids[:, :front], image, ids[:, front:]], dim=1)
-    crops = (shape.tower_images,) if shape.newline_tokens else ()
-    pixels = torch.randn(batch_size, *crops, shape.tower.num_channels, *side, generator=generator)
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "pixel_values": pixels.to(model.dtype),
+    images = adapter.image_inputs(model, image_size, input_ids == placeholders["image"], generator)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **images}
+    return {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
     }
-    whole = (2 * side[0], 2 * side[1]) if crops else side
-    if crops or any("image_sizes" in signature(part.forward).parameters for part in adapter.inner(model).children()):
-        inputs["image_sizes"] = torch.tensor([image_size or whole] * batch_size)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}

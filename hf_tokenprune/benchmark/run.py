@@ -40,7 +40,7 @@ def benchmark(
         threads: CPU threads, for the measurement only; None: as they are.
         dtype: None: the model's own; another one is measured on a copy.
         image_size: (height, width) in pixels; other than the checkpoint's own it needs ``interpolate_pos_encoding``,
-            or a family that cuts images into crops.
+            or a family that takes images of any size or cuts them into crops.
         progress: show a progress bar.
         text_tokens: vision-language models: tokens of each prompt besides those of its one image; None: 64.
         new_tokens: vision-language models: tokens to generate; None: 32.

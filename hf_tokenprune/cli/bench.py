@@ -13,6 +13,7 @@ from .options import (
     ConfigOpt,
     DeviceOpt,
     DtypeOpt,
+    ImageSizeOpt,
     JsonOpt,
     MacsOpt,
     MethodOpt,
@@ -28,6 +29,7 @@ from .options import (
     random_model,
     readable_errors,
     show,
+    size_for,
 )
 
 
@@ -40,6 +42,7 @@ def bench(
     prune_config: ConfigOpt = None,
     text_tokens: TextTokensOpt = None,
     new_tokens: NewTokensOpt = None,
+    image_size: ImageSizeOpt = None,
     batch_size: BatchSizesOpt = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds for each batch size.")] = 15,
     threads: ThreadsOpt = None,
@@ -54,13 +57,13 @@ def bench(
     """
     from ..benchmark import benchmark
 
-    placement = device_for(device), dtype_for(dtype)
+    placement, size = (device_for(device), dtype_for(dtype)), size_for(image_size)
     loaded = random_model(model) if random_weights else load_dense(model, "cpu")
     loaded.to(*placement).eval()
-    variants = configs_for(loaded, model, method, set_, gmacs, prune_config, text_tokens)
+    variants = configs_for(loaded, model, method, set_, gmacs, prune_config, text_tokens, size)
     measure = partial(
         benchmark, batch_sizes=batch_size, rounds=rounds, threads=threads, progress=sys.stderr.isatty(),
-        text_tokens=text_tokens, new_tokens=new_tokens,
+        image_size=size, text_tokens=text_tokens, new_tokens=new_tokens,
     )  # fmt: skip
     reports = {name: measure(loaded, config) for name, config in variants.items()}
     data = {name: {"config": variants[name].to_dict(), **report.to_dict()} for name, report in reports.items()}

@@ -61,6 +61,7 @@ def evaluate(
     Of a vision-language model: exact match of its answers. Runs on accelerate's device, or --device; on several by
     `accelerate launch --multi_gpu -m hf_tokenprune.cli eval ...`.
     """
+    from ..cost import GenerationCostReport, cost
     from ..evaluation import load_images, load_questions
     from ..evaluation.paired import InterruptedEvaluation
     from ..evaluation.run import evaluate_model
@@ -93,7 +94,11 @@ def evaluate(
             raise
     if accelerator.is_main_process:
         configs = {name: config.to_dict() for name, config in variants.items()}
-        show(as_json, {**report.to_dict(), "configs": configs}, report.to_markdown() if markdown else report.summary())
+        text = report.to_markdown() if markdown else report.summary()
+        macs = cost(loaded)
+        # Whatever the sizes of those in the data.
+        counted = f"\nGMACs: of {macs.image}" if isinstance(macs, GenerationCostReport) else ""
+        show(as_json, {**report.to_dict(), "configs": configs}, text + counted)
 
 
 def _left_by(scored: int, images: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -46,6 +47,13 @@ TextTokensOpt = Annotated[
 ]
 NewTokensOpt = Annotated[
     int | None, typer.Option(min=2, help="Vision-language models: tokens to generate. Default: 32.")
+]
+ImageSizeOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEIGHTxWIDTH",
+        help="In pixels, for models that take images of several sizes. Default: the checkpoint's own, or a usual one.",
+    ),
 ]
 ImagesArg = Annotated[
     str, typer.Argument(help="Folder with labels.csv, folder of class folders, or a datasets repository.")
@@ -145,6 +153,7 @@ def configs_for(
     gmacs: list[float] | None,
     prune_configs: list[str] | None,
     text_tokens: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> dict[str, PruneConfig]:
     """The configs that the options name, by a label for tables. With none named: the checkpoint's own.
 
@@ -167,11 +176,26 @@ def configs_for(
         chosen = {own.method: own}
     if not gmacs:
         return chosen
+    prompt: dict[str, Any] = {"text_tokens": text_tokens, "image_size": image_size}
     return {
-        f"{name}@{budget:g}": config_for_macs(model, config, budget * 1e9, text_tokens=text_tokens)
+        f"{name}@{budget:g}": config_for_macs(model, config, budget * 1e9, **prompt)
         for budget in gmacs
         for name, config in chosen.items()
     }
+
+
+def size_for(text: str | None) -> tuple[int, int] | None:
+    """(height, width) that ``--image-size`` names.
+
+    Raises:
+        ConfigError: it is not two numbers.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise ConfigError(f"--image-size {text}: expected HEIGHTxWIDTH in pixels, such as 480x640")
+    return int(match[1]), int(match[2])
 
 
 def parse_fields(items: list[str]) -> dict[str, Any]:

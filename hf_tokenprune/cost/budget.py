@@ -11,20 +11,28 @@ from torch import nn
 from ..config import PruneConfig
 from ..engine import ConfigLike, as_config, counts, options, plan
 from ..errors import ConfigError
+from ..signals import ModelShape, Shape
 from .model import counter
 
 C = TypeVar("C", bound=PruneConfig)
 
 
 def config_within(
-    model: Any, config: C, *, macs: float | None, speedup: float | None, keep: float | None, text_tokens: int | None
+    model: Any,
+    config: C,
+    *,
+    macs: float | None,
+    speedup: float | None,
+    keep: float | None,
+    text_tokens: int | None,
+    image_size: tuple[int, int] | None,
 ) -> C:
     """The weakest config of this method's rule that meets exactly one of the budgets; see ``for_budget``."""
     given = {name: value for name, value in (("macs", macs), ("speedup", speedup), ("keep", keep)) if value is not None}
     if len(given) != 1:
         raise ConfigError(f"give one of macs, speedup and keep, got {', '.join(given) or 'none'}")
     ((name, value),) = given.items()
-    shape, count = counter(model, None, text_tokens, None)
+    shape, count = budget_counter(model, image_size, text_tokens)
     if shape.kind not in config.prunes:
         plan(config, shape)  # raises, and says what the method works on
     dense = float(count(()).macs)
@@ -49,8 +57,26 @@ def config_within(
     return found
 
 
+def budget_counter(
+    model: Any, image_size: tuple[int, int] | None, text_tokens: int | None
+) -> tuple[Shape, Callable[..., Any]]:
+    """What :func:`counter` returns. A vision encoder is planned for the size of its checkpoint alone."""
+    shape, count = counter(model, image_size, text_tokens, None)
+    if image_size is not None and isinstance(shape, ModelShape):
+        raise ConfigError(
+            f"image_size={image_size}: budgets of a vision encoder are for images of the checkpoint's own size, "
+            f"{shape.image_size}; leave it out"
+        )
+    return shape, count
+
+
 def config_for_macs(
-    model: nn.Module, config: ConfigLike, macs: float, *, text_tokens: int | None = None
+    model: nn.Module,
+    config: ConfigLike,
+    macs: float,
+    *,
+    text_tokens: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> PruneConfig:
     """The config with its removals scaled (:meth:`PruneConfig.scaled`) so that one image costs at most ``macs``.
 
@@ -60,7 +86,7 @@ def config_for_macs(
         model: a model with an adapter.
         config: gives method and shape of the schedule; a config, its dictionary, or where one is saved.
         macs: budget for one image; of a vision-language model for the prefill.
-        text_tokens: as for :func:`cost`.
+        text_tokens, image_size: as for :func:`cost`.
 
     Returns:
         The config nearest below the budget. Tokens are whole, so a little of it stays unused.
@@ -70,7 +96,7 @@ def config_for_macs(
             none.
     """
     config = as_config(config)
-    shape, count = counter(model, None, text_tokens, None)
+    shape, count = budget_counter(model, image_size, text_tokens)
     if shape.kind not in config.prunes:
         plan(config, shape)  # raises, and says what the method works on
     dense = count(()).macs

@@ -4,7 +4,10 @@ Counted are matrix products only: the vision tower and the projector (all their 
 behind them), the decoder layers, and the language modelling head for each token that is generated. A decoder layer with
 n tokens before K keys, H query and h key heads of width d, model width D and MLP width M costs
 ``n·(2·D·H·d + 2·D·h·d + 3·D·M) + 2·n·K·H·d``. The prompt has n = K: its causal attention counts as a full square, like
-PyTorch's counter and the papers do. Choosing the tokens is not counted; ``hf-tokenprune bench`` measures it.
+PyTorch's counter and the papers do. Of a layer with experts the router counts, and the experts that one token is sent
+to. A recurrent layer counts its projections, and three products of each token with its state (what it holds for a key
+is read, then corrected, and read for the query), however a kernel arranges them; the state is no part of the cache.
+Choosing the tokens is not counted; ``hf-tokenprune bench`` measures it.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class GenerationCost:
         head: logits of one token; prefill needs those of the last one only.
         decode_steps: forwards behind the prefill, one for each new token but the first.
         decode_macs: of all of these together.
-        kv_bytes: keys and values that the cache holds at the end.
+        kv_bytes: keys and values that the cache holds at the end; recurrent layers have none.
     """
 
     vision_tower: int
@@ -59,12 +62,30 @@ class GenerationCost:
 
 @dataclass(frozen=True)
 class GenerationCostReport:
-    """Dense beside pruned, for one sample: ``text_tokens`` tokens and one image in, ``new_tokens`` out."""
+    """Dense beside pruned, for one sample: ``text_tokens`` tokens and one image in, ``new_tokens`` out.
+
+    Attributes:
+        image_tokens: of the image, in front of the first layer of the dense model.
+        image_size: (height, width) in pixels that it has; None: one that is cut into two rows and columns of crops.
+    """
 
     dense: GenerationCost
     pruned: GenerationCost
     text_tokens: int
     new_tokens: int
+    image_tokens: int
+    image_size: tuple[int, int] | None
+
+    @property
+    def image(self) -> str:
+        """The image, in words."""
+        size = "" if self.image_size is None else " of {}x{} pixels".format(*self.image_size)
+        return f"one image{size} ({self.image_tokens} tokens)"
+
+    @property
+    def prompt(self) -> str:
+        """What is counted, in words."""
+        return f"{self.image} and {self.text_tokens} text tokens in, {self.new_tokens} new tokens out"
 
     @property
     def ratio(self) -> float:
@@ -101,6 +122,8 @@ class GenerationCostReport:
             "kv_ratio": self.kv_ratio,
             "text_tokens": self.text_tokens,
             "new_tokens": self.new_tokens,
+            "image_tokens": self.image_tokens,
+            "image_size": self.image_size and list(self.image_size),
             "tokens_in": [layer.tokens_in for layer in self.pruned.layers],
             "tokens_out": self.pruned.layers[-1].tokens_out,
             "counted": COUNTED,
@@ -131,7 +154,7 @@ class GenerationCostReport:
         ):
             rows.append(f"{name:<14}{unit:>16}{whole:>13.4f}{left:>14.4f}{left / whole:>7.3f}")
         rows.append(f"ideal speed-up of the prefill {self.ideal_speedup:.2f}x ({COUNTED})")
-        rows.append(f"one image and {self.text_tokens} text tokens in, {self.new_tokens} new tokens out")
+        rows.append(self.prompt)
         return "\n".join(rows)
 
 
@@ -155,7 +178,6 @@ def generation_cost(
         element_size: bytes of one number in the cache.
     """
     inner, key_inner = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    per_token = token_macs(shape)
     # Crops lose their filling and get newline tokens behind the projector; elsewhere its features are the image tokens.
     features = shape.tower_images * shape.tower.num_patches if shape.newline_tokens else shape.image_tokens
     kept = {stage.layer: n_keep for stage, _, n_keep in counts(stages, shape)}
@@ -165,29 +187,34 @@ def generation_cost(
     for layer in range(shape.depth):
         left = kept.get(layer, entering)
         tokens = entering + text_tokens
-        layers.append(BlockCost(tokens, left + text_tokens, layer_macs(shape, tokens)))
+        layers.append(BlockCost(tokens, left + text_tokens, layer_macs(shape, layer, tokens)))
         entering = left
 
     head, steps = shape.width * shape.vocab_size, new_tokens - 1
-    held = sum(layer.tokens_in for layer in layers)  # a layer's cache has what entered it
-    keys = steps * held + shape.depth * steps * (steps + 1) // 2  # that all decode steps see, their own token included
+    attends = [layer for i, layer in enumerate(layers) if i not in shape.recurrent]
+    held = sum(layer.tokens_in for layer in attends)  # a layer's cache has what entered it
+    keys = steps * held + len(attends) * steps * (steps + 1) // 2  # that all decode steps see, their own token included
+    per_token = sum(token_macs(shape, layer) for layer in range(shape.depth))
     return GenerationCost(
         vision_tower=shape.tower_images * model_cost(shape.tower).macs,
         projector=features * shape.projector_macs,
         layers=tuple(layers),
         head=head,
         decode_steps=steps,
-        decode_macs=steps * (shape.depth * per_token + head) + 2 * keys * inner,
-        kv_bytes=2 * key_inner * (held + shape.depth * steps) * element_size,
+        decode_macs=steps * (per_token + head) + 2 * keys * inner,
+        kv_bytes=2 * key_inner * (held + len(attends) * steps) * element_size,
     )
 
 
-def token_macs(shape: DecoderShape) -> int:
-    """Of one token in one decoder layer, without its products with other tokens."""
+def token_macs(shape: DecoderShape, layer: int) -> int:
+    """Of one token in a decoder layer, without its products with other tokens."""
+    if shape.token_macs:
+        return shape.token_macs[layer]
     inner, key_inner = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     return 2 * shape.width * (inner + key_inner) + 3 * shape.width * shape.mlp_width
 
 
-def layer_macs(shape: DecoderShape, num_tokens: int) -> int:
-    """Of one decoder layer in the prefill of so many tokens."""
-    return num_tokens * token_macs(shape) + 2 * num_tokens**2 * shape.num_heads * shape.head_dim
+def layer_macs(shape: DecoderShape, layer: int, num_tokens: int) -> int:
+    """Of a decoder layer in the prefill of so many tokens."""
+    pairs = 0 if layer in shape.recurrent else num_tokens**2
+    return num_tokens * token_macs(shape, layer) + 2 * pairs * shape.num_heads * shape.head_dim

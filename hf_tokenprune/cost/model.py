@@ -34,8 +34,8 @@ def cost(
     Args:
         model: a model with an adapter, pruned or not.
         config: None: the config the model is pruned with; a dense model then costs the same twice.
-        image_size: (height, width) in pixels, for use with ``interpolate_pos_encoding`` or where an image is cut into
-            crops; None: the checkpoint's own.
+        image_size: (height, width) in pixels, for use with ``interpolate_pos_encoding``, or where an image may have any
+            size or is cut into crops; None: the checkpoint's own, or a usual size.
         text_tokens: vision-language models: tokens of the prompt besides those of its one image; None: 64.
         new_tokens: vision-language models: tokens to generate; None: 32.
 
@@ -52,7 +52,9 @@ def cost(
     if config is not None:
         pruned = count(plan(config, shape), **options(config))
     if isinstance(shape, DecoderShape):
-        return GenerationCostReport(dense, pruned, text_tokens or TEXT_TOKENS, new_tokens or NEW_TOKENS)
+        size = shape.tower.image_size if shape.tower_images == 1 else image_size
+        tokens = (text_tokens or TEXT_TOKENS, new_tokens or NEW_TOKENS, shape.image_tokens)
+        return GenerationCostReport(dense, pruned, *tokens, size)
     return CostReport(dense, pruned)
 
 
@@ -92,8 +94,9 @@ def _decoder_counter(
         if len(image_size) != 2 or min(image_size) < 1:
             raise ConfigError(f"image_size={image_size}: expected (height, width) in pixels")
         height, width = image_size
-        usual, (shape, larger) = shape, (find_adapter(model).shape(model, (n * height, n * width)) for n in (1, 2))
-        if not usual.newline_tokens and shape == larger == usual:
+        others = [(2 * height, 2 * width), (height, 2 * width)]  # the number of tokens may depend on size or aspect
+        usual, (shape, *larger) = shape, (find_adapter(model).shape(model, size) for size in [image_size, *others])
+        if not usual.newline_tokens and all(other == usual for other in [shape, *larger]):
             raise ConfigError(
                 f"image_size={image_size}: has no effect on this model, every image has {shape.image_tokens} tokens; "
                 "leave it out"

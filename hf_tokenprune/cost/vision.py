@@ -2,7 +2,8 @@
 
 Counted are the patch embedding, every block and the head: matrix products only, as papers do when they print "GFLOPs".
 A block of N tokens of width D costs ``4·N·D² + 2·N²·D`` for attention and ``2·N·D·M`` for an MLP of width M
-(``12·N·D² + 2·N²·D`` with M = 4D). Choosing the tokens is not counted; ``hf-tokenprune bench`` measures it.
+(``12·N·D² + 2·N²·D`` with M = 4D); ``3·N·D·M`` where it is gated. Where a block attends within windows, N² is the sum
+over windows. Choosing the tokens is not counted; ``hf-tokenprune bench`` measures it.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def model_cost(
         left = 0 if exact else stage.num_kept(prunable) if stage else prunable
         tokens_in, tokens_out = prunable + shape.num_protected, left + shape.num_protected
         where = "queries" if exact else stage.where if stage else "after_block"
-        blocks.append(BlockCost(tokens_in, tokens_out, block_macs(shape, where, tokens_in, tokens_out)))
+        side = shape.windows[layer] if shape.windows else 0
+        macs = block_macs(shape, where, tokens_in, tokens_out, window_pairs(shape.grid, side) if side else None)
+        blocks.append(BlockCost(tokens_in, tokens_out, macs))
         prunable = left
     # A head that pools by attention gets every patch back where tokens were merged.
     pooled = blocks[0].tokens_in if any(stage.merges for stage in stages) else blocks[-1].tokens_out
@@ -115,10 +118,21 @@ def model_cost(
     return ModelCost(patch_embedding, tuple(blocks), head)
 
 
-def block_macs(shape: ModelShape, where: str, tokens_in: int, tokens_out: int) -> int:
-    """MACs of a block in which tokens leave at the place ``where`` of a stage; protected ones are counted in."""
+def block_macs(shape: ModelShape, where: str, tokens_in: int, tokens_out: int, pairs: int | None = None) -> int:
+    """MACs of a block in which tokens leave at the place ``where`` of a stage; protected ones are counted in.
+
+    Args:
+        pairs: of a query and a key; None: every query sees every key.
+    """
     inner = shape.num_heads * shape.head_dim
     queries = tokens_out if where == "queries" else tokens_in
     mlp_tokens = tokens_in if where == "after_block" else tokens_out
-    attention = 2 * (queries + tokens_in) * shape.width * inner + 2 * queries * tokens_in * inner
-    return attention + 2 * mlp_tokens * shape.width * shape.mlp_width
+    pairs = queries * tokens_in if pairs is None else pairs
+    attention = 2 * (queries + tokens_in) * shape.width * inner + 2 * pairs * inner
+    return attention + shape.mlp_matrices * mlp_tokens * shape.width * shape.mlp_width
+
+
+def window_pairs(grid: tuple[int, int], side: int) -> int:
+    """Pairs of a query and a key of a ``grid`` of patches in square windows, smaller ones at its lower right."""
+    rows, columns = (size // side * side**2 + (size % side) ** 2 for size in grid)
+    return rows * columns

@@ -315,10 +315,19 @@ def _ask(
 
 
 def mean_text_tokens(model: Any, questions: QuestionDataset, processor: Any, prompt: str | None = None) -> int:
-    """Mean number of tokens of the prompts besides those of the image, rounded; for ``cost(..., text_tokens=...)``."""
+    """Mean number of tokens of the prompts besides those of the image, rounded; for ``cost(..., text_tokens=...)``.
+
+    Text that the processor puts between the tokens of an image is counted as it is in the first prompt.
+    """
     prompt_of, image = prompts(processor, prompt), model.config.image_token_id
-    ids = processor.tokenizer([prompt_of(question) for question in questions.questions]).input_ids
-    return round(sum(sum(token != image for token in row) for row in ids) / len(ids))
+
+    def of_text(ids: list[int]) -> int:
+        return sum(token != image for token in ids)
+
+    counts = [of_text(row) for row in processor.tokenizer([*map(prompt_of, questions.questions)]).input_ids]
+    first = processor(images=[questions[0]["image"]], text=[prompt_of(questions[0]["question"])])
+    between = of_text(first["input_ids"][0]) - counts[0]
+    return round(sum(counts) / len(counts)) + between
 
 
 def prompts(processor: Any, prompt: str | None) -> Callable[[str], str]:

@@ -20,13 +20,13 @@ def draw_kept(image: Image.Image, kept: Tensor, grid: tuple[int, int], size: int
 
     Args:
         image: as the model saw it, so resized and cropped like its input.
-        kept: (n,) int64 positions among ``grid[0] * grid[1]`` patches in raster order.
-        grid: rows and columns of patches.
+        kept: (n,) int64 positions among ``grid[0] * grid[1]`` patches in raster order; negative ones are filling.
+        grid: rows and columns of patches; of tokens, where a vision-language model merges patches into tokens.
         size: width of the result in pixels; the height follows the grid.
     """
     rows, columns = grid
     mask = torch.zeros(rows * columns, dtype=torch.uint8)
-    mask[kept.cpu()] = 255
+    mask[kept[kept >= 0].cpu()] = 255
     shape = (size, size * rows // columns)
     stencil = Image.frombytes("L", (columns, rows), bytes(mask.tolist())).resize(shape, Image.Resampling.NEAREST)
     picture = image.convert("RGB").resize(shape, Image.Resampling.BICUBIC)
@@ -94,8 +94,9 @@ def visualize(model: nn.Module, pixel_values: Tensor, processor: object | None =
     if shape.kind != "vision":
         raise UnsupportedModelError(
             f"visualize draws the patches of a vision encoder, and {type(model).__name__} is a vision-language model; "
-            "record(model) says which of its image tokens stay, and draw_kept(image, kept, grid) draws those of an "
-            "image that is cut into one grid"
+            "record(model) says which of its image tokens stay, and kept_sheet(images, record, grid) draws those of "
+            "images that are one grid of tokens: where there is image_grid_thw, its rows and columns divided by "
+            "spatial_merge_size"
         )
     with record(model) as rec, torch.no_grad():
         adapter.encoder(model)(**adapter.image_inputs(model, pixel_values))

@@ -18,7 +18,7 @@ class Preset:
     """A config with its provenance.
 
     Attributes:
-        name: of the method, the shape of the model and the budget in GMACs an image.
+        name: of the method, the shape of the model and the budget: GMACs an image, or the fraction of tokens it keeps.
         config: for a model of that shape.
         provenance: ``source`` is "searched" (with what, on what and with which result) or "rule" (from sizes alone).
     """

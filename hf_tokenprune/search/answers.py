@@ -25,6 +25,8 @@ from .objective import Goal
 
 NEW_TOKENS = 16
 """Of a dense answer, at most."""
+STATES = ("last_hidden_state", "hidden_states", "attentions")
+"""Of a vision tower's output, what nobody reads behind it, and what is large."""
 
 
 class AnswerObjective:
@@ -138,20 +140,17 @@ class AnswerObjective:
         """(P, V) float32 on the CPU: the logits from which the P tokens that count are chosen, sample by sample."""
         ids = batch["input_ids"]
         mask = batch.get("attention_mask", torch.ones_like(ids)).long()
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        positions = self.model._prepare_position_ids_for_generation  # of one axis or several, as generate makes them
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        inputs = {**batch, "attention_mask": mask, "position_ids": positions, CACHE_NAME: cache}
+        inputs = {**batch, "attention_mask": mask}
+        inputs |= {"position_ids": positions(ids, inputs), CACHE_NAME: cache}
         logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits
         tokens = tokens.to(ids.device)
         fed = tokens[:, :-1]  # nothing is asked of the last one
         if fed.shape[1]:
-            further = torch.arange(1, fed.shape[1] + 1, device=ids.device)
-            inputs = {
-                "input_ids": fed,
-                "attention_mask": torch.cat([mask, torch.ones_like(fed)], 1),
-                "position_ids": positions[:, -1:] + further,
-                CACHE_NAME: cache,
-            }
+            mask = torch.cat([mask, torch.ones_like(fed)], 1)
+            inputs = {"input_ids": fed, "attention_mask": mask, CACHE_NAME: cache}
+            inputs["position_ids"] = positions(fed, inputs)[..., -fed.shape[1] :]
             logits = torch.cat([logits, self.model(**inputs, use_cache=True).logits], 1)
         return logits[counts.to(logits.device)].float().cpu()
 
@@ -159,13 +158,19 @@ class AnswerObjective:
     def _encoded_once(self, features: dict[str, Any]) -> Iterator[None]:
         """Inside, images and videos are encoded if ``features`` does not have them yet, and then kept there."""
         inner = self.adapter.inner(self.model)
+        encoding: list[str] = []
 
         def once(name: str, encode: Any) -> Any:
             @functools.wraps(encode)  # generate reads the signature
             def encoded(*args: Any, **kwargs: Any) -> Any:
+                if encoding:  # some families encode videos as images
+                    return encode(*args, **kwargs)
                 if name not in features:
-                    output = encode(*args, **kwargs)  # states of the tower's blocks, which nobody reads, are left out
-                    features[name] = type(output)(pooler_output=output.pooler_output)
+                    encoding.append(name)
+                    output = encode(*args, **kwargs)
+                    encoding.clear()
+                    read = {name: value for name, value in output.items() if name not in STATES}
+                    features[name] = type(output)(**read)
                 return features[name]
 
             return encoded

@@ -1,10 +1,11 @@
 """A budget in seconds: how long a forward takes on this machine, as a sum over blocks.
 
-Of a vision-language model it is the prefill, and blocks are the layers of the language model. All blocks of a model
-have the same sizes. What one takes is measured inside the whole model (by itself it has the cache to itself): with all
-blocks left out, and with a number of tokens dropped in front, without looking at them. Between these numbers time is
-linear. A block in which tokens leave takes the part of that time which its multiply-adds are, and on top the method's
-decision, which is what a forward pruned by the method's rule for the budget takes longer than the sum.
+Of a vision-language model it is the prefill, and blocks are the layers of the language model. What one takes in the
+mean is measured inside the whole model (by itself it has the cache to itself): with all blocks left out, and with a
+number of tokens dropped in front, without looking at them. Between these numbers time is linear, and blocks that differ
+take parts of it as their multiply-adds are. A block in which tokens leave takes the part of that time which its
+multiply-adds are, and on top the method's decision, which is what a forward pruned by the method's rule for the budget
+takes longer than the sum.
 """
 
 from __future__ import annotations
@@ -139,13 +140,15 @@ class Latency:
         """With so many seconds for each place that prunes."""
         untimed = self.untimed(config)
         others = self.others + self.shape.num_prunable - config.prunable(self.shape)
+        alike = range(self.shape.depth) if self.shape.kind == "decoder" else (0,)  # layers of a decoder may differ
 
         def step(place: int, entering: int, left: int) -> float:
             choice = decision if left < entering else 0.0
             if place < 0:
                 return choice
-            whole = float(np.interp(entering + others, self.lengths, self.of_block))
-            return whole * untimed.step(place, entering, left) / untimed.step(0, entering, entering) + choice
+            mean_seconds = float(np.interp(entering + others, self.lengths, self.of_block))
+            mean_macs = statistics.fmean(untimed.step(other, entering, entering) for other in alike)
+            return mean_seconds * untimed.step(place, entering, left) / mean_macs + choice
 
         return Costs(self.dense, self.fixed, step, "s")
 

@@ -202,7 +202,8 @@ def _asked(
 
 def _mean_text_tokens(model: Any, batches: Batches) -> int:
     """Of a prompt, besides those of its image; rounded."""
-    text = [batch["attention_mask"].bool() & (batch["input_ids"] != model.config.image_token_id) for batch in batches]
+    image = getattr(model.config, find_adapter(model).placeholders["image"])
+    text = [batch["attention_mask"].bool() & (batch["input_ids"] != image) for batch in batches]
     return round(sum(int(each.sum()) for each in text) / sum(map(len, text)))
 
 

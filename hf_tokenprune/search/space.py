@@ -205,6 +205,6 @@ def prefill_costs(model: Any, config: PruneConfig, text_tokens: int | None) -> C
     others = (text_tokens or TEXT_TOKENS) + shape.num_prunable - config.prunable(shape)
 
     def step(place: int, entering: int, left: int) -> float:
-        return layer_macs(decoder, entering + others) if place >= 0 else 0.0
+        return layer_macs(decoder, place, entering + others) if place >= 0 else 0.0
 
     return Costs(dense.macs, dense.macs - sum(layer.macs for layer in dense.layers), step)

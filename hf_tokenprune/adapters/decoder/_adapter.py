@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...signals import DecoderShape, ModelShape, Stage
 from .._capture import disable_capture
-from .._sizes import as_pair, linear_macs
+from .._sizes import as_pair, head_dim, linear_macs, mlp_matrices
 from .._swap import check_swappable, swap_class
 from ._entrance import CountProposals, EnterDecoder, LeaveDecoder
 from ._images import FindImages, GivenImages, ImageTokens
@@ -75,6 +76,7 @@ class DecoderAdapter:
         """Sizes of this model, for an image of ``image_size`` (height, width) pixels; None: of a usual size."""
         inner = self.inner(model)
         text = self.decoder(inner).config
+        kinds = getattr(text, "layer_types", None) or ()
         tower_images, image_tokens, newline_tokens = self.image_tokens(model, image_size)
         tower = self.tower_shape(model, image_size)
         return DecoderShape(
@@ -83,16 +85,26 @@ class DecoderAdapter:
             mlp_width=text.intermediate_size,
             num_heads=text.num_attention_heads,
             num_key_value_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            head_dim=head_dim(text),
             vocab_size=text.vocab_size,
             tower=tower,
             tower_images=tower_images,
             tower_tokens=tower.num_patches // self.squares(model).side ** 2,
             image_tokens=image_tokens,
-            projector_macs=linear_macs(inner.get_submodule(self.connector_name)),
+            projector_macs=linear_macs(*self.connectors(inner)),
             newline_tokens=newline_tokens,
             position_axes=self.position_axes,
+            token_macs=self.token_macs(model),
+            recurrent=frozenset(layer for layer, kind in enumerate(kinds) if kind == "linear_attention"),
         )
+
+    def token_macs(self, model: PreTrainedModel) -> tuple[int, ...]:
+        """See :class:`DecoderShape`; empty for layers of attention and a gated MLP."""
+        return ()
+
+    def connectors(self, inner: Any) -> list[nn.Module]:
+        """What makes tokens of the language model of what the tower gives."""
+        return [inner.get_submodule(self.connector_name)]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(images the tower encodes, tokens in the decoder, newlines among them) of one image; None: a usual size."""
@@ -127,6 +139,20 @@ class DecoderAdapter:
         # "default" drops the first token behind the tower, also where it is a patch that could have been chosen.
         drops_first = getattr(model.config, "vision_feature_select_strategy", None) == "default"
         return ChooseStates(stage, layer, has_cls, int(has_cls or drops_first), self.squares(model))
+
+    def image_inputs(
+        self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
+    ) -> dict[str, Tensor]:
+        """At random, what the processor returns besides text of prompts with one image each.
+
+        Args:
+            image_size: (height, width) in pixels of all images; None: a usual size.
+            placeholders: (B, T) bool, the tokens that stand for these images.
+        """
+        tower = self.tower_shape(model, image_size)
+        tower_images, _, _ = self.image_tokens(model, image_size)
+        shape = (len(placeholders) * tower_images, tower.num_channels, *tower.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """How many tokens each image of a forward of ``inner`` has, and which are newlines; in the prompts' order."""
@@ -250,8 +276,9 @@ class DecoderAdapter:
 def tower_shape(tower: Any) -> ModelShape:
     """Sizes of a vision tower; its head is not used."""
     config = tower.config
+    blocks = tower_blocks(tower)
     return ModelShape(
-        depth=len(tower_blocks(tower)),
+        depth=len(blocks),
         width=config.hidden_size,
         mlp_width=config.intermediate_size,
         num_heads=config.num_attention_heads,
@@ -262,4 +289,5 @@ def tower_shape(tower: Any) -> ModelShape:
         num_protected=int(HAS_CLS.get(config.model_type, False)),
         has_cls=HAS_CLS.get(config.model_type, False),
         head_macs=0,
+        mlp_matrices=mlp_matrices(blocks[0]),
     )

@@ -26,7 +26,7 @@ from ._cache import (
     state_of,
 )
 from ._forward import Forward
-from ._images import ARGUMENT, PROPOSED, Images, ImageTokens, is_decode_step
+from ._images import ARGUMENT, PROPOSED, Images, ImageTokens, check_mask, is_decode_step
 from ._layout import DROPPED, GONE, IMAGE, NEWLINE, PAD, PADDING, Layout, read_layout
 from ._packed import read_packed, unpacked_arguments
 from ._view import View
@@ -109,11 +109,7 @@ class LeaveDecoder:
 def check_mode(decoder: Any, cache: Any, attention_mask: Any) -> None:
     """Raise UnsupportedModelError in modes in which layers cannot see different tokens."""
     check_cache(cache)
-    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
-        raise UnsupportedModelError(
-            "a pruned model takes a (batch, length) attention_mask with an image, not one for every query: it has to "
-            "make masks of several lengths"
-        )
+    check_mask(attention_mask)
     attention = decoder.config._attn_implementation
     if str(attention).startswith("paged"):
         raise UnsupportedModelError(

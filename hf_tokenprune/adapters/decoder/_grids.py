@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...signals import ModelShape, Stage
-from .._sizes import as_pair
+from .._sizes import as_pair, mlp_matrices
 from ._adapter import DecoderAdapter
-from ._images import GivenImages, ImageTokens
+from ._images import GivenImages, ImageTokens, given_kinds, without_pixels
 from ._tower import Choice, ChooseMerged, Squares, tower_blocks
 
 USUAL_SIDE = 32
@@ -35,6 +37,8 @@ class GridAdapter(DecoderAdapter):
                 f"{given.kind}s without mm_token_type_ids, from which positions in time, rows and columns follow: pass "
                 "all that the processor returns, AutoProcessor.from_pretrained(...)(text=..., images=...)"
             )
+        if given.kind not in given_kinds(given.call):
+            raise UnsupportedModelError(without_pixels(given.kind))
         grids = given.call.get(f"{given.kind}_grid_thw")
         if grids is None:
             return given.as_encoded()
@@ -55,21 +59,40 @@ class GridAdapter(DecoderAdapter):
     def choice(self, model: PreTrainedModel, stage: Stage) -> Choice:
         return ChooseMerged(stage, self.squares(model))
 
+    def image_inputs(
+        self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
+    ) -> dict[str, Tensor]:
+        tower, batch = self.tower_shape(model, image_size), len(placeholders)
+        width = tower.num_channels * tower.patch_size[0] * tower.patch_size[1]
+        return {
+            "pixel_values": torch.randn(batch * tower.num_patches, width, generator=generator),
+            "image_grid_thw": torch.tensor([(1, *tower.grid)] * batch),
+            "mm_token_type_ids": placeholders.long(),
+        }
+
     def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
-        config = self.tower(self.inner(model)).config
+        """Sizes of the tower for an image that is scaled to the nearest whole number of tokens.
+
+        The processor scales so too, if the image is neither smaller nor larger than its limits, which a model does not
+        know.
+        """
+        tower = self.tower(self.inner(model))
+        config, patch = tower.config, as_pair(tower.config.patch_size)
         width = getattr(config, "embed_dim", config.hidden_size)
-        patch = as_pair(config.patch_size)
-        side = USUAL_SIDE * config.spatial_merge_size
+        token = [config.spatial_merge_size * side for side in patch]
+        size = image_size or (USUAL_SIDE * token[0], USUAL_SIDE * token[1])
+        height, across = (max(1, round(pixels / side)) * side for pixels, side in zip(size, token, strict=True))
         return ModelShape(
             depth=config.depth,
             width=width,
             mlp_width=getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio),
             num_heads=config.num_heads,
             head_dim=width // config.num_heads,
-            image_size=image_size or (side * patch[0], side * patch[1]),
+            image_size=(height, across),
             patch_size=patch,
             num_channels=config.in_channels * config.temporal_patch_size,  # an image is two frames
             num_protected=0,
             has_cls=False,
             head_macs=0,
+            mlp_matrices=mlp_matrices(tower.blocks[0]),
         )

@@ -168,14 +168,17 @@ class FindImages:
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         proposed = kwargs.pop(PROPOSED, 0)
-        kinds = self.placeholders(module, args[0] if args else kwargs.get("input_ids"), kwargs)
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        kinds = self.placeholders(module, input_ids, kwargs)
         if kinds is None:
             return args, {**kwargs, ARGUMENT: None}
+        check_mask(kwargs.get("attention_mask"))  # before stock code reads positions from it
         if not given_kinds(kwargs):
             raise UnsupportedModelError(without_pixels("image"))
         if any(may_be_a_piece(kwargs, kind) for kind in PIXELS) and not self.fits_pieces(module, kinds):
             raise UnsupportedModelError(PIECES)
-        return args, {**kwargs, ARGUMENT: Images(kinds, self.family, module, kwargs, proposed)}
+        call = {**kwargs, "input_ids": input_ids}
+        return args, {**kwargs, ARGUMENT: Images(kinds, self.family, module, call, proposed)}
 
     def fits_pieces(self, module: Any, kinds: Tensor) -> bool:
         """Whether a piece of a prompt with these placeholders (B, T) may be pruned before the others are there.
@@ -199,12 +202,7 @@ class FindImages:
         # Asked of the config each time, as the dense model does: a tokenizer may get its image token late.
         ids = {name: getattr(module.config, name) for name in self.family.placeholders.values()}
         for number, token in enumerate(ids.values(), start=1):
-            if input_ids is not None:
-                found = input_ids == token
-            else:
-                placeholder = module.get_input_embeddings()(torch.tensor(token, device=given.device))
-                found = (given == placeholder).all(-1)
-            kinds.masked_fill_(found, number)
+            kinds.masked_fill_(is_token(module, given, token), number)
         if bool(kinds.any()):
             return kinds
         if input_ids is None:
@@ -219,6 +217,23 @@ class FindImages:
                 "tokenizer uses; with a kept cache pass only images that are new"
             )
         return None
+
+
+def check_mask(attention_mask: Any) -> None:
+    """Raise UnsupportedModelError unless it is one row a sample, or None."""
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+        raise UnsupportedModelError(
+            "a pruned model takes a (batch, length) attention_mask with an image, not one for every query: it has to "
+            "make masks of several lengths"
+        )
+
+
+def is_token(module: Any, tokens: Tensor, token: int) -> Tensor:
+    """(B, T) bool: which of ``tokens``, ids (B, T) or embeddings (B, T, D), are the one with this id."""
+    if tokens.dim() == 2:
+        return tokens == token
+    found: Tensor = (tokens == module.get_input_embeddings()(torch.tensor(token, device=tokens.device))).all(-1)
+    return found
 
 
 def is_decode_step(tokens: Tensor, cache: Any) -> bool:

@@ -40,6 +40,9 @@ class Glm4vAdapter(GridAdapter):
         (kind,) = given_kinds(given.call)
         return super().images(inner, replace(given, kind=kind))
 
+    def connectors(self, inner: Any) -> list[nn.Module]:
+        return [self.tower(inner).downsample, *super().connectors(inner)]
+
     def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
         width = self.tower(self.inner(model)).config.out_hidden_size  # its intermediate_size is that of the merger
         return replace(super().tower_shape(model, image_size), mlp_width=width)

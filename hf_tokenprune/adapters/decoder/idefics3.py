@@ -6,12 +6,14 @@ import math
 from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
+from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...registry import register_adapter
 from ._adapter import DecoderAdapter
-from ._images import PIECES, GivenImages, ImageTokens
+from ._images import PIECES, GivenImages, ImageTokens, is_token
 from ._tower import Squares
 
 TILES_A_SIDE = 4
@@ -35,12 +37,10 @@ class Idefics3Adapter(DecoderAdapter):
         if given.as_one:
             raise UnsupportedModelError(PIECES)
         ids = given.call.get("input_ids")
-        if ids is None:  # embeddings: tiles are then all that can be told
-            return [ImageTokens(length) for length in given.runs]
-        ids = ids.flatten().cpu()
-        starts = [0, *accumulate(given.runs[:-1])]
-        in_front = ids[(ids == inner.config.image_token_id).nonzero().flatten()[starts] - 1]
-        ends = (in_front == in_front[-1]).tolist()
+        tokens: Tensor = given.call["inputs_embeds"] if ids is None else ids
+        places = is_token(inner, tokens, inner.config.image_token_id).flatten().nonzero().flatten()
+        in_front = tokens.flatten(0, 1)[places[[0, *accumulate(given.runs[:-1])]] - 1]
+        ends = (in_front == in_front[-1]).view(len(given.runs), -1).all(1).tolist()
         bounds = [0, *(number for number, is_last in enumerate(ends, start=1) if is_last)]  # of images, in tiles
         return [ImageTokens(sum(given.runs[start:end]), parts=end - start) for start, end in pairwise(bounds)]
 
@@ -54,3 +54,10 @@ class Idefics3Adapter(DecoderAdapter):
 
     def feature_layer(self, model: PreTrainedModel) -> None:
         return None
+
+    def image_inputs(
+        self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
+    ) -> dict[str, Tensor]:
+        inputs = super().image_inputs(model, image_size, placeholders, generator)
+        pixels = inputs["pixel_values"].unflatten(0, (len(placeholders), -1))
+        return {"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, :, 0]).long()}

@@ -20,9 +20,13 @@ MOST_TILES = 12
 class InternVLAdapter(DecoderAdapter):
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """An image is what stands between ``<img>`` and ``</img>``: all its tiles, or one frame of a video."""
-        tiles = given.call["pixel_values"] if given.features is None else given.features
-        of_tile = max(1, given.total // max(1, len(tiles)))
-        return [ImageTokens(length, parts=max(1, length // of_tile)) for length in given.runs]
+        if given.as_one:  # whole images, by the way they come, but nothing tells their tiles
+            return [ImageTokens(length) for length in given.runs]
+        tiles = given.as_encoded()
+        of_tile = tiles[0].length
+        if any(length % of_tile for length in given.runs):
+            return tiles  # which are then not together
+        return [ImageTokens(length, parts=length // of_tile) for length in given.runs]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         tower = self.tower_shape(model, image_size)

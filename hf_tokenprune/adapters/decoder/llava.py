@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
@@ -35,6 +37,15 @@ class LlavaAdapter(DecoderAdapter):
         if image_size is None or not takes_any_size(self.tower(self.inner(model))):
             return tower
         return replace(tower, image_size=image_size)
+
+    def image_inputs(
+        self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
+    ) -> dict[str, Tensor]:
+        inputs = super().image_inputs(model, image_size, placeholders, generator)
+        if takes_any_size(self.tower(self.inner(model))):
+            sides = self.tower_shape(model, image_size).image_size
+            inputs["image_sizes"] = torch.tensor([sides] * len(placeholders))
+        return inputs
 
 
 UNSIZED = (

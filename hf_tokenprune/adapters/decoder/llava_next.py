@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -57,11 +57,26 @@ class LlavaNextAdapter(DecoderAdapter):
         return made
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+        size = list(image_size or usual_size(model))
         side = model.config.vision_config.image_size
-        size = list(image_size or (2 * side, 2 * side))  # crops in two rows and columns, the commonest grid
         crops = image_size_to_num_patches(size, model.config.image_grid_pinpoints, side)
         image = self.packed(self.inner(model), size, crops)
         return crops, image.length, len(image.newlines)
+
+    def image_inputs(
+        self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
+    ) -> dict[str, Tensor]:
+        inputs = super().image_inputs(model, image_size, placeholders, generator)
+        return {
+            "pixel_values": inputs["pixel_values"].unflatten(0, (len(placeholders), -1)),
+            "image_sizes": torch.tensor([image_size or usual_size(model)] * len(placeholders)),
+        }
+
+
+def usual_size(model: PreTrainedModel) -> tuple[int, int]:
+    """(height, width) in pixels of an image of two rows and columns of crops, the commonest grid."""
+    side = model.config.vision_config.image_size
+    return 2 * side, 2 * side
 
 
 def like_the_last(features: Tensor) -> Tensor:

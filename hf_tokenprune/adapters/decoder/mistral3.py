@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 from transformers import PreTrainedModel
 from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer, get_llama_4_attn_scale
 
@@ -44,6 +45,13 @@ class Mistral3Adapter(DecoderAdapter):
         height, width = self.tower_shape(model, image_size).image_size
         side = token_side(self.inner(model))
         return 1, (height // side) * (width // side), 0
+
+    def image_inputs(
+        self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
+    ) -> dict[str, Tensor]:
+        inputs = super().image_inputs(model, image_size, placeholders, generator)
+        sizes = [self.tower_shape(model, image_size).image_size] * len(placeholders)
+        return {**inputs, "image_sizes": torch.tensor(sizes)}
 
     def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
         tower = super().tower_shape(model, image_size)

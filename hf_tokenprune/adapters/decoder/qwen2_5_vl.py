@@ -1,6 +1,6 @@
 """Qwen2.5-VL: like Qwen2-VL, with window attention in most blocks of its tower."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from ...errors import UnsupportedModelError
 from ...registry import register_adapter
-from ...signals import Stage
+from ...signals import ModelShape, Stage
 from ._grids import GridAdapter
 from ._layer import PrunedDecoderLayer
 from ._tower import Choice, ChooseMerged
@@ -49,3 +49,10 @@ class Qwen25VLAdapter(GridAdapter):
         tower = self.tower(self.inner(model))
         windows = FromWindows(tower.spatial_merge_size, tower.window_size, tower.patch_size)
         return ChooseMerged(stage, self.squares(model), windows)
+
+    def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
+        config = self.tower(self.inner(model)).config
+        token = config.spatial_merge_size
+        side = config.window_size // config.patch_size // token * token  # whole tokens
+        windows = tuple(0 if block in config.fullatt_block_indexes else side for block in range(config.depth))
+        return replace(super().tower_shape(model, image_size), windows=windows)

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
 from ...registry import register_adapter
+from .._sizes import projection_macs
 from ._grids import GridAdapter
 from ._layer import PrunedDecoderLayer
 
@@ -18,4 +20,13 @@ class PrunedQwen35DecoderLayer(PrunedDecoderLayer, Qwen3_5DecoderLayer, text="qw
 
 @register_adapter("qwen3_5")
 class Qwen35Adapter(GridAdapter):
-    pass
+    def token_macs(self, model: PreTrainedModel) -> tuple[int, ...]:
+        text = self.decoder(self.inner(model)).config
+        width, heads = text.hidden_size, text.linear_num_value_heads
+        keys = text.linear_num_key_heads * text.linear_key_head_dim
+        values = heads * text.linear_value_head_dim
+        mixers = {
+            "full_attention": projection_macs(text, gated=True),
+            "linear_attention": width * (2 * keys + 3 * values + 2 * heads) + 3 * values * text.linear_key_head_dim,
+        }
+        return tuple(mixers[kind] + 3 * width * text.intermediate_size for kind in text.layer_types)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 from ...registry import register_adapter
@@ -16,6 +17,9 @@ class PrunedQwen3VLTextDecoderLayer(PrunedDecoderLayer, Qwen3VLTextDecoderLayer,
 
 class DeepstackAdapter(GridAdapter):
     """Qwen3-VL, dense or with experts."""
+
+    def connectors(self, inner: Any) -> list[nn.Module]:
+        return [*super().connectors(inner), *self.tower(inner).deepstack_merger_list]
 
     def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> list[SideInput]:
         places, features = call.pop("visual_pos_masks", None), call.pop("deepstack_visual_embeds", None)
