@@ -79,16 +79,15 @@ def received_attention(queries: Tensor, keys: Tensor, scaling: float, bias: Tens
     batch, heads, length, _ = queries.shape
     limit = CACHE_BYTES if queries.device.type == "cpu" else DEVICE_BYTES
     maps, rows = max(1, limit // (4 * length**2)), max(1, limit // (4 * length))
-    bias = queries.new_zeros(1, dtype=torch.float32) if bias is None else bias
-    bias = bias.expand(batch, heads, 1, length)
-    pieces = (x.flatten(0, 1).split(maps) for x in (queries, keys, bias))
+    added = queries.new_zeros(1, dtype=torch.float32) if bias is None else bias
+    pieces = (x.flatten(0, 1).split(maps) for x in (queries, keys, added.expand(batch, heads, 1, length)))
     received = []
-    for q, k, added in zip(*pieces, strict=True):
-        counts = (added == 0).float()  # (m, 1, T) of queries
+    for q, k, shift in zip(*pieces, strict=True):
+        transposed, counts = k.float().mT, (shift == 0).float()  # (m, 1, T) of queries
         total = torch.zeros_like(counts)
         for some, weights in zip(q.split(rows, 1), counts.split(rows, 2), strict=True):
-            logits = torch.baddbmm(added, some.float(), k.float().mT, alpha=scaling)
-            total += weights @ logits.softmax(-1)
+            logits = (some.float() * scaling) @ transposed
+            total += weights @ (logits if bias is None else logits + shift).softmax(-1)
         received.append(total / counts.sum(-1, keepdim=True))
     return torch.cat(received).view(batch, heads, length)
 
