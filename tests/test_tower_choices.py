@@ -276,6 +276,25 @@ def test_features_of_a_dense_model_are_noticed(family: str) -> None:
         run(model, rest, mm_encoder_outputs={"image": features})
 
 
+@pytest.mark.parametrize("family", MERGING)
+def test_the_tower_may_be_called_by_itself(family: str) -> None:
+    """By position as by name; not for a tuple, in which nothing tells what is what."""
+    model = prune(tiny_vlm(family), VisionZipConfig(dominant=3, contextual=2))
+    inputs, tower, calls = sample(model, ".I.."), adapter_of(model).tower(model.model), []
+    tower.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        features_of(model, inputs)
+        ((args, kwargs),) = calls
+        grids = {name: value for name, value in kwargs.items() if name == "grid_thw"}
+        named = {name: value for name, value in kwargs.items() if name not in grids}
+        outputs = tower(*args, **kwargs), tower(*args, *grids.values(), **named)
+        for name, expected in outputs[0].items():
+            torch.testing.assert_close(outputs[1][name], expected, rtol=0, atol=0, equal_nan=True)
+        with pytest.raises(UnsupportedModelError, match="return_dict=True"):
+            tower(*args, **{**kwargs, "return_dict": False})
+    assert CURRENT.get() is None
+
+
 # -- what a stage can ask for ------------------------------------------------------------------------------------------
 
 

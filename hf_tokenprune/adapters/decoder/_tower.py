@@ -38,6 +38,10 @@ HAS_CLS = {
 """Vision towers whose blocks are known, by ``model_type``, and whether token 0 is a CLS token."""
 
 
+BY_POSITION = ("hidden_states", "grid_thw")
+"""What the first arguments of towers are called where they are told the grids of their images."""
+
+
 @dataclass(frozen=True)
 class Squares:
     """Which patches become one token: ``side`` × ``side`` of them.
@@ -99,13 +103,19 @@ class Choice:
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         capture = CURRENT.get()
         CURRENT.set(None)
+        if isinstance(output, tuple):
+            raise UnsupportedModelError(
+                f"{type(self.stage).__name__} marks what leaves in the output of the vision tower, by its names: call "
+                "the tower with return_dict=True"
+            )
         if output is not None:
             assert capture is not None
+            call = {**dict(zip(BY_POSITION, args, strict=False)), **kwargs}
             with torch.autocast(output.last_hidden_state.device.type, enabled=False):
-                self.choose(capture, kwargs, output)
+                self.choose(capture, call, output)
 
     def choose(self, capture: Capture, call: dict[str, Any], output: Any) -> None:
-        """Mark what leaves in ``output`` of the tower, whose keyword arguments were ``call``."""
+        """Mark what leaves in ``output`` of the tower, whose arguments were ``call``."""
         raise NotImplementedError
 
     def marked(self, signals: Signals) -> Tensor:
@@ -164,7 +174,7 @@ class ChooseMerged(Choice):
 
     Attributes:
         squares: which patches become one token.
-        raster: of the tower's keyword arguments: where in the order of the blocks each token of the output stands,
+        raster: of the tower's arguments: where in the order of the blocks each token of the output stands,
             (n,) int64; None: in the same order.
     """
 
