@@ -181,13 +181,13 @@ def with_images(
     kwargs = unpacked_arguments(packed, kwargs)
     if packed is not None:
         embeds, images = packed.unpack(embeds), replace(images, kinds=packed.unpack(images.kinds) * packed.valid)
-        side_inputs = [side_input.unpacked(packed) for side_input in side_inputs]
+        side_inputs = None if side_inputs is None else side_inputs.unpacked(packed)
     forward = begin(decoder, starts, embeds, kwargs, past)
     forward.stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
     forward.recorder, forward.packed, forward.proposed = state.recorder, packed, images.proposed
     tokens = let_leave(forward, embeds, images, state)
     check_recurrent(decoder, forward)
-    forward.side_inputs = [side_input.of(forward.views[0].slots) for side_input in side_inputs]
+    forward.side_inputs = None if side_inputs is None else side_inputs.of(forward.views[0].slots)
     return forward, tokens, {**kwargs, "inputs_embeds": tokens}
 
 
@@ -222,8 +222,8 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
         check_marks(tower, told, forward.layout)
     if len(forward.layout.tail) > 1 or forward.proposed > forward.layout.tail[0]:
         forward.proposed = 0  # candidates are text behind the last image of the one prompt there is
-    forward.image_rank = torch.where(images.mask, images.mask.long().cumsum(1) - 1, -1)
     if forward.recorder is not None:
+        forward.image_rank = images.mask.long().cumsum(1) - 1
         forward.recorder.on_start()
     if min(forward.layout.lengths) == kinds.shape[1]:
         everything.valid = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedModelError
 from ._cache import check_cache, given_cache
-from ._side_inputs import SideInput
+from ._side_inputs import SideInputs
 
 ARGUMENT = "token_prune"
 """Keyword argument in which the forward travels from hook to layers to hook; so no state is on the module."""
@@ -114,7 +114,7 @@ class Family(Protocol):
 
     placeholders: ClassVar[dict[str, str]]
 
-    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> list[SideInput]: ...
+    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> SideInputs | None: ...
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]: ...
 
