@@ -4,12 +4,17 @@ Tests are products: a feature (the test function) × methods × model classes ×
 found so far needed one value, or two that meet. So a test is run only if it brings two values together that no test
 before it has brought together, where the function is a value like any other. Then each method meets each model class in
 some test, each test function meets each method, and each model class; what is left out are combinations of three.
+
+Families whose adapters are one and the same count as one beside a test function: each still meets each method.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
+
+from hf_tokenprune import list_adapters
+from hf_tokenprune.registry import get_adapter
 
 Factor = tuple[str, str]
 
@@ -18,10 +23,14 @@ STRIDE = 7
 covering design; of those up to 40 this one left the fewest tests."""
 
 
-def covering(tests: Sequence[Sequence[Factor]]) -> list[int]:
+def covering(tests: Sequence[Sequence[Factor]], kinds: Mapping[str, str] | None = None) -> list[int]:
     """Ascending positions of the tests to run, each given as its factors: a name and a value.
 
     Tests with one factor are all run: there is nothing to combine.
+
+    Args:
+        tests: the function comes first.
+        kinds: what values stand for beside a function; None, or not among them: for themselves.
     """
     numbers: dict[str, dict[str, int]] = defaultdict(dict)
     for factors in tests:
@@ -33,7 +42,9 @@ def covering(tests: Sequence[Sequence[Factor]]) -> list[int]:
 
     chosen, seen = [], set()
     for test in sorted(range(len(tests)), key=diagonal):
-        pairs = set(combinations(sorted(tests[test]), 2))
+        function, *parameters = tests[test]
+        pairs = set(combinations(sorted(parameters), 2))
+        pairs |= {(function, (name, (kinds or {}).get(value, value))) for name, value in parameters}
         if not pairs or not pairs <= seen:
             seen |= pairs
             chosen.append(test)
@@ -43,6 +54,19 @@ def covering(tests: Sequence[Sequence[Factor]]) -> list[int]:
 def factors_of(function: str, parameters: dict[str, Any]) -> list[Factor]:
     """The function and every parameter of a test; a parameter that is a tuple is as many as it has items."""
     return [("function", function), *(factor for name, value in parameters.items() for factor in _parts(name, value))]
+
+
+def kinds_of_families() -> dict[str, str]:
+    """The class that a family's adapter has all its code from, by the family's name as :func:`factors_of` gives it."""
+
+    def is_own(name: str) -> bool:
+        return not name.startswith("__")
+
+    classes = {name: type(get_adapter(name)).__mro__ for name in list_adapters()}
+    return {
+        repr(name): next(each.__qualname__ for each in mro if any(map(is_own, vars(each))))
+        for name, mro in classes.items()
+    }
 
 
 def _parts(name: str, value: Any) -> Iterator[Factor]:

@@ -2,7 +2,7 @@
 
 from itertools import combinations, product
 
-from .covering import covering, factors_of
+from .covering import covering, factors_of, kinds_of_families
 
 AXES = {"method": "abcdef", "family": "uvwxyz", "where": "12"}
 
@@ -32,6 +32,25 @@ def test_pairs_are_spread_over_the_functions() -> None:
     chosen = covering(tests)
     share = [sum(1 for i in chosen if tests[i][0][1] == f"test_{number}") for number in range(6)]
     assert max(share) <= 2 * min(share) and sum(share) < len(tests) / 2
+
+
+def test_values_of_one_kind_are_one_beside_a_function_alone() -> None:
+    tests = [
+        factors_of(f"test_{number}", {"pair": (family, method)})
+        for number in range(6)
+        for family, method in product(AXES["family"], AXES["method"])
+    ]
+    kinds = {repr("u"): "one", repr("v"): "one"}
+    chosen = [tests[i] for i in covering(tests, kinds)]
+    assert {tuple(test[1:]) for test in chosen} == {tuple(test[1:]) for test in tests}, "each method meets each family"
+    met = {(test[0], kinds.get(test[1][1], test[1][1])) for test in chosen}
+    assert met == set(product({test[0] for test in tests}, ["one", *map(repr, AXES["family"][2:])]))
+    assert len(chosen) <= len(covering(tests))
+
+
+def test_families_with_the_same_adapter_are_of_one_kind() -> None:
+    kinds = kinds_of_families()
+    assert kinds["'smolvlm'"] == kinds["'idefics3'"] != kinds["'llava'"]
 
 
 def test_a_test_that_is_asked_for_alone_is_run() -> None:

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_tokenprune import prune, record
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 
-from .decoder_families import DEPTH, ONCE, Case, Inputs, adapter_of, collate, lengths, run, sample, tiny_vlm
+from .decoder_families import DEPTH, ONCE_WITH_KEYS, Case, Inputs, adapter_of, collate, lengths, run, sample, tiny_vlm
 from .test_contract_decoders import ONE_IMAGE, id_of
 from .test_packed_samples import packed
 from .two_devices import CPU, FIRST, SECOND, Devices, device_of, put, spread
@@ -25,11 +25,13 @@ def devices() -> Iterator[None]:
 
 def over_two(model: PreTrainedModel, first_of_second: int) -> PreTrainedModel:
     """The model as accelerate spreads it: from this layer on the decoder, and the head, are on the second device."""
-    inner = adapter_of(model).inner(model)
-    decoder = inner.language_model
+    adapter = adapter_of(model)
+    inner = adapter.inner(model)
+    decoder = adapter.decoder(inner)
     for parameter in (*model.parameters(), *model.buffers()):
         put(parameter, FIRST)
-    for part in (inner.vision_tower, inner.multi_modal_projector, decoder.embed_tokens, decoder.rotary_emb):
+    others = [part for part in inner.children() if part is not decoder]
+    for part in (*others, decoder.embed_tokens, decoder.rotary_emb):
         spread(part, FIRST)
     for i, layer in enumerate(decoder.layers):
         spread(layer, FIRST if i < first_of_second else SECOND)
@@ -60,15 +62,19 @@ def turns(model: PreTrainedModel, inputs: Inputs, step: Inputs, move: Any = dict
 
 
 @pytest.mark.parametrize("first_of_second", [2, 3])
-@pytest.mark.parametrize("pair", ONCE, ids=id_of)
+@pytest.mark.parametrize("pair", ONCE_WITH_KEYS, ids=id_of)
 def test_layers_of_two_devices(pair: tuple[str, Case], first_of_second: int) -> None:
     """With a boundary between a stage and the layer behind it, and inside a segment."""
     family, case = pair
-    model = tiny_vlm(family, "qwen2")
+    model = tiny_vlm(family)
+    model.set_experts_implementation("eager")  # a grouped product asks CUDA what it can do
     inputs = collate([sample(model, ONE_IMAGE, 1), sample(model, "..I..", 2)])
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
+    positions = mask.cumsum(1)[:, -3:] - 1
+    axes = adapter_of(model).position_axes
     step = {"input_ids": ids, "attention_mask": mask}
+    step["position_ids"] = positions if axes == 1 else positions.expand(axes, -1, -1)
     prune(model, case.config(model))
     expected = turns(model, inputs, step)
     over_two(model, first_of_second)
@@ -79,11 +85,12 @@ def test_layers_of_two_devices(pair: tuple[str, Case], first_of_second: int) -> 
     assert device_of(found["logits"]) == SECOND
 
 
-@pytest.mark.parametrize("pair", ONCE, ids=id_of)
+@pytest.mark.parametrize("pair", ONCE_WITH_KEYS, ids=id_of)
 def test_a_packed_row_over_two_devices(pair: tuple[str, Case]) -> None:
     """Samples get their places in the row again where the last layer is."""
     family, case = pair
     model = tiny_vlm(family)
+    model.set_experts_implementation("eager")  # a grouped product asks CUDA what it can do
     row = packed(model, [sample(model, ONE_IMAGE, 1), sample(model, "..I..", 2)])
     prune(model, case.config(model))
     expected = run(model, row, use_cache=False, output_hidden_states=True)

@@ -26,6 +26,10 @@ class Devices(TorchFunctionMode):
             return device_of(args[0])
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         devices = {device_of(tensor) for tensor in tensors if tensor.dim() or device_of(tensor) != CPU}
+        if func is Tensor.__getitem__ and len(devices) > 1:
+            devices.discard(CPU)  # where an index may be
+        if func is torch.histc:  # of integers on CUDA alone
+            args = (args[0].float(), *args[1:])
         wanted = _wanted(func, args, kwargs)
         if func not in _MOVES and len(devices) > 1:
             names = sorted(map(str, devices))
@@ -39,6 +43,8 @@ class Devices(TorchFunctionMode):
         if kwargs.get("device") is not None and wanted != torch.device("meta"):
             kwargs["device"] = CPU
         result = func(*args, **kwargs)
+        if isinstance(result, torch.Size):
+            return result
         here = wanted or next(iter(devices), CPU)
         return tree_map_only(Tensor, lambda tensor: put(tensor, here), result)
 

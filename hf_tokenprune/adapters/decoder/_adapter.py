@@ -23,7 +23,7 @@ from .._swap import check_swappable, swap_class
 from ._entrance import CountProposals, EnterDecoder, LeaveDecoder
 from ._images import FindImages, GivenImages, ImageTokens
 from ._layer import LAYER_CLASSES, PrunedDecoderLayer
-from ._side_inputs import SideInput
+from ._side_inputs import SideInputs
 from ._tower import (
     HAS_CLS,
     Choice,
@@ -158,9 +158,9 @@ class DecoderAdapter:
         """How many tokens each image of a forward of ``inner`` has, and which are newlines; in the prompts' order."""
         return given.as_encoded()
 
-    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> list[SideInput]:
+    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> SideInputs | None:
         """What is added to tokens between layers of the language model, taken out of the arguments of its ``call``."""
-        return []
+        return None
 
     def inner(self, model: PreTrainedModel) -> Any:
         """The model without its language modelling head: vision tower, projector, language model."""

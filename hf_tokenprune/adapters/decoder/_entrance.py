@@ -20,13 +20,12 @@ from ._cache import (
     PrunedDynamicCache,
     Segment,
     bind,
-    check_cache,
     extended,
     given_cache,
     state_of,
 )
 from ._forward import Forward
-from ._images import ARGUMENT, PROPOSED, Images, ImageTokens, check_mask, is_decode_step
+from ._images import ARGUMENT, PROPOSED, Images, ImageTokens, check_inputs, is_decode_step
 from ._layout import DROPPED, GONE, IMAGE, NEWLINE, PAD, PADDING, Layout, read_layout
 from ._packed import read_packed, unpacked_arguments
 from ._view import View
@@ -64,7 +63,8 @@ class EnterDecoder:
         past = state_of(cache, starts)
         if images is None and past is None:
             return args, kwargs
-        check_mode(decoder, cache, kwargs.get("attention_mask"))
+        check_inputs(kwargs)
+        check_attention(decoder)
         if past is not None:
             cache.open = True
         if images is None:
@@ -76,9 +76,7 @@ class EnterDecoder:
             forward, tokens, kwargs = with_images(decoder, starts, embeds, kwargs, past, images)
         view = forward.views[0]
         mask = view.key_valid
-        gaps = any(stage.layer < 0 and stage.positions == "original" for stage in state.stages)
-        if mask is None and cache is None and gaps:
-            # Transformers takes gaps in positions for packed sequences where there is neither mask nor cache.
+        if mask is None and cache is None:  # then Transformers takes gaps in positions for packed samples
             mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         kwargs |= {"attention_mask": mask, "position_ids": view.positions, ARGUMENT: forward}
         return args, kwargs
@@ -106,10 +104,8 @@ class LeaveDecoder:
         return output
 
 
-def check_mode(decoder: Any, cache: Any, attention_mask: Any) -> None:
-    """Raise UnsupportedModelError in modes in which layers cannot see different tokens."""
-    check_cache(cache)
-    check_mask(attention_mask)
+def check_attention(decoder: Any) -> None:
+    """Raise UnsupportedModelError where its kernel does not let layers see different tokens."""
     attention = decoder.config._attn_implementation
     if str(attention).startswith("paged"):
         raise UnsupportedModelError(
@@ -143,7 +139,8 @@ def begin(decoder: Any, starts: list[int], tokens: Tensor, kwargs: dict[str, Any
     (batch, length), device = tokens.shape[:2], tokens.device
     seen = 0 if cache is None else cache.get_seq_length()
     mask = None if mask is None else mask.to(device, torch.bool)
-    if mask is not None and length == 1 and bool(mask.all()):  # Transformers asks the same of a dense model
+    is_padded = past is not None and any(segment.valid is not None for segment in past.segments)
+    if mask is not None and length == 1 and not is_padded and bool(mask.all()):  # asked by a dense model too
         mask = None
     held, segments = [], []
     for i, first in enumerate(starts):
@@ -151,7 +148,7 @@ def begin(decoder: Any, starts: list[int], tokens: Tensor, kwargs: dict[str, Any
         known = 0 if past is None else past.lengths[i]
         held.append(seen if past is None else cache.get_seq_length(first))
         known_seen = 0 if past is None else past.seen
-        text = None if mask is None else mask[:, known_seen:seen]
+        text = None if mask is None or seen == known_seen else mask[:, known_seen:seen]
         segments.append(Segment(first, extended(former.valid, known, text, held[i] - known, tokens), former.shift))
     positions = kwargs.get("position_ids")
     if positions is None:
@@ -184,13 +181,13 @@ def with_images(
     kwargs = unpacked_arguments(packed, kwargs)
     if packed is not None:
         embeds, images = packed.unpack(embeds), replace(images, kinds=packed.unpack(images.kinds) * packed.valid)
-        side_inputs = [side_input.unpacked(packed) for side_input in side_inputs]
+        side_inputs = None if side_inputs is None else side_inputs.unpacked(packed)
     forward = begin(decoder, starts, embeds, kwargs, past)
     forward.stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
     forward.recorder, forward.packed, forward.proposed = state.recorder, packed, images.proposed
     tokens = let_leave(forward, embeds, images, state)
     check_recurrent(decoder, forward)
-    forward.side_inputs = [side_input.of(forward.views[0].slots) for side_input in side_inputs]
+    forward.side_inputs = None if side_inputs is None else side_inputs.of(forward.views[0].slots)
     return forward, tokens, {**kwargs, "inputs_embeds": tokens}
 
 
@@ -225,11 +222,12 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
         check_marks(tower, told, forward.layout)
     if len(forward.layout.tail) > 1 or forward.proposed > forward.layout.tail[0]:
         forward.proposed = 0  # candidates are text behind the last image of the one prompt there is
-    forward.image_rank = torch.where(images.mask, images.mask.long().cumsum(1) - 1, -1)
     if forward.recorder is not None:
+        forward.image_rank = images.mask.long().cumsum(1) - 1
         forward.recorder.on_start()
     if min(forward.layout.lengths) == kinds.shape[1]:
         everything.valid = None
+        everything.key_valid = extended(forward.past[0].valid, forward.held[0], None, kinds.shape[1], kinds)
     if tower is not None or not forward.layout.aligned:
         forward.views = [forward.leave((kinds != PADDING) & (kinds != DROPPED), tower)]
     if "entrance" in stages:

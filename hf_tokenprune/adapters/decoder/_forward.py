@@ -22,7 +22,7 @@ from ...tokens import gather_tokens
 from ._cache import CacheState, Segment, extended
 from ._layout import Layout
 from ._packed import Packed
-from ._side_inputs import SideInput
+from ._side_inputs import SideInputs
 from ._text_rows import text_attention
 from ._view import View, moved
 
@@ -42,7 +42,8 @@ class Forward:
         seen: tokens that the caller had fed before this forward.
         cache: None where the caller uses none.
         layout: of the newest view; None where no image is in the input.
-        image_rank: (B, T) int64, of each image token its number in the sample; -1 for others.
+        length: T, the tokens that came in.
+        image_rank: (B, T) int64, of each image token its number in the sample; None where nobody records it.
         originals: for each sample, image tokens of each image that entered the first layer.
         proposed: how many of the last tokens only stand there to be checked (assisted decoding); they stay, and have no
             say in what else does.
@@ -71,12 +72,13 @@ class Forward:
         self.seen = seen
         self.cache = cache
         self.layout: Layout | None = None
+        self.length = view.slots.shape[1]
         self.image_rank: Tensor | None = None
         self.originals: tuple[tuple[int, ...], ...] = ()
         self.recorder: Any = None
         self.proposed = 0
         self.packed: Packed | None = None
-        self.side_inputs: list[SideInput] = []
+        self.side_inputs: SideInputs | None = None
         self.observed: dict[int, Tensor] = {}
         self.text: tuple[Tensor, Tensor] | None = None
 
@@ -128,11 +130,10 @@ class Forward:
 
     def with_side_inputs(self, layer: int, states: Tensor) -> Tensor:
         """What a decoder layer gave, (B, L, D), with what the family adds behind it."""
-        for side_input in self.side_inputs:
-            if side_input.layer == layer:
-                columns = self.view(self.segment(layer), states.device).columns
-                states = (side_input if columns is None else side_input.of(columns)).added(states)
-        return states
+        if self.side_inputs is None or layer not in self.side_inputs.features:
+            return states
+        columns = self.view(self.segment(layer), states.device).columns
+        return (self.side_inputs if columns is None else self.side_inputs.of(columns)).added(layer, states)
 
     def look(self, block: Any, layer: int, states: Tensor, given: dict[str, Any]) -> None:
         """Before a layer runs: read of its attention what the stage behind it wants to see of it.
@@ -169,11 +170,11 @@ class Forward:
 
     def follow(self, device: torch.device) -> None:
         """Bring what decisions are made from to the device that the states have come to."""
-        assert self.layout is not None and self.image_rank is not None
+        assert self.layout is not None
         if self.layout.is_image.device == device:
             return
         self.layout = replace(self.layout, is_image=self.layout.is_image.to(device))
-        self.image_rank = self.image_rank.to(device)
+        self.image_rank = moved(self.image_rank, device)
         self.observed = {layer: score.to(device) for layer, score in self.observed.items()}
         self.text = moved(self.text, device)
         self.past = [past.on(device) for past in self.past]
@@ -305,10 +306,9 @@ class Forward:
 
         So logits, labels and losses keep their places.
         """
-        assert self.image_rank is not None
         view = view.on(states.device)
         batch, length = view.slots.shape
-        present = torch.zeros(batch, self.image_rank.shape[1], dtype=torch.long, device=states.device)
+        present = torch.zeros(batch, self.length, dtype=torch.long, device=states.device)
         ones = torch.ones_like(view.slots) if view.valid is None else view.valid.long()
         number = present.scatter_add_(1, view.slots, ones).cumsum(1)
         first = length - number[:, -1:]
@@ -326,13 +326,13 @@ class Forward:
         """What the next forward with this cache must know."""
         lengths = [held + view.slots.shape[1] for held, view in zip(self.held, self.views, strict=True)]
         segments = [Segment(first, v.key_valid, v.shift) for first, v in zip(self.starts, self.views, strict=True)]
-        assert self.image_rank is not None and self.layout is not None
+        assert self.layout is not None
         layout = self.layout
         tail = min(
             tail if any(images) else length
             for tail, images, length in zip(layout.tail, layout.images, layout.lengths, strict=True)
         )
-        return CacheState(self.seen + self.image_rank.shape[1], segments, lengths, tail)
+        return CacheState(self.seen + self.length, segments, lengths, tail)
 
 
 def _columns(attention: Tensor, index: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedModelError
-from ._cache import given_cache
-from ._side_inputs import SideInput
+from ._cache import check_cache, given_cache
+from ._side_inputs import SideInputs
 
 ARGUMENT = "token_prune"
 """Keyword argument in which the forward travels from hook to layers to hook; so no state is on the module."""
@@ -114,7 +114,7 @@ class Family(Protocol):
 
     placeholders: ClassVar[dict[str, str]]
 
-    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> list[SideInput]: ...
+    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> SideInputs | None: ...
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]: ...
 
@@ -172,7 +172,7 @@ class FindImages:
         kinds = self.placeholders(module, input_ids, kwargs)
         if kinds is None:
             return args, {**kwargs, ARGUMENT: None}
-        check_mask(kwargs.get("attention_mask"))  # before stock code reads positions from it
+        check_inputs(kwargs)  # before stock code reads positions from the mask
         if not given_kinds(kwargs):
             raise UnsupportedModelError(without_pixels("image"))
         if any(may_be_a_piece(kwargs, kind) for kind in PIXELS) and not self.fits_pieces(module, kinds):
@@ -219,8 +219,10 @@ class FindImages:
         return None
 
 
-def check_mask(attention_mask: Any) -> None:
-    """Raise UnsupportedModelError unless it is one row a sample, or None."""
+def check_inputs(call: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError where the cache cannot hold layers of different tokens, or the mask not tell them."""
+    check_cache(given_cache(call))
+    attention_mask = call.get("attention_mask")
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
         raise UnsupportedModelError(
             "a pruned model takes a (batch, length) attention_mask with an image, not one for every query: it has to "

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
-from ...tokens import gather_tokens
 from ._cache import CACHE_NAME
 
 
@@ -61,8 +60,9 @@ class View:
             return made
         if self.columns is None:
             return first
-        cos, sin = (gather_tokens(part.expand(len(states), -1, -1), self.columns) for part in first)
-        return cos, sin
+        cos, sin = first
+        index = self.columns.unsqueeze(-1).expand(-1, -1, cos.shape[-1])
+        return cos.expand(len(states), -1, -1).gather(1, index), sin.expand(len(states), -1, -1).gather(1, index)
 
     def make_mask(self, decoder: Any, layer: int, states: Tensor, cache: Cache | None) -> Any:
         """The mask for a decoder layer that attends to all that is in front of a token."""

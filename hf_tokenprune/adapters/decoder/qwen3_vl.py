@@ -8,7 +8,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLay
 from ...registry import register_adapter
 from ._grids import GridAdapter
 from ._layer import PrunedDecoderLayer
-from ._side_inputs import SideInput
+from ._side_inputs import SideInputs
 
 
 class PrunedQwen3VLTextDecoderLayer(PrunedDecoderLayer, Qwen3VLTextDecoderLayer, text="qwen3_vl_text"):
@@ -21,9 +21,9 @@ class DeepstackAdapter(GridAdapter):
     def connectors(self, inner: Any) -> list[nn.Module]:
         return [*super().connectors(inner), *self.tower(inner).deepstack_merger_list]
 
-    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> list[SideInput]:
+    def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> SideInputs | None:
         places, features = call.pop("visual_pos_masks", None), call.pop("deepstack_visual_embeds", None)
-        return [SideInput.at(layer, added, places) for layer, added in enumerate(features or ())]
+        return SideInputs.at(places, dict(enumerate(features))) if features else None
 
 
 @register_adapter("qwen3_vl")
