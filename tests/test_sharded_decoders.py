@@ -14,7 +14,7 @@ from hf_tokenprune import prune, record, unprune
 from hf_tokenprune.adapters._swap import check_swappable
 from hf_tokenprune.errors import UnsupportedModelError
 
-from .decoder_families import ONCE, TEXTS, Case, adapter_of, collate, run, sample, tiny_vlm
+from .decoder_families import OF_TEXT, ONCE, Case, adapter_of, collate, run, sample, tiny_vlm
 from .test_contract_decoders import ONE_IMAGE, id_of
 
 each_once = pytest.mark.parametrize("pair", ONCE, ids=id_of)
@@ -65,15 +65,15 @@ def test_weights_that_come_with_their_layer(
 
 
 @pytest.mark.parametrize("order", ["prune first", "prune last"])
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", OF_TEXT)
 def test_sharded_layers_stay_sharded(text: str, order: str, process_group: None) -> None:
     """``fully_shard`` makes a class of its own; prune and unprune change what is beneath it, and nothing else."""
     from torch.distributed.fsdp import FSDPModule
 
-    model = tiny_vlm("llava", text)
+    model = tiny_vlm(OF_TEXT[text], text)
     inputs = sample(model, ONE_IMAGE)
     stock = [type(block) for block in adapter_of(model).blocks(model)]
-    dense, config = run(model, inputs).logits, Case("stack").config(model)
+    dense, config = run(model, inputs).logits, Case("divprune").config(model)
     steps: list[Callable[[PreTrainedModel], Any]] = [lambda model: prune(model, config), shard]
     for step in steps if order == "prune first" else reversed(steps):
         step(model)
