@@ -30,9 +30,12 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def offload(model: PreTrainedModel) -> None:
-    """All weights of a layer come together when it runs, and go when it has."""
+    """All weights of a layer come together when it runs, and go when it has; those of the tower, which reads some
+    outside the modules they belong to, too."""
     accelerate = pytest.importorskip("accelerate")
-    names = sorted({type(block).__name__ for block in adapter_of(model).blocks(model)})
+    adapter = adapter_of(model)
+    whole = [*adapter.blocks(model), adapter.tower(adapter.inner(model))]
+    names = sorted({type(module).__name__ for module in whole})
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), preload_module_classes=names)
 
 
