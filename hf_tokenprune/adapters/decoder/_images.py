@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedModelError
-from ._cache import given_cache
+from ._cache import check_cache, given_cache
 from ._side_inputs import SideInput
 
 ARGUMENT = "token_prune"
@@ -172,6 +172,7 @@ class FindImages:
         kinds = self.placeholders(module, input_ids, kwargs)
         if kinds is None:
             return args, {**kwargs, ARGUMENT: None}
+        check_cache(given_cache(kwargs))  # first: generate makes the mask that a static one wants
         check_mask(kwargs.get("attention_mask"))  # before stock code reads positions from it
         if not given_kinds(kwargs):
             raise UnsupportedModelError(without_pixels("image"))
@@ -224,7 +225,7 @@ def check_mask(attention_mask: Any) -> None:
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
         raise UnsupportedModelError(
             "a pruned model takes a (batch, length) attention_mask with an image, not one for every query: it has to "
-            "make masks of several lengths"
+            "make masks of several lengths. Pass that of the processor, or unprune(model)"
         )
 
 
