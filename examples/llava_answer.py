@@ -3,7 +3,7 @@
     python examples/llava_answer.py --image photo.jpg --question "What is on the table?"
     python examples/llava_answer.py --image photo.jpg --method fastv --keep-ratio 0.25 --dtype bfloat16
 
-Takes any LLaVA, LLaVA-NeXT or LLaVA-OneVision checkpoint of the Hub or a folder.
+Takes a vision-language checkpoint of any family that has an adapter, of the Hub or a folder.
 """
 
 import argparse
@@ -64,8 +64,9 @@ def main() -> None:
     left = [f"{place}: {(kept >= 0).sum()}" for place, kept in rec.kept.items()]
     print(f"  image tokens {image_tokens} -> {', '.join(left)}")
     report = cost(model, config, text_tokens=length - image_tokens, new_tokens=args.new_tokens)
-    print(f"counted: {report.ratio:.1%} of the prefill's multiply-adds (ideal speed-up {report.ideal_speedup:.2f}x)")
-    print(f"         {report.decode_ratio:.1%} of those of a later token, {report.kv_ratio:.1%} of the cache")
+    print(f"counted for {report.image}:")
+    print(f"  {report.ratio:.1%} of the prefill's multiply-adds (ideal speed-up {report.ideal_speedup:.2f}x)")
+    print(f"  {report.decode_ratio:.1%} of those of a later token, {report.kv_ratio:.1%} of the cache")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Which classes a family has is asked of Transformers. Pillow is enough for all of
 needs torchvision, is left out.
 """
 
+import copy
 import functools
 import re
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Kind:
 def grids(patch: int) -> dict[str, Any]:
     """Of images of any size, in patches that are merged two by two."""
     unit = (2 * patch) ** 2
-    sizes = {"shortest_edge": 4 * unit, "longest_edge": 30 * unit}
+    sizes = {"shortest_edge": 4 * unit, "longest_edge": 60 * unit}
     return {"patch_size": patch, "merge_size": 2, "size": sizes}
 
 
@@ -188,6 +189,11 @@ def processor_of(family: str) -> ProcessorMixin:
 
 def model_of(family: str) -> PreTrainedModel:
     """A tiny model that takes what the processor of its family makes."""
+    return copy.deepcopy(_built(family))
+
+
+@functools.cache
+def _built(family: str) -> PreTrainedModel:
     kind = KINDS[family]
     vocabulary = VOCABULARY + len(kind.names)
     return tiny_vlm(family, vision_config=kind.vision, text_config={"vocab_size": vocabulary}, **kind.fields)

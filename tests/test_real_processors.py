@@ -6,6 +6,8 @@ from PIL import Image
 from torch import Tensor
 
 from hf_tokenprune import DivPruneConfig, prune, record
+from hf_tokenprune.cost import cost
+from hf_tokenprune.errors import ConfigError
 
 from .decoder_families import run, stages_of
 from .decoder_visuals import FAMILIES, Inputs
@@ -21,6 +23,15 @@ def can_be_had(family: str) -> bool:
     try:
         processor_of(family)
     except ImportError:
+        return False
+    return True
+
+
+def takes_sizes(family: str) -> bool:
+    """Whether an image has another number of tokens for its size."""
+    try:
+        cost(model_of(family), image_size=(70, 100))
+    except ConfigError:
         return False
     return True
 
@@ -88,6 +99,17 @@ def test_a_ratio_is_of_each_picture_as_the_processor_made_it(family: str) -> Non
     assert abs(of_first - RATIO * first) <= 0.5
     assert abs(len(kept) - of_first - RATIO * second) <= 0.5
     assert rec.tokens["0"] == len(ids) - first - second + len(kept)
+
+
+TAKES_SIZES = [family for family in FAMILIES if can_be_had(family) and takes_sizes(family)]
+
+
+@pytest.mark.parametrize("size", [(70, 100), (150, 40), (100, 100)], ids=str)
+@pytest.mark.parametrize("family", TAKES_SIZES)
+def test_costs_are_of_as_many_tokens_as_the_processor_makes(family: str, size: tuple[int, int]) -> None:
+    model, (height, width) = model_of(family), size
+    inputs = inputs_of(family, prompt(picture(width, height)))
+    assert cost(model, image_size=size).image_tokens == (inputs["input_ids"] == model.config.image_token_id).sum()
 
 
 @every_family

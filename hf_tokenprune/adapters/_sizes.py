@@ -20,6 +20,16 @@ def as_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def in_rows(size: tuple[int, int], largest: tuple[int, int], side: int) -> tuple[int, int]:
+    """(height, width) that the processor of a Pixtral tower gives an image of ``size`` pixels.
+
+    A larger one than ``largest`` is scaled down; tokens of ``side`` by ``side`` pixels cover all of it.
+    """
+    ratio = max(size[0] / largest[0], size[1] / largest[1], 1)
+    height, width = (side * -(int(pixels / ratio) // -side) for pixels in size)
+    return height, width
+
+
 def head_dim(config: Any) -> int:
     """Width of an attention head."""
     own: int | None = getattr(config, "head_dim", None)

@@ -226,7 +226,7 @@ def check_inputs(call: dict[str, Any]) -> None:
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
         raise UnsupportedModelError(
             "a pruned model takes a (batch, length) attention_mask with an image, not one for every query: it has to "
-            "make masks of several lengths"
+            "make masks of several lengths. Pass that of the processor, or unprune(model)"
         )
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ...errors import UnsupportedModelError
 from ...registry import register_adapter
 from ...signals import ModelShape
+from .._sizes import in_rows
 from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens, by_tower, encoded, is_alone
 
@@ -36,7 +37,7 @@ class LlavaAdapter(DecoderAdapter):
         tower = super().tower_shape(model, image_size)
         if image_size is None or not takes_any_size(self.tower(self.inner(model))):
             return tower
-        return replace(tower, image_size=image_size)
+        return replace(tower, image_size=in_rows(image_size, tower.image_size, tower.patch_size[0]))
 
     def image_inputs(
         self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator

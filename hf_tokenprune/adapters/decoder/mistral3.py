@@ -12,6 +12,7 @@ from transformers.models.ministral3.modeling_ministral3 import Ministral3Decoder
 
 from ...registry import register_adapter
 from ...signals import ModelShape
+from .._sizes import in_rows
 from ._adapter import DecoderAdapter
 from ._grids import USUAL_SIDE
 from ._images import GivenImages, ImageTokens
@@ -55,9 +56,9 @@ class Mistral3Adapter(DecoderAdapter):
 
     def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
         tower = super().tower_shape(model, image_size)
-        usual = USUAL_SIDE * token_side(self.inner(model))
-        height, width = tower.image_size  # of the largest image
-        return replace(tower, image_size=image_size or (min(usual, height), min(usual, width)))
+        side, largest = token_side(self.inner(model)), tower.image_size
+        usual = min(USUAL_SIDE * side, *largest)
+        return replace(tower, image_size=in_rows(image_size or (usual, usual), largest, side))
 
 
 def token_side(inner: Any) -> int:
