@@ -81,7 +81,7 @@ def collate(samples: list[Inputs], side: str = "left") -> Inputs:
 
 def of_images(inputs: Inputs) -> Inputs:
     """What of a prompt's inputs the encoder takes for its images."""
-    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
     return {name: inputs[name] for name in names if name in inputs}
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_tokenprune import from_pretrained, prune, pruned, record, save_pretrained, unprune
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.cost import cost
 from hf_tokenprune.engine import counts
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
 from hf_tokenprune.recording import Record
@@ -160,6 +161,8 @@ def test_what_a_family_cannot_do_is_refused(pair) -> None:
     with pytest.raises((ConfigError, UnsupportedModelError), match=r"(vision tower|decoder layer).*[Uu]se .*divprune"):
         prune(model, case.config(tiny_vlm("llava")))
     assert snapshot(model) == before
+    with pytest.raises((ConfigError, UnsupportedModelError), match=r"[Uu]se .*divprune"):
+        cost(model, case.config(tiny_vlm("llava")))  # no figures of what cannot be
 
 
 @pytest.mark.parametrize(

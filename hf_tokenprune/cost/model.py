@@ -45,12 +45,16 @@ def cost(
 
     Raises:
         ConfigError: the config does not fit the model, or an argument is out of range or has no effect on it.
+        UnsupportedModelError: :func:`hf_tokenprune.prune` would refuse a dense model with this config.
     """
     shape, count = counter(model, image_size, text_tokens, new_tokens)
     config = current_config(model) if config is None else as_config(config)
     dense = pruned = count(())
     if config is not None:
-        pruned = count(plan(config, shape), **options(config))
+        stages, adapter = plan(config, shape), find_adapter(model)
+        if not adapter.states(model):  # blocks of a pruned model are no stock ones, which a check would refuse
+            adapter.check(model, stages, **options(config))
+        pruned = count(stages, **options(config))
     if isinstance(shape, DecoderShape):
         size = shape.tower.image_size if shape.tower_images == 1 else image_size
         tokens = (text_tokens or TEXT_TOKENS, new_tokens or NEW_TOKENS, shape.image_tokens)

@@ -114,8 +114,6 @@ class Forward:
             block: the decoder layer that is about to run, the one called ``layer``.
             stock: the arguments it was given.
         """
-        if layer:
-            states = self.with_side_inputs(layer - 1, states)
         index = self.segment(layer)
         if self.layout is None or index == 0 or layer != self.starts[index]:
             return states

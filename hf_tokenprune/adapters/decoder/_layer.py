@@ -44,6 +44,14 @@ class PrunedDecoderLayer(nn.Module):
         layer: Any = self.self_attn.layer_idx
         return int(layer)
 
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Around gradient checkpointing: what is added in front of this layer may have a graph of its own, which a
+        layer that runs again for its backward must not go through."""
+        forward: Forward | None = kwargs.get("token_prune")
+        if forward is not None and forward.side_inputs:
+            hidden_states = forward.with_side_inputs(self.index - 1, hidden_states)
+        return super().__call__(hidden_states, *args, **kwargs)
+
     def forward(self, hidden_states: Tensor, token_prune: Forward | None = None, **kwargs: Any) -> Tensor:
         """The stock layer on the tokens that are left, (B, L, D) -> (B, L', D)."""
         if token_prune is None:

@@ -77,9 +77,10 @@ def all_heads(attention_of_mine: Tensor, attention: Any) -> Tensor:
     Raises:
         UnsupportedModelError: nothing tells which processes have the others.
     """
-    num_heads, weight = attention.config.num_attention_heads, attention.q_proj.weight
+    num_heads = attention.config.num_attention_heads
     if attention_of_mine.shape[1] == num_heads:
         return attention_of_mine
+    weight: Any = getattr(attention.q_proj, "weight", None)  # quantised layers may have none of this name
     if not hasattr(weight, "device_mesh"):
         raise UnsupportedModelError(
             f"q_proj gives {attention_of_mine.shape[1]} of {num_heads} heads and its weight is no DTensor: a method "
