@@ -12,14 +12,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_tokenprune import prune
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.adapters.decoder.llava import LlavaAdapter
+from hf_tokenprune.adapters.decoder.llava_next import LlavaNextAdapter
 from hf_tokenprune.errors import UnsupportedModelError
+from hf_tokenprune.registry import get_adapter
 
 from .decoder_families import FAMILIES, ONCE, SUPPORTED, Case, Inputs, lengths, run, sample, tiny_vlm
-from .test_contract_decoders import close, every_family, id_of
+from .test_contract_decoders import close, id_of
 from .test_generate import greedy
 from .test_images_in_prompts import (
     ALONE,
-    as_features,
     encode,
     grids,
     pixtral,
@@ -31,11 +33,17 @@ from .test_images_in_prompts import (
 
 pytestmark = takes_features
 
-PAIRS = list(dict.fromkeys([*ONCE, *((family, Case("divprune")) for family in FAMILIES)]))
-WITH_VIDEOS = [family for family in FAMILIES if hasattr(tiny_vlm(family).config, "video_token_id")]
+ALIKE = [family for family in FAMILIES if isinstance(get_adapter(family), (LlavaAdapter, LlavaNextAdapter))]
+"""LLaVA and its kind, whose features are a sequence of images; what all families take is in test_images_in_prompts."""
+PAIRS = [pair for pair in dict.fromkeys([*ONCE, *((name, Case("divprune")) for name in ALIKE)]) if pair[0] in ALIKE]
+WITH_VIDEOS = [family for family in ALIKE if hasattr(tiny_vlm(family).config, "video_token_id")]
 LOOKS_AROUND = [pair for pair in SUPPORTED if pair not in ALONE]
 """Methods of which what stays of an image depends on other images, or on text."""
 HINT = r"leave prefill_chunk_size out.*pooler_output as a tuple"
+
+
+def as_output(features: Any) -> dict[str, Any]:
+    return {"image": BaseModelOutputWithPooling(pooler_output=features)}
 
 
 def same(model: PreTrainedModel, given: Inputs, features: Any, inputs: Inputs) -> None:
@@ -56,12 +64,12 @@ def test_generate_takes_features_like_pixels(pair, parts, made) -> None:
     model = tiny_vlm(family)
     inputs = sample(model, parts)
     prune(model, case.config(model))
-    features = made(encode(model, inputs))
+    features = made(encode(model, inputs).pooler_output)
     if pair in LOOKS_AROUND and made is list and len(features) == 1:
         with pytest.raises(UnsupportedModelError, match=HINT):
-            greedy(model, words(inputs), 3, mm_encoder_outputs=as_features(features))
+            greedy(model, words(inputs), 3, mm_encoder_outputs=as_output(features))
         return
-    same(model, words(inputs), as_features(features), inputs)
+    same(model, words(inputs), as_output(features), inputs)
 
 
 @pytest.mark.parametrize("size", [(18, 18), (5, 20), (20, 7), (9, 9), (40, 31)])
@@ -71,16 +79,16 @@ def test_one_image_of_any_size_in_a_list(family, size) -> None:
     model = tiny_vlm(family, image_grid_pinpoints=[[9, 9], [9, 18], [18, 9], [18, 18], [27, 27]])
     inputs = prompt(model, [size])
     prune(model, Case("divprune").config(model))
-    same(model, words(inputs), as_features(list(encode(model, inputs))), inputs)
+    same(model, words(inputs), as_output(list(encode(model, inputs).pooler_output)), inputs)
 
 
-@every_family
+@pytest.mark.parametrize("family", ALIKE)
 def test_features_of_images_in_one_batch_with_text_alone(family) -> None:
     """A forward without a cache is no piece of a prompt, whatever it is given."""
     model = tiny_vlm(family)
     inputs = sample(model, "..I...")
     prune(model, Case("pyramiddrop").config(model))
-    features = as_features(list(encode(model, inputs)))
+    features = as_output(list(encode(model, inputs).pooler_output))
     text = torch.full_like(inputs["input_ids"], 5)
     batch = {"input_ids": torch.cat([inputs["input_ids"], text])}
     logits = run(model, batch, mm_encoder_outputs=features).logits
@@ -88,16 +96,16 @@ def test_features_of_images_in_one_batch_with_text_alone(family) -> None:
     close(logits[1:], run(model, {"input_ids": text}).logits)
 
 
-@every_family
+@pytest.mark.parametrize("family", ALIKE)
 def test_a_tensor_is_as_stock_has_it(family) -> None:
     """For images the dense models refuse it."""
     dense, model = tiny_vlm(family), tiny_vlm(family)
     inputs = sample(model, "..I...")
     prune(model, Case("divprune").config(model))
-    features = torch.stack(encode(model, inputs))
+    features = torch.stack(encode(model, inputs).pooler_output)
     for each in (dense, model):
         with pytest.raises(TypeError, match="must be tuple of Tensors"):
-            run(each, words(inputs), mm_encoder_outputs=as_features(features))
+            run(each, words(inputs), mm_encoder_outputs=as_output(features))
 
 
 @pytest.mark.parametrize("parts", ["..V....", "..V.V....", "..VV..."])
@@ -173,7 +181,7 @@ def test_pieces_of_rows_are_refused(shapes) -> None:
     assert not right_or_refused(model, grids(*shapes))
 
 
-@pytest.mark.parametrize("family", [family for family, case in ALONE if case.method == "divprune"])
+@pytest.mark.parametrize("family", [family for family in ALIKE if (family, Case("divprune")) in ALONE])
 def test_a_batch_in_pieces_is_right_or_refused(family) -> None:
     model = tiny_vlm(family)
     alone = sample(model, "..I...")

@@ -134,12 +134,12 @@ def test_features_of_the_caller(shapes) -> None:
     model = pixtral()
     inputs = grids(*shapes)
     prune(model, Case("divprune").config(model))
-    features = encode(model, inputs)
+    encoded = encode(model, inputs)
     logits = run(model, inputs).logits
     for made in (list, tuple):
-        close(run(model, words(inputs), mm_encoder_outputs=as_features(made(features))).logits, logits)
+        close(run(model, words(inputs), mm_encoder_outputs=as_features(encoded, made)).logits, logits)
     expected = greedy(model, inputs)
-    found = greedy(model, words(inputs), mm_encoder_outputs=as_features(features))
+    found = greedy(model, words(inputs), mm_encoder_outputs=as_features(encoded))
     close(torch.cat(found.logits), torch.cat(expected.logits))
     assert lengths(found[CACHE_NAME]) == lengths(expected[CACHE_NAME])
 
