@@ -77,7 +77,11 @@ def test_each_sample_is_what_it_is_alone(pair: tuple[str, Case], positions: str)
     for inputs in alone:
         with record(model) as rec:
             expected.append((run(model, inputs, output_hidden_states=True), rec.kept))
-    for more in ({"use_cache": False}, {}, {**ends_of(alone), "use_cache": False}):
+    ways = [{"use_cache": False}, {}, {**ends_of(alone), "use_cache": False}]
+    if brings_a_cache(tiny_vlm(family), alone[0]):
+        with pytest.raises(UnsupportedModelError, match="use_cache=False"):
+            run(model, row, **ways.pop(1))
+    for more in ways:
         with record(model) as rec:
             output = run(model, row, output_hidden_states=True, **more)
         assert output.get(CACHE_NAME) is None
@@ -87,6 +91,16 @@ def test_each_sample_is_what_it_is_alone(pair: tuple[str, Case], positions: str)
             close(states, single.hidden_states[4][0])
             for name, sets in kept.items():
                 assert [n for n in rec.kept[name][i].tolist() if n >= 0] == sets[0].tolist()
+
+
+def brings_a_cache(dense: PreTrainedModel, inputs: Inputs) -> bool:
+    """Whether the model around the language model makes a cache where the caller gives none."""
+    given = []
+    dense.get_decoder().register_forward_pre_hook(
+        lambda _, args, call: given.append(call[CACHE_NAME]), with_kwargs=True
+    )
+    run(dense, inputs)
+    return given[0] is not None
 
 
 @each_once
