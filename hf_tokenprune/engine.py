@@ -205,6 +205,18 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
     return tuple(effective)
 
 
+def plan_on(model: nn.Module, config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
+    """:func:`plan`, where :func:`prune` would take it too; ``model`` is not changed.
+
+    Raises:
+        UnsupportedModelError: the adapter refuses it.
+    """
+    stages, adapter = plan(config, shape), find_adapter(model)
+    if not adapter.states(model):  # blocks of a pruned model are no stock ones, which a check would refuse
+        adapter.check(model, stages, **options(config))
+    return stages
+
+
 def options(config: PruneConfig) -> dict[str, bool]:
     """What a config asks of the adapter besides its stages; empty for most."""
     return {name: True for name in ("exact_last_block", "restore") if getattr(config, name, False)}

@@ -18,7 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_tokenprune import PruneConfig, TransPruneConfig, prune, record
+from hf_tokenprune import FastVConfig, PruneConfig, TransPruneConfig, prune, record
 from hf_tokenprune.adapters.decoder import LAYER_CLASSES
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
@@ -438,3 +438,9 @@ def test_images_of_one_size_after_another() -> None:
             torch.equal(run(model, inputs).logits, logits) for inputs, logits in zip(batches, dense, strict=True)
         )
     assert AutoConfig.for_model(FAMILIES[1]).model_type == FAMILIES[1]
+
+
+def test_a_budget_for_what_is_refused_is_refused() -> None:
+    """Layers that are recurrent have no attention to read: no config for it either."""
+    with pytest.raises(UnsupportedModelError, match=r"linear_attention.*divprune"):
+        FastVConfig(layer=2).for_budget(tiny_vlm("qwen3_5"), keep=0.5)

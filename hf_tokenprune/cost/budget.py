@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..config import PruneConfig
-from ..engine import ConfigLike, as_config, counts, options, plan
+from ..engine import ConfigLike, as_config, counts, options, plan, plan_on
 from ..errors import ConfigError
 from ..signals import ModelShape, Shape
 from .model import counter
@@ -53,7 +53,7 @@ def config_within(
         config, lambda strength: config.by_rule(strength, shape), measure, limit, f"{name}={value:.4g}", unit
     )
     assert isinstance(found, type(config))
-    plan(found, shape)  # a config that is asked for and does nothing is an error
+    plan_on(model, found, shape)  # a config that is asked for and does nothing is an error, and what prune refuses
     return found
 
 

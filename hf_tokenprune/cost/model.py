@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan
+from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan_on
 from ..errors import ConfigError
 from ..signals import DecoderShape, Shape, Stage
 from .decoder import NEW_TOKENS, TEXT_TOKENS, GenerationCostReport, generation_cost
@@ -51,10 +51,7 @@ def cost(
     config = current_config(model) if config is None else as_config(config)
     dense = pruned = count(())
     if config is not None:
-        stages, adapter = plan(config, shape), find_adapter(model)
-        if not adapter.states(model):  # blocks of a pruned model are no stock ones, which a check would refuse
-            adapter.check(model, stages, **options(config))
-        pruned = count(stages, **options(config))
+        pruned = count(plan_on(model, config, shape), **options(config))
     if isinstance(shape, DecoderShape):
         size = shape.tower.image_size if shape.tower_images == 1 else image_size
         tokens = (text_tokens or TEXT_TOKENS, new_tokens or NEW_TOKENS, shape.image_tokens)
