@@ -69,8 +69,8 @@ def read_packed(kwargs: dict[str, Any], cache: Any, use_cache: bool, like: Tenso
     if cache is not None:
         raise UnsupportedModelError(
             f"position_ids start anew inside a row: {len(starts)} samples in {batch} row{'s' * (batch > 1)}, which a "
-            f"{type(cache).__name__} cannot keep apart. Leave the cache out, with use_cache=False, or give each sample a "
-            "row of its own"
+            f"{type(cache).__name__} cannot keep apart. Leave the cache out, with use_cache=False, or give each sample "
+            "a row of its own"
         )
     return packed_at(sorted(starts), batch, length, like.device)
 
