@@ -104,6 +104,7 @@ def _build(family: str, text: str | None, attention: str, overrides: dict[str, A
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 3,
+        **({"depth": 3} if hasattr(stock.vision_config, "depth") else {}),  # the same, which 5.17 knows by this name
         "num_attention_heads": 2,
         "image_size": 20,
         "patch_size": 4,

@@ -171,6 +171,7 @@ class AnswerObjective:
                     encoding.clear()
                     read = {name: value for name, value in output.items() if name not in STATES}
                     features[name] = type(output)(**read)
+                    features[name].pooler_output = output.pooler_output  # no field of it in Transformers 5.17
                 return features[name]
 
             return encoded
