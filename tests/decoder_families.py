@@ -71,11 +71,12 @@ def tiny_vlm(family: str, text: str | None = None, *, attention: str = "sdpa", *
     """
     if overrides:
         return _build(family, text, attention, overrides)
-    return copy.deepcopy(_built(family, text, attention))
+    return copy.deepcopy(built(family, text, attention))
 
 
 @functools.cache
-def _built(family: str, text: str | None, attention: str) -> PreTrainedModel:
+def built(family: str, text: str | None = None, attention: str = "sdpa") -> PreTrainedModel:
+    """What :func:`tiny_vlm` copies: one model for all tests, to be looked at and never changed."""
     return _build(family, text, attention, {})
 
 
@@ -229,7 +230,7 @@ def _is_free(field: dataclasses.Field) -> bool:
 @functools.cache
 def places(case: Case) -> frozenset[str]:
     """Where a method makes tokens leave: "vision_tower", "entrance", "after_block"."""
-    model = _built("llava", None, "sdpa")
+    model = built("llava")
     return frozenset(stage.where for stage in plan(case.config(model), adapter_of(model).shape(model)))
 
 
@@ -267,7 +268,7 @@ def may_renumber(family: str) -> bool:
 def is_refused(family: str, case: Case) -> bool:
     """Whether a family cannot have what a method wants: tokens that leave where it lets none leave, or at two; a CLS
     token."""
-    model = _built(family, None, "sdpa")
+    model = built(family)
     if case.parts is not None:
         return len(one_for_each_place(model)) < 2
     lacks_cls = case.method == "cls_attention" and not adapter_of(model).shape(model).tower.has_cls
@@ -288,7 +289,7 @@ ONCE = _once()
 """Every method on one of the families that support the most, and a stack of methods on the others, or what comes first
 where there is none: for what depends on neither the family nor on pairs."""
 
-ONCE_WITH_KEYS = [(family, case) for family, case in ONCE if not is_recurrent(_built(family, None, "sdpa"))]
+ONCE_WITH_KEYS = [(family, case) for family, case in ONCE if not is_recurrent(built(family))]
 """Of these, the families whose caches can be cut and taken apart."""
 
 REFUSED = [(family, case) for family in FAMILIES for case in CASES if is_refused(family, case)]

@@ -1,5 +1,6 @@
 """Tiny random vision models of every registered family, found without a list kept by hand."""
 
+import functools
 import importlib
 import inspect
 from collections.abc import Iterable
@@ -87,6 +88,10 @@ def tiny_model(family: str, cls: type[PreTrainedModel], attention: str = "sdpa",
     return model
 
 
+built = functools.cache(tiny_model)
+"""One model for all tests, to be looked at and never changed."""
+
+
 def refused(model: PreTrainedModel, config: PruneConfig) -> bool:
     """Whether the family, or the head of this model, lacks what the config needs."""
     adapter = get_adapter(model.config.model_type)
@@ -102,7 +107,7 @@ def fitting(
 ) -> list[tuple[tuple[str, type[PreTrainedModel]], PruneConfig]]:
     """Pairs of a model class with a config that it does not refuse: what is refused has tests of its own."""
     configs = list(configs)
-    models = [(family, tiny_model(*family)) for family in families]
+    models = [(family, built(*family)) for family in families]
     return [(family, config) for family, model in models for config in configs if not refused(model, config)]
 
 

@@ -156,6 +156,7 @@ def test_bench_reports_beside_the_ideal() -> None:
     assert "bfloat16" in text
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     data = json.loads(ok("demo", "--out", tmp_path, "--limit", 24, "--json"))
     for part, kind, some in (
@@ -280,6 +281,7 @@ def test_bench_splits_prefill_and_decode(llava: Path) -> None:
     assert "decode a token" in text and "bfloat16" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_info_and_bench_of_every_family(family: str, tmp_path: Path) -> None:
     """On a checkpoint in a folder, at a size where images may have any."""

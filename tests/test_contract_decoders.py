@@ -35,6 +35,7 @@ from .decoder_families import (
     Inputs,
     adapter_of,
     attached,
+    built,
     closed_places,
     collate,
     image_features,
@@ -359,7 +360,7 @@ class Probe(Stage):
         return Reduction((2 * torch.arange(n_keep)).expand(len(signals.tokens), -1))
 
 
-INSIDE = [text for text, family in OF_TEXT.items() if "after_block" not in closed_places(tiny_vlm(family, text))]
+INSIDE = [text for text, family in OF_TEXT.items() if "after_block" not in closed_places(built(family, text))]
 """Language models between whose layers tokens may leave."""
 
 
@@ -901,7 +902,7 @@ def test_cpu_offload(pair, order) -> None:
 WITH_NEWLINES = [
     (family, case)
     for family, case in SUPPORTED
-    if hasattr(tiny_vlm(family).model, "image_newline") and "newlines" in get_method(case.method).__dataclass_fields__
+    if hasattr(built(family).model, "image_newline") and "newlines" in get_method(case.method).__dataclass_fields__
 ]
 
 

@@ -34,11 +34,13 @@ from hf_tokenprune.tokens import with_protected
 
 from .families import (
     TINY,
+    built,
     first_tensor,
     images,
     inputs_for,
     methods_for,
     model_classes,
+    refused,
     snapshot,
     supported_classes,
     takes,
@@ -62,22 +64,18 @@ def configs() -> list[PruneConfig]:
         variants = [replace(config, where=place) for place in places] or [config]
         if hasattr(config, "salience"):  # the one that needs no CLS
             variants.append(replace(config, salience="contrast", exact_last_block=False))
-        found += [config for config in variants if plan(config, get_adapter("vit").shape(tiny_model(*FAMILIES[-1])))]
+        found += [config for config in variants if plan(config, get_adapter("vit").shape(built(*FAMILIES[-1])))]
     return found
 
 
 def fits(family: tuple[str, type[PreTrainedModel]], config: PruneConfig) -> bool:
     """Whether the family provides what the method needs; `prune` refuses the others, with a reason."""
-    try:
-        prune(tiny_model(*family), config)
-    except UnsupportedModelError:
-        return False
-    return True
+    return not refused(built(*family), config)
 
 
 def kind_of(config: PruneConfig) -> tuple[Any, ...]:
     """What matters to the machinery around a method: where it works, what is captured for it, whether it merges."""
-    stages = plan(config, get_adapter("vit").shape(tiny_model(*FAMILIES[-1])))
+    stages = plan(config, get_adapter("vit").shape(built(*FAMILIES[-1])))
     whole = any("attention" in stage.needs for stage in stages)
     return stages[0].where, whole, any(stage.merges for stage in stages), options(config).keys()
 
@@ -384,6 +382,7 @@ def count(calls: list[int], layer: int):
     return hook
 
 
+@pytest.mark.slow
 @every_kind
 def test_compiles_as_one_graph(family, config) -> None:
     model = prune(tiny_model(*family, num_hidden_layers=3), config)  # every layer is traced, which takes its time

@@ -9,18 +9,28 @@ from torch import Tensor
 
 from hf_tokenprune import prune, record
 
-from .decoder_families import FAMILIES, SUPPORTED, Case, attached, is_recurrent, run, stages_of, tiny_vlm
+from .decoder_families import (
+    FAMILIES,
+    SUPPORTED,
+    Case,
+    attached,
+    built,
+    is_recurrent,
+    run,
+    stages_of,
+    tiny_vlm,
+)
 from .decoder_prompts import sample
 from .decoder_visuals import family_of
 from .reference_decoder import Masked, reference
 from .test_contract_decoders import ONE_IMAGE
 
-WITH_MASKS = [pair for pair in SUPPORTED if not is_recurrent(tiny_vlm(pair[0]))]
+WITH_MASKS = [pair for pair in SUPPORTED if not is_recurrent(built(pair[0]))]
 
 
 def parts_for(family: str) -> list[str]:
     """One image, two of different sizes, a video where the family has them."""
-    kinds = family_of(tiny_vlm(family)).kinds
+    kinds = family_of(built(family)).kinds
     return [parts for parts in (ONE_IMAGE, "..I..i...", "..V...") if set(parts) <= {".", *kinds}]
 
 
@@ -50,10 +60,7 @@ def test_dropping_is_masking(pair: tuple[str, Case], parts: str) -> None:
 
 
 OFFSETS = [
-    (family, parts)
-    for family in FAMILIES
-    if hasattr(tiny_vlm(family).model, "rope_deltas")
-    for parts in parts_for(family)
+    (family, parts) for family in FAMILIES if hasattr(built(family).model, "rope_deltas") for parts in parts_for(family)
 ]
 
 

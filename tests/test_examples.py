@@ -95,6 +95,7 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llava(tmp_path_factory.mktemp("llava"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "left"),
     [
@@ -174,6 +175,7 @@ MAKES_THE_PACKAGE = (
 """Not to be copied by users, so they may be as long as they have to."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in MAKES_THE_PACKAGE)
 )

@@ -27,6 +27,7 @@ def classifier(config: PruneConfig, depth: int) -> Any:
     return prune(tiny_model("vit", ViTForImageClassification, num_hidden_layers=depth), config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
 def test_a_graph_of_any_batch_size_has_no_stable_sort_and_no_search(config: PruneConfig) -> None:
     """ONNX has no operator for them."""
@@ -76,6 +77,7 @@ def test_ties_go_to_the_lower_position(
         assert stable_order(values[:, :0]).shape == (5, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [EViTConfig(), ZeroTPruneConfig()], ids=lambda config: config.method)
 def test_counts_are_numbers_to_a_compiler_of_dynamic_shapes(config: PruneConfig) -> None:
     """As formulas of symbolic ratios they are nested floors, which it did not come back from simplifying."""

@@ -17,7 +17,18 @@ from hf_tokenprune.adapters.decoder.llava_next import LlavaNextAdapter
 from hf_tokenprune.errors import UnsupportedModelError
 from hf_tokenprune.registry import get_adapter
 
-from .decoder_families import FAMILIES, ONCE, SUPPORTED, Case, Inputs, lengths, run, sample, tiny_vlm
+from .decoder_families import (
+    FAMILIES,
+    ONCE,
+    SUPPORTED,
+    Case,
+    Inputs,
+    built,
+    lengths,
+    run,
+    sample,
+    tiny_vlm,
+)
 from .test_contract_decoders import close, id_of
 from .test_generate import greedy
 from .test_images_in_prompts import (
@@ -36,7 +47,7 @@ pytestmark = takes_features
 ALIKE = [family for family in FAMILIES if isinstance(get_adapter(family), (LlavaAdapter, LlavaNextAdapter))]
 """LLaVA and its kind, whose features are a sequence of images; what all families take is in test_images_in_prompts."""
 PAIRS = [pair for pair in dict.fromkeys([*ONCE, *((name, Case("divprune")) for name in ALIKE)]) if pair[0] in ALIKE]
-WITH_VIDEOS = [family for family in ALIKE if hasattr(tiny_vlm(family).config, "video_token_id")]
+WITH_VIDEOS = [family for family in ALIKE if hasattr(built(family).config, "video_token_id")]
 LOOKS_AROUND = [pair for pair in SUPPORTED if pair not in ALONE]
 """Methods of which what stays of an image depends on other images, or on text."""
 HINT = r"leave prefill_chunk_size out.*pooler_output as a tuple"
@@ -73,7 +84,7 @@ def test_generate_takes_features_like_pixels(pair, parts, made) -> None:
 
 
 @pytest.mark.parametrize("size", [(18, 18), (5, 20), (20, 7), (9, 9), (40, 31)])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if hasattr(tiny_vlm(family).model, "image_newline")])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if hasattr(built(family).model, "image_newline")])
 def test_one_image_of_any_size_in_a_list(family, size) -> None:
     """Its rows of patches tell that it is whole, and one."""
     model = tiny_vlm(family, image_grid_pinpoints=[[9, 9], [9, 18], [18, 9], [18, 18], [27, 27]])

@@ -73,6 +73,7 @@ def test_given_arm_drops_as_many_tokens_and_looks_at_none(family: str, case: Cas
             assert getattr(given, name) == getattr(stage, name)
 
 
+@pytest.mark.slow
 @EVERY_FAMILY
 def test_report_and_model_afterwards(family: str) -> None:
     model = tiny_vlm(family).train()

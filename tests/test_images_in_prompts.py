@@ -27,6 +27,7 @@ from .decoder_families import (
     Case,
     Inputs,
     adapter_of,
+    built,
     collate,
     image_features,
     is_image,
@@ -47,7 +48,7 @@ SIZES = [(18, 18), (5, 20), (20, 7), (40, 31), (26, 9)]
 
 
 def looks_at_each_image_alone(family: str, case: Case) -> bool:
-    model = tiny_vlm(family)
+    model = built(family)
     return not case.in_layers and all(stage.budget == "image" for stage in stages_of(model, case.config(model)))
 
 
@@ -57,7 +58,7 @@ ALONE = [pair for pair in SUPPORTED if looks_at_each_image_alone(*pair)]
 NEWLINES = [
     (family, case)
     for family, case in ALONE
-    if case.method in ("divprune", "visionzip") and hasattr(tiny_vlm(family).model, "image_newline")
+    if case.method in ("divprune", "visionzip") and hasattr(built(family).model, "image_newline")
 ]
 """A choice in the decoder and one in the tower, in families with newlines."""
 
@@ -155,7 +156,7 @@ def test_newlines_are_known_in_any_precision(pair, call, precision) -> None:
 @pytest.mark.parametrize("call", ["forward", "generate"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "family", [family for family, _ in NEWLINES if hasattr(tiny_vlm(family).config, "video_token_id")]
+    "family", [family for family, _ in NEWLINES if hasattr(built(family).config, "video_token_id")]
 )
 def test_newlines_of_videos(family, precision, call) -> None:
     """Where a family has any; an image beside them has its own."""
@@ -182,7 +183,7 @@ def test_newlines_of_videos(family, precision, call) -> None:
     assert rec.tokens[0] == int((~is_image(inputs)).sum()) + len(kept) + len(expected)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if hasattr(tiny_vlm(f).config, "image_grid_pinpoints")])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if hasattr(built(f).config, "image_grid_pinpoints")])
 @pytest.mark.parametrize("size", SIZES)
 def test_cost_counts_the_tokens_and_newlines_of_an_image_of_any_size(family, size) -> None:
     model = of_any_size(family)
@@ -370,7 +371,7 @@ def test_an_image_without_a_placeholder_is_an_error(pair) -> None:
     assert run(model, text).logits.isfinite().all(), "words alone pass"
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if len(adapter_of(tiny_vlm(f)).placeholders) > 1])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if len(adapter_of(built(f)).placeholders) > 1])
 def test_placeholders_of_a_kind_that_was_not_given_are_an_error(family) -> None:
     model = tiny_vlm(family)
     inputs = sample(model, "..I..V..")

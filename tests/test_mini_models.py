@@ -105,6 +105,7 @@ def test_llava_answers_questions_about_digits_it_has_not_seen(llava: Any, proces
     assert reported >= 95 and abs(100 * dense.overall.accuracy - reported) < 3, "the card is about 1000 questions"
 
 
+@pytest.mark.slow
 def test_clip_knows_which_digit_and_where(clip: Any) -> None:
     single = list(Mosaics(TEST, 200, single=True))
     processor = AutoProcessor.from_pretrained(CLIP_DIR)
@@ -139,6 +140,7 @@ def test_training_logs_end_where_the_cards_say() -> None:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, *CONFIGS])
 def test_batches_answer_what_single_questions_answer(llava: Any, processor: Any, name: str | None) -> None:
     questions = asked(3)

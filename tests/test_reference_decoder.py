@@ -6,7 +6,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import decoder_visuals
-from .decoder_families import DEPTH, run, tiny_vlm
+from .decoder_families import DEPTH, built, run, tiny_vlm
 from .decoder_prompts import collate, is_image, sample
 from .decoder_visuals import Inputs, family_of
 from .reference_decoder import Leaving, Masked, Reference, is_linear, reference
@@ -82,7 +82,7 @@ def test_with_nothing_dropped_the_references_are_the_stock_model(family) -> None
 
 
 @pytest.mark.parametrize("layers", [(-1,), (0,), (-1, 1, 5)], ids=str)
-@pytest.mark.parametrize("family", [family for family in FAMILIES if can_mask(tiny_vlm(family))])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if can_mask(built(family))])
 def test_dropping_is_masking(family, layers) -> None:
     """Of the two references, which share no forward."""
     model = tiny_vlm(family)

@@ -427,6 +427,7 @@ def test_what_search_refuses() -> None:
 # -- inputs without images -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_made_images_are_what_the_model_is_sure_of() -> None:
     digits = ViTForImageClassification.from_pretrained(MODEL_DIR).train()
     before, weights = snapshot(digits), [p.clone() for p in digits.parameters()]

@@ -39,7 +39,19 @@ from hf_tokenprune.search.strategies import STRATEGIES
 from hf_tokenprune.signals import DecoderShape
 
 from .counted_time import count_time, work
-from .decoder_families import FAMILIES, IMAGE, ONCE, SUPPORTED, Case, Inputs, adapter_of, collate, sample, tiny_vlm
+from .decoder_families import (
+    FAMILIES,
+    IMAGE,
+    ONCE,
+    SUPPORTED,
+    Case,
+    Inputs,
+    adapter_of,
+    built,
+    collate,
+    sample,
+    tiny_vlm,
+)
 from .families import snapshot
 from .llava_checkpoint import save_tiny_llava
 
@@ -190,6 +202,7 @@ def test_a_measurement_that_is_given_up_leaves_the_model_dense() -> None:
 # -- the space -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "case"), SUPPORTED, ids=str)
 @pytest.mark.parametrize("seed", range(2))
 def test_a_schedule_is_its_config(family: str, case: Case, seed: int) -> None:
@@ -335,7 +348,7 @@ def test_a_search_for_time_meets_its_budget(config: PruneConfig, monkeypatch: py
         assert result.cost == pytest.approx(work(prefill), rel=0.03), "a sum over layers is the whole"
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if adapter_of(tiny_vlm(name)).position_axes > 1])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if adapter_of(built(name)).position_axes > 1])
 def test_layers_that_differ_take_parts_of_what_is_timed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     count_time(monkeypatch)
     monkeypatch.setattr("hf_tokenprune.adapters.decoder._grids.USUAL_SIDE", 5)

@@ -24,7 +24,7 @@ from hf_tokenprune.methods.visionzip import VisionZipConfig
 from hf_tokenprune.registry import get_adapter
 from hf_tokenprune.signals import DecoderShape, Reduction, Signals, Stage
 
-from .decoder_families import FAMILIES, adapter_of, run, stages_of, tiny_vlm
+from .decoder_families import FAMILIES, adapter_of, built, run, stages_of, tiny_vlm
 from .decoder_prompts import of_images, of_videos, sample
 from .decoder_visuals import Inputs, family_of
 from .reference_llava_methods import best, naive_visionzip
@@ -44,7 +44,7 @@ PROMPTS = [
     (family, parts)
     for family in MERGING
     for parts in ("..I.i..", ".V..")
-    if set(parts) <= {".", *family_of(tiny_vlm(family)).kinds}
+    if set(parts) <= {".", *family_of(built(family)).kinds}
 ]
 WATCHING = "watching"
 SEEN: list[tuple[Any, Tensor, Tensor]] = []
@@ -193,7 +193,7 @@ def test_visionzip_is_the_naive_loop(family: str, parts: str, implementation: st
 
 
 @pytest.mark.parametrize(
-    "family", [name for name in MERGING if adapter_of(tiny_vlm(name)).shape(tiny_vlm(name)).tower.has_cls]
+    "family", [name for name in MERGING if adapter_of(built(name)).shape(built(name)).tower.has_cls]
 )
 def test_cls_attention_is_the_naive_loop(family: str) -> None:
     dense, model = tiny_vlm(family), tiny_vlm(family)
@@ -243,7 +243,7 @@ def test_as_many_stay_as_counted(family: str, parts: str) -> None:
     assert rec.kept["vision_tower"].shape == (1, 5 * len(number))
 
 
-OF_ANY_SIZE = [family for family in MERGING if family_of(tiny_vlm(family)).typed]
+OF_ANY_SIZE = [family for family in MERGING if family_of(built(family)).typed]
 
 
 @pytest.mark.parametrize("family", OF_ANY_SIZE)

@@ -77,6 +77,7 @@ def words(config: PruneConfig | None) -> str:
     return "dense" if config is None else f"pruned by {config}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("then", "now"), [(A, None), (A, B), (None, A), (A, A), (None, None)], ids=str)
 def test_going_on_with_another_pruning_is_said(
     then: PruneConfig | None, now: PruneConfig | None, callbacks: list[Any] | None, trained: Any, tmp_path: Path

@@ -8,7 +8,7 @@ from transformers import ViTForImageClassification
 from hf_tokenprune import DivPruneConfig, RandomConfig, TokenPruneError, prune, record
 from hf_tokenprune.pictures.kept import draw_kept, kept_sheet, to_image, visualize
 
-from .decoder_families import FAMILIES, run, tiny_vlm
+from .decoder_families import FAMILIES, built, run, tiny_vlm
 from .decoder_prompts import collate, sample
 from .decoder_visuals import family_of
 from .families import images, inputs_for, supported_classes, tiny_model
@@ -45,7 +45,7 @@ def test_sheet_shows_what_was_recorded(family) -> None:
                 assert (grey[x, y] < 150) == (patch in kept), (layer, row, patch)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if family_of(tiny_vlm(name)).typed])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if family_of(built(name)).typed])
 def test_tokens_of_a_vision_language_model_are_drawn_on_images_of_several_sizes(family: str) -> None:
     model = prune(tiny_vlm(family), DivPruneConfig(keep_ratio=0.4))
     batch = collate([sample(model, "..I."), sample(model, ".i")])
