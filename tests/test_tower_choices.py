@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_tokenprune import PruneStateError, UnsupportedModelError, prune, record, unprune
 from hf_tokenprune.adapters import _capture
-from hf_tokenprune.adapters._capture import CURRENT, received_attention
+from hf_tokenprune.adapters._capture import CURRENT, is_captured, received_attention
 from hf_tokenprune.engine import counts
 from hf_tokenprune.methods.cls_attention import ClsAttentionConfig
 from hf_tokenprune.methods.visionzip import VisionZipConfig
@@ -396,3 +396,14 @@ def test_checkpointed_towers_have_the_same_gradients(family: str) -> None:
     assert any(tower in name and gradient.any() for name, gradient in plain.items())
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_unprune_is_exact_whatever_the_config_says_by_then() -> None:
+    """The block that scores is the one that the config named when the model was pruned."""
+    model = prune(tiny_vlm("llava"), VisionZipConfig(dominant=3, contextual=2))
+    model.config.vision_feature_layer = 1
+    unprune(model)
+    dense = tiny_vlm("llava", vision_feature_layer=1)
+    inputs = sample(dense, "..I..")
+    assert torch.equal(run(model, inputs).logits, run(dense, inputs).logits)
+    assert not any(map(is_captured, model.modules()))

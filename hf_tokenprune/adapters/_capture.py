@@ -107,7 +107,7 @@ def enable_capture(attention: nn.Module, needs: frozenset[str] | None = None) ->
 
 def is_captured(attention: nn.Module) -> bool:
     """Whether :func:`enable_capture` has changed this module; a second method must not read through the first."""
-    return hasattr(attention.config, "token_prune_original")
+    return hasattr(getattr(attention, "config", None), "token_prune_original")
 
 
 def disable_capture(attention: nn.Module) -> None:

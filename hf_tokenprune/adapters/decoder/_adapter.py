@@ -11,28 +11,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ...signals import DecoderShape, ModelShape, Stage
-from .._capture import disable_capture
-from .._sizes import as_pair, head_dim, linear_macs, mlp_matrices
+from ...signals import Stage
+from .._capture import disable_capture, is_captured
 from .._swap import check_swappable, swap_class
 from ._entrance import CountProposals, EnterDecoder, LeaveDecoder
 from ._images import FindImages, GivenImages, ImageTokens
 from ._layer import LAYER_CLASSES, PrunedDecoderLayer
+from ._parts import DecoderParts
 from ._side_inputs import SideInputs
 from ._tower import (
     HAS_CLS,
     Choice,
     ChooseStates,
-    Squares,
     attach_tower,
     feature_block,
     scoring_attention,
-    tower_blocks,
 )
 
 
@@ -52,16 +48,9 @@ class DecoderState:
     recorder: Any = None
 
 
-class DecoderAdapter:
+class DecoderAdapter(DecoderParts):
     """Base of the adapters of vision-language models. One instance serves all models of its family."""
 
-    decoder_name: ClassVar[str] = "language_model"
-    tower_name: ClassVar[str] = "vision_tower"
-    connector_name: ClassVar[str] = "multi_modal_projector"
-    """What the parts of :meth:`inner` are called; with dots where one is inside another."""
-    position_axes: ClassVar[int] = 1
-    """Axes of the positions that tokens are rotated by: 3 where they tell time, row and column. Then every token keeps
-    its own: no number of tokens less would close the gap of one that left."""
     provides: ClassVar[frozenset[str]] = frozenset({"text_attention", "layer_scores"})
     tower_provides: ClassVar[frozenset[str]] = frozenset(
         {"attention", "cls_attention", "received_attention", "queries", "keys", "values"}
@@ -71,52 +60,6 @@ class DecoderAdapter:
     """Kinds of visual input, and the field of the model's config that names their placeholder token."""
     tower_grid: ClassVar[str] = ""
     """Why tokens cannot be chosen in the vision tower of this family; empty where they can."""
-
-    def shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> DecoderShape:
-        """Sizes of this model, for an image of ``image_size`` (height, width) pixels; None: of a usual size."""
-        inner = self.inner(model)
-        text = self.decoder(inner).config
-        kinds = getattr(text, "layer_types", None) or ()
-        tower_images, image_tokens, newline_tokens = self.image_tokens(model, image_size)
-        tower = self.tower_shape(model, image_size)
-        return DecoderShape(
-            depth=len(self.blocks(model)),
-            width=text.hidden_size,
-            mlp_width=text.intermediate_size,
-            num_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            head_dim=head_dim(text),
-            vocab_size=text.vocab_size,
-            tower=tower,
-            tower_images=tower_images,
-            tower_tokens=tower.num_patches // self.squares(model).side ** 2,
-            image_tokens=image_tokens,
-            projector_macs=linear_macs(*self.connectors(inner)),
-            newline_tokens=newline_tokens,
-            position_axes=self.position_axes,
-            token_macs=self.token_macs(model),
-            recurrent=frozenset(layer for layer, kind in enumerate(kinds) if kind == "linear_attention"),
-        )
-
-    def token_macs(self, model: PreTrainedModel) -> tuple[int, ...]:
-        """See :class:`DecoderShape`; empty for layers of attention and a gated MLP."""
-        return ()
-
-    def connectors(self, inner: Any) -> list[nn.Module]:
-        """What makes tokens of the language model of what the tower gives."""
-        return [inner.get_submodule(self.connector_name)]
-
-    def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
-        """(images the tower encodes, tokens in the decoder, newlines among them) of one image; None: a usual size."""
-        raise NotImplementedError
-
-    def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
-        """Sizes of the vision tower, for what it encodes of an image of ``image_size`` pixels."""
-        return tower_shape(self.tower(self.inner(model)))
-
-    def squares(self, model: PreTrainedModel) -> Squares:
-        """Which patches of the vision tower become one image token."""
-        return Squares()
 
     def scoring_block(self, model: PreTrainedModel) -> int:
         """Index of the block of the vision tower by whose attention tokens are chosen: that which makes the features.
@@ -140,20 +83,6 @@ class DecoderAdapter:
         drops_first = getattr(model.config, "vision_feature_select_strategy", None) == "default"
         return ChooseStates(stage, layer, has_cls, int(has_cls or drops_first), self.squares(model))
 
-    def image_inputs(
-        self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
-    ) -> dict[str, Tensor]:
-        """At random, what the processor returns besides text of prompts with one image each.
-
-        Args:
-            image_size: (height, width) in pixels of all images; None: a usual size.
-            placeholders: (B, T) bool, the tokens that stand for these images.
-        """
-        tower = self.tower_shape(model, image_size)
-        tower_images, _, _ = self.image_tokens(model, image_size)
-        shape = (len(placeholders) * tower_images, tower.num_channels, *tower.image_size)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
-
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """How many tokens each image of a forward of ``inner`` has, and which are newlines; in the prompts' order."""
         return given.as_encoded()
@@ -161,23 +90,6 @@ class DecoderAdapter:
     def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> SideInputs | None:
         """What is added to tokens between layers of the language model, taken out of the arguments of its ``call``."""
         return None
-
-    def inner(self, model: PreTrainedModel) -> Any:
-        """The model without its language modelling head: vision tower, projector, language model."""
-        return model.base_model
-
-    def decoder(self, inner: Any) -> Any:
-        """The language model, without its head."""
-        return inner.get_submodule(self.decoder_name)
-
-    def tower(self, inner: Any) -> Any:
-        """The vision tower."""
-        return inner.get_submodule(self.tower_name)
-
-    def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
-        """The decoder layers, in order."""
-        layers: nn.ModuleList = self.decoder(self.inner(model)).layers
-        return layers
 
     def check(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> None:
         """Raise UnsupportedModelError where image tokens cannot leave; changes nothing."""
@@ -252,7 +164,9 @@ class DecoderAdapter:
         for handle in state.handles:
             handle.remove()
         if any(stage.where == "vision_tower" for stage in state.stages):
-            disable_capture(scoring_attention(self.tower(inner), self.scoring_block(model)))
+            for module in self.tower(inner).modules():
+                if is_captured(module):  # of a block that the config may no longer name
+                    disable_capture(module)
         for block in self.blocks(model):
             if isinstance(block, PrunedDecoderLayer):
                 swap_class(block, block.stock_class)
@@ -271,23 +185,3 @@ class DecoderAdapter:
             yield
         finally:
             state.recorder = former
-
-
-def tower_shape(tower: Any) -> ModelShape:
-    """Sizes of a vision tower; its head is not used."""
-    config = tower.config
-    blocks = tower_blocks(tower)
-    return ModelShape(
-        depth=len(blocks),
-        width=config.hidden_size,
-        mlp_width=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        image_size=as_pair(config.image_size),
-        patch_size=as_pair(config.patch_size),
-        num_channels=config.num_channels,
-        num_protected=int(HAS_CLS.get(config.model_type, False)),
-        has_cls=HAS_CLS.get(config.model_type, False),
-        head_macs=0,
-        mlp_matrices=mlp_matrices(blocks[0]),
-    )
