@@ -1,7 +1,7 @@
 """What a method sees (``ModelShape``, ``Signals``), what it is in a layer (``Stage``), what it returns (``Reduction``).
 
 Axes: B batch, P protected tokens (always the first ones), N prunable tokens, H heads, D width, d head width, n kept,
-R rows of text, K layers.
+R rows of text, K layers, F frames.
 """
 
 from collections.abc import Callable
@@ -134,8 +134,18 @@ class Signals:
         text_attention: decoders: (B, H, R, N) float32, the share of each image token in the attention of R rows of text
             (softmax over all keys), as ``Stage.text_rows`` asks. Rows are aligned at the end: the last one is the last
             token of the sample.
-        text_mask: (B, R) bool: which rows of ``text_attention`` are text of this sample, not filling.
+        text_mask: (B, R) bool: which rows of text are text of this sample that ``Stage.text_rows`` names, not filling.
         layer_scores: decoders: (B, K, N) float32, what ``Stage.observe`` returned in the layers ``Stage.observes``.
+        tower_features: vision towers of decoders: (B, N, D') the states that the projector or merger reads of each
+            token, averaged over its patches.
+        earlier_attention: vision towers of decoders: (B, H, P + N) float32, ``received_attention`` of the block
+            ``Stage.earlier_block``.
+        text: decoders: (B, R, D) the states (at the entrance: embeddings) of the same rows of text as in
+            ``text_attention``.
+        text_keys: decoders: (B, H', R, d) keys of these rows in the attention that ``Stage.text_rows`` names, rotated;
+            ``keys`` (B, H', N, d) are those of the image tokens.
+        text_scores: decoders: (B, R) float32, what ``Stage.rate_text`` returned at the entrance.
+        frames: decoders: F, the frames of which ``tokens`` has equally many each, one after the other; 1: an image.
     """
 
     tokens: Tensor
@@ -152,6 +162,12 @@ class Signals:
     text_mask: Tensor | None = None
     layer_scores: Tensor | None = None
     received_attention: Tensor | None = None
+    tower_features: Tensor | None = None
+    earlier_attention: Tensor | None = None
+    text: Tensor | None = None
+    text_keys: Tensor | None = None
+    text_scores: Tensor | None = None
+    frames: int = 1
 
     def need(self, name: str) -> Tensor:
         """The tensor called ``name``; it is there if ``Stage.needs`` has it."""
@@ -182,7 +198,7 @@ class Reduction:
         merged: (B, m) int64, positions of tokens that are merged into a survivor; None: the others just leave.
         into: (B, m) int64, the place in ``keep`` of that survivor.
         weights: (B, N) float32.
-        tokens: (B, n, D) new states of the tokens at ``keep`` instead, in the vision tower of a decoder.
+        tokens: (B, n, D) new states of the tokens at ``keep`` instead, in a decoder or its vision tower.
     """
 
     keep: Tensor
@@ -213,15 +229,16 @@ class Transition:
 
 @dataclass(frozen=True)
 class TextRows:
-    """Which rows of whose attention a stage in a decoder reads.
+    """Which rows of text a stage in a decoder reads, and in whose attention.
 
     Attributes:
-        rows: "last" token of the sample, or all "text" behind its last image.
+        rows: "last" token of the sample; all "text" behind its last image; of that the "question", which is what is no
+            special token (where nothing is left, of all text); or "all" tokens that are of no image.
         layer: the attention of the stage's "own" layer, or of the "next" one (on what leaves this one).
     """
 
-    rows: Literal["last", "text"]
-    layer: Literal["own", "next"]
+    rows: Literal["last", "text", "question", "all"]
+    layer: Literal["own", "next"] = "own"
 
 
 @dataclass(frozen=True)
@@ -251,6 +268,8 @@ class Stage:
     """What "text_attention" is, for a stage that needs it."""
     merges: ClassVar[bool] = False
     """Whether tokens are merged, so that sizes are kept."""
+    videos_only: ClassVar[bool] = False
+    """Whether images, which are no videos, stay whole."""
 
     @property
     def proportional(self) -> bool:
@@ -273,6 +292,16 @@ class Stage:
         return frozenset()
 
     @property
+    def reads_question(self) -> bool:
+        """Whether what stays depends on the text of the prompt: then it stays for all later questions too."""
+        return any("text" in name for name in self.needs)
+
+    @property
+    def earlier_block(self) -> int:
+        """Of a stage that needs "earlier_attention", the block of the vision tower that it is of."""
+        raise NotImplementedError
+
+    @property
     def observes(self) -> tuple[int, ...]:
         """Decoder layers up to this one whose :class:`Transition` the stage turns into a score."""
         return ()
@@ -281,9 +310,22 @@ class Stage:
         """(B, T) float32 scores of one observed layer; they come back as ``Signals.layer_scores``."""
         raise NotImplementedError
 
+    def rate_text(self, images: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """(B, R) float32 scores of text, from what enters the decoder: they come back as ``Signals.text_scores``.
+
+        Args:
+            images: (B, N, D) embeddings of all image tokens of a sample.
+            text: (B, R, D) embeddings of its text, as ``text_rows`` asks; ``text_mask`` (B, R): not filling.
+        """
+        raise NotImplementedError
+
     def num_kept(self, num_prunable: int) -> int:
         """How many of ``num_prunable`` tokens stay. A function of sizes only, so that shapes stay static."""
         raise NotImplementedError
+
+    def num_kept_of(self, num_prunable: int, frames: int) -> int:
+        """The same where the tokens are of so many frames."""
+        return self.num_kept(num_prunable)
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
         """Choose ``n_keep`` tokens for every sample on its own: samples of a batch do not influence each other."""

@@ -62,7 +62,7 @@ class Capture:
         """
         attention = tuple(piece.to(tokens.device) for piece in self.attention) or None
         last = self.found[-1] if self.found else {}
-        found = {name: tensor.to(tokens.device) for name, tensor in last.items()}
+        found: dict[str, Any] = {name: tensor.to(tokens.device) for name, tensor in last.items()}
         return Signals(tokens, inputs, num_protected, has_cls, attention, sizes=sizes, **found)
 
 
