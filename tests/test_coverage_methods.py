@@ -430,7 +430,14 @@ def test_the_order_follows_the_tokens(function, batch) -> None:
     features, order = batch["features"], torch.randperm(40, generator=torch.Generator().manual_seed(3))
     if function is cdpruner:  # all weights are equal, so the first choice is the first token
         order = torch.cat([order[order == 0], order[order != 0]])
-    assert torch.equal(order[function(features[:, order], 12)], function(features, 12))
+    found, permuted = function(features, 12), order[function(features[:, order], 12)]
+    if function is scope:  # where two tokens gain the same, the lower position decides
+        similar = cosines(features)
+        for row in range(3):
+            cover = similar[row].tolist()
+            assert covered(cover, found[row].tolist()) == pytest.approx(covered(cover, permuted[row].tolist()))
+    else:
+        assert torch.equal(permuted, found)
 
 
 @every_function

@@ -14,6 +14,9 @@ from ..errors import TokenPruneError
 NEGLIGIBLE = 1e-6
 """Relative differences of float32 scores that may be rounding: what spans less is taken as constant."""
 
+SAME_GAIN = 1e-5
+"""Relative differences in what tokens gain that count as a tie."""
+
 
 def check_count(n_keep: int, num_tokens: int) -> None:
     """Raise TokenPruneError unless ``n_keep`` of ``num_tokens`` can be chosen one after the other."""
@@ -21,6 +24,7 @@ def check_count(n_keep: int, num_tokens: int) -> None:
         raise TokenPruneError(f"n_keep={n_keep}: expected 1 <= n_keep <= {num_tokens}, the number of tokens")
 
 
+@torch.no_grad()
 def unit(features: Tensor) -> Tensor:
     """(B, N, D) float32 of length 1; a zero vector stays one, so that its cosine with everything is 0."""
     return F.normalize(features.float(), dim=-1)
@@ -53,6 +57,7 @@ def centred(features: Tensor) -> Tensor:
     return torch.where(size > rounding, offset, 0.0)
 
 
+@torch.no_grad()
 def maximize_coverage(similarity: Tensor, n_keep: int, saliency: Tensor | None = None) -> Tensor:
     """Greedy choice of tokens that cover all rows: each row counts by the chosen token that is most similar to it.
 
@@ -79,7 +84,9 @@ def maximize_coverage(similarity: Tensor, n_keep: int, saliency: Tensor | None =
         gain = torch.sub(similarity, covered.unsqueeze(1), out=room).relu_().sum(2)
         if saliency is not None:
             gain = gain * saliency
-        token = (gain + open_).argmax(1)
+        score = gain + open_
+        # Two tokens that improve only each other gain the same but for rounding, which must not decide.
+        token = (score >= score.amax(1, keepdim=True) * (1 - SAME_GAIN)).to(torch.uint8).argmax(1)
         chosen.append(token)
         open_.scatter_(1, token.unsqueeze(1), -math.inf)
         covered = torch.maximum(covered, similarity[rows, token])
