@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from .engine import prune, pruned, unprune
     from .errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
     from .methods.ats import ATSConfig
+    from .methods.cdpruner import CDPrunerConfig
     from .methods.cls_attention import ClsAttentionConfig
     from .methods.divprune import DivPruneConfig
     from .methods.evit import EViTConfig
     from .methods.exact import ExactConfig
     from .methods.fastv import FastVConfig
+    from .methods.mmtok import MMTokConfig
     from .methods.pitome import PiToMeConfig
     from .methods.pyramiddrop import PyramidDropConfig
     from .methods.random import RandomConfig
     from .methods.salience_merge import SalienceMergeConfig
+    from .methods.scope import ScopeConfig
     from .methods.stack import StackConfig
     from .methods.tome import ToMeConfig
     from .methods.transprune import TransPruneConfig
@@ -40,12 +43,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATSConfig",
+    "CDPrunerConfig",
     "ClsAttentionConfig",
     "ConfigError",
     "DivPruneConfig",
     "EViTConfig",
     "ExactConfig",
     "FastVConfig",
+    "MMTokConfig",
     "PiToMeConfig",
     "Preset",
     "PruneConfig",
@@ -53,6 +58,7 @@ __all__ = [
     "PyramidDropConfig",
     "RandomConfig",
     "SalienceMergeConfig",
+    "ScopeConfig",
     "StackConfig",
     "ToMeConfig",
     "TokenPruneError",
@@ -82,15 +88,18 @@ _NAMES = {
     "engine": ("prune", "pruned", "unprune"),
     "errors": ("ConfigError", "PruneStateError", "TokenPruneError", "UnsupportedModelError"),
     "methods.ats": ("ATSConfig",),
+    "methods.cdpruner": ("CDPrunerConfig",),
     "methods.cls_attention": ("ClsAttentionConfig",),
     "methods.divprune": ("DivPruneConfig",),
     "methods.evit": ("EViTConfig",),
     "methods.exact": ("ExactConfig",),
     "methods.fastv": ("FastVConfig",),
+    "methods.mmtok": ("MMTokConfig",),
     "methods.pitome": ("PiToMeConfig",),
     "methods.pyramiddrop": ("PyramidDropConfig",),
     "methods.random": ("RandomConfig",),
     "methods.salience_merge": ("SalienceMergeConfig",),
+    "methods.scope": ("ScopeConfig",),
     "methods.stack": ("StackConfig",),
     "methods.tome": ("ToMeConfig",),
     "methods.transprune": ("TransPruneConfig",),
