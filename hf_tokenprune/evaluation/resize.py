@@ -30,17 +30,21 @@ Count = Callable[[Any, int, int], int]
 
 
 class Choice(NamedTuple):
-    """``settings`` of the image processor, and the ``scale`` of the picture's sides that it is given."""
+    """``settings`` of the image processor, and the ``scale`` of the picture's sides that it is given.
+
+    Not for pictures whose longer side would be below ``least``: smaller ones lose detail and no tokens.
+    """
 
     settings: dict[str, Any]
     scale: float = 1.0
+    least: int = 1
 
 
 class Plan(NamedTuple):
     """What becomes of a picture.
 
     Attributes:
-        usual, kept: its tokens, as the processor makes them for it; markers between rows or tiles count.
+        usual, kept: its tokens, as the processor makes them; those that end its rows (Mistral 3) count.
         size: (height, width) in pixels that the picture is given to the processor in.
         settings: of the image processor.
     """
@@ -113,6 +117,8 @@ class _Resizer:
             least = usual = self.count(self.processor, height, width)
             for choice in self.choices:
                 size = max(1, round(height * choice.scale)), max(1, round(width * choice.scale))
+                if choice.scale < 1 and max(size) < choice.least:
+                    continue
                 kept = self.count(with_settings(self.processor, choice.settings), *size)
                 if kept <= self.keep_ratio * usual:
                     break
@@ -157,7 +163,13 @@ class _Resized:
                 f"one a call ({settings}, ...); give one image a call (batch_size=1)"
             )
         resizer.made += plans
-        return with_settings(resizer.processor, settings)(images, *args, **kwargs)
+        inputs = with_settings(resizer.processor, settings)(images, *args, **kwargs)
+        if (numbers := inputs.get("batch_num_images")) is not None and max(numbers) > 1:
+            raise TokenPruneError(
+                f"{type(resizer.processor).__name__} cuts no tiles of several images of one prompt, so there are none "
+                "to save; give one image a prompt"
+            )
+        return inputs
 
     def plan(self, height: int, width: int) -> Plan:
         """What becomes of a picture of so many pixels.
@@ -190,24 +202,22 @@ def with_settings(processor: Any, settings: dict[str, Any]) -> Any:
 def _ways(processor: Any, keep_ratio: float, patch_size: int | tuple[int, int] | None) -> tuple[Count, list[Choice]]:
     """How tokens are counted, and what can be done, from most tokens to fewest. What it is made for comes first."""
     pictures = getattr(processor, "image_processor", processor)
+    if most := getattr(pictures, "max_num_patches", None):
+        return _most_patches, [Choice({}), Choice({"max_num_patches": max(1, int(keep_ratio * most))})]
     size = getattr(pictures, "size", None)
     if size is None:
         raise TokenPruneError(f"{type(pictures).__name__} has no size to change; give a processor of images")
-    if most := getattr(pictures, "max_num_patches", None):
-        return (
-            lambda given, *_: int(getattr(given, "image_processor", given).max_num_patches),
-            [Choice({}), Choice({"max_num_patches": max(1, int(keep_ratio * most))})],
-        )
     if hasattr(pictures, "max_patches"):
-        tiles = [Choice({"max_patches": number}) for number in range(pictures.max_patches - 1, 0, -1)]
-        return _all_tokens, [Choice({}), *tiles]
+        numbers = range(pictures.max_patches - 1, 0, -1)
+        return _tokens_of_tiles, [Choice({}), *(Choice({"max_patches": number}) for number in numbers)]
     if getattr(pictures, "max_image_size", None):
         side = pictures.max_image_size["longest_edge"]
         edges = range((size["longest_edge"] - 1) // side * side, 0, -side)
-        return _tokens_of_tiles, [Choice({}), *(Choice({"size": type(size)(longest_edge=edge)}) for edge in edges)]
+        return _tokens_of_rows, [Choice({}), *(Choice({"size": type(size)(longest_edge=edge)}) for edge in edges)]
     crop = getattr(pictures, "crop_size", None) if getattr(pictures, "do_center_crop", False) else None
     cropped = crop or size
-    if not getattr(pictures, "image_grid_pinpoints", None) and "height" in cropped and "width" in cropped:
+    tiles_fit = getattr(pictures, "image_grid_pinpoints", None)
+    if not tiles_fit and "height" in cropped and "width" in cropped:
         patch = patch_size or getattr(processor, "patch_size", None)
         if patch is None:
             raise TokenPruneError(f"{type(processor).__name__} does not know the model's patches; give patch_size")
@@ -221,7 +231,8 @@ def _ways(processor: Any, keep_ratio: float, patch_size: int | tuple[int, int] |
     if keep_ratio < 1 and "shortest_edge" in size and "longest_edge" in size:  # a least size; pixels or a side
         least = max(1, int(keep_ratio * size["shortest_edge"]))
         settings = {"size": type(size)(**{**dict(size), "shortest_edge": least})}
-    smaller = [Choice(settings, step / STEPS) for step in range(STEPS - 1, 0, -1)]
+    tile = min(dict(size).values()) if tiles_fit else 1
+    smaller = [Choice(settings, step / STEPS, tile) for step in range(STEPS - 1, 0, -1)]
     return _all_tokens, [Choice({}), *smaller]
 
 
@@ -248,10 +259,19 @@ def _smaller(size: Any, crop: Any, patch: tuple[int, int]) -> tuple[Count, list[
     return count, choices
 
 
+def _most_patches(processor: Any, *_: int) -> int:
+    return int(getattr(processor, "image_processor", processor).max_num_patches)
+
+
 def _all_tokens(processor: Any, height: int, width: int) -> int:
     return int(processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0])
 
 
 def _tokens_of_tiles(processor: Any, height: int, width: int) -> int:
+    tiles = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_patches"][0]
+    return int(tiles * processor.image_seq_length)
+
+
+def _tokens_of_rows(processor: Any, height: int, width: int) -> int:
     tiles, _, _ = processor.image_processor.get_number_of_image_patches(height, width)
     return max(1, tiles) * int(processor.image_seq_len)
