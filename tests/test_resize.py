@@ -13,6 +13,7 @@ from transformers import DeiTImageProcessorPil, Siglip2ImageProcessorPil, ViTIma
 from typer.testing import CliRunner
 
 from hf_tokenprune.cli import app
+from hf_tokenprune.cost import cost
 from hf_tokenprune.errors import TokenPruneError
 from hf_tokenprune.evaluation import (
     collect_answers,
@@ -25,8 +26,10 @@ from hf_tokenprune.evaluation import (
     load_questions,
     resized,
 )
+from hf_tokenprune.evaluation.run import macs_of, resizes
 
 from .clip_checkpoint import tiny_clip
+from .decoder_families import tiny_vlm
 from .decoder_visuals import FAMILIES
 from .families import first_tensor, inputs_for, snapshot, supported_classes, takes, tiny_model
 from .llava_checkpoint import save_photo, save_tiny_llava
@@ -379,11 +382,34 @@ def test_eval_adds_rows(tmp_path: Path) -> None:
 
 
 def test_macs_of_a_resized_encoder_are_those_of_its_size() -> None:
-    from hf_tokenprune.cost import cost
-    from hf_tokenprune.evaluation.run import macs_of, resizes
-
     (family, cls) = next(each for each in supported_classes() if each[1].__name__ == "ViTForImageClassification")
     model = tiny_model(family, cls)
     small = resizes(model, ENCODERS[1][0], [0.6, 1])
     dense, fewer, same = macs_of(model, {}, small=small).values()
     assert dense == same and fewer == cost(model, image_size=(24, 24)).dense.macs
+
+
+def test_macs_of_a_resized_llava_are_those_of_one_made_for_the_size() -> None:
+    model, smaller = (tiny_vlm("llava", vision_config={"patch_size": 14, "image_size": side}) for side in (56, 42))
+    small = resizes(model, processor_of("llava"), [0.6, 1])
+    dense, fewer, same = macs_of(model, {}, 10, small).values()
+    assert dense == same and fewer == cost(smaller, text_tokens=10).dense.macs
+
+
+def test_macs_of_a_resized_qwen_are_those_of_the_smaller_picture() -> None:
+    model, processor = model_of("qwen2_5_vl"), copy.copy(processor_of("qwen2_5_vl"))
+    side = cost(model).image_size
+    assert side is not None
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.size = {"shortest_edge": 784, "longest_edge": side[0] * side[1]}
+    small = resizes(model, processor, [0.25])
+    dense, fewer = macs_of(model, {}, 10, small).values()
+    half = (side[0] // 2, side[1] // 2)
+    assert fewer == cost(model, image_size=half, text_tokens=10).dense.macs < dense
+
+
+@pytest.mark.parametrize("family", [family for family in AVAILABLE if family in ("llava_next", "internvl", "smolvlm")])
+def test_macs_of_tiles_are_not_made_up(family: str) -> None:
+    """How many an image has depends on it."""
+    model = model_of(family)
+    assert list(macs_of(model, {}, 10, resizes(model, processor_of(family), [0.8]))) == ["dense"]
