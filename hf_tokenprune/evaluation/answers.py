@@ -202,6 +202,7 @@ def evaluate_answers(
     prompt: str | None = None,
     accelerator: Any = None,
     progress: bool = True,
+    processors: Mapping[str, Any] | None = None,
 ) -> AnswersReport:
     """Ask a vision-language model as it is and within each variant the same questions, in turn on every batch.
 
@@ -209,6 +210,7 @@ def evaluate_answers(
         variants: name -> function that makes a context manager, in which ``model`` is changed: for example
             ``{"DivPrune": lambda: pruned(model, config)}``. It is entered anew for every batch.
         macs: multiply-adds of the prefill of ``"dense"`` and of the variants; any may be left out.
+        processors: by name of a variant, what makes its inputs in place of ``processor``; see `resized`.
 
     The other arguments are those of `collect_answers`.
 
@@ -216,9 +218,10 @@ def evaluate_answers(
         TokenPruneError: see `AnswersReport.from_answers`; names are checked before anything runs. And what
             `collect_answers` raises.
     """
-    check_names(variants, macs or {})
+    check_names(variants, macs or {}, processors or {})
+    every = {DENSE: processor, **(processors or {})}
     texts, turns, counts = _ask(
-        model, questions, processor, variants, batch_size, max_new_tokens, prompt, accelerator, progress, "answer"
+        model, questions, every, variants, batch_size, max_new_tokens, prompt, accelerator, progress, "answer"
     )
     slowest = turns.slowest()
     dense, *runs = ((name, Answers(tuple(own), sum(slowest[name]))) for name, own in texts.items())
@@ -260,7 +263,7 @@ def collect_answers(
         ImportError: `accelerate` is not installed.
     """
     texts, turns, _ = _ask(
-        model, questions, processor, {}, batch_size, max_new_tokens, prompt, accelerator, progress, desc
+        model, questions, {DENSE: processor}, {}, batch_size, max_new_tokens, prompt, accelerator, progress, desc
     )
     return Answers(tuple(texts[DENSE]), sum(turns.slowest()[DENSE]))
 
@@ -268,7 +271,7 @@ def collect_answers(
 def _ask(
     model: nn.Module,
     questions: QuestionDataset,
-    processor: Any,
+    processors: Mapping[str, Any],
     variants: Variants,
     batch_size: int,
     max_new_tokens: int,
@@ -284,17 +287,18 @@ def _ask(
         raise UnsupportedModelError(
             f"{type(model).__name__} has no generate(); load it with AutoModelForImageTextToText"
         )
-    prompt_of = prompts(processor, prompt)
+    prompt_of = prompts(processors[DENSE], prompt)
     accelerator = accelerator or accelerate.Accelerator()
 
     def collate(samples: Sequence[AskedSample]) -> Any:
-        return processor(
-            images=[sample["image"] for sample in samples],
-            text=[prompt_of(sample["question"]) for sample in samples],
-            padding=True,
-            padding_side="left",  # every prompt ends where its answer begins
-            return_tensors="pt",
-        )
+        given: dict[str, Any] = {
+            "images": [sample["image"] for sample in samples],
+            "text": [prompt_of(sample["question"]) for sample in samples],
+            "padding": True,
+            "padding_side": "left",  # every prompt ends where its answer begins
+            "return_tensors": "pt",
+        }
+        return {name: dict(processor(**given)) for name, processor in processors.items()}
 
     loader = batches(questions, batch_size, collate, accelerator)
     place(model, accelerator)
@@ -302,14 +306,20 @@ def _ask(
     counts: list[int] = []
     texts: dict[str, list[str]] = {name: [] for name in turns.arms}
     for batch in tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process)):
-        inputs = in_dtype_of(model, dict(batch))
-        generate = partial(answer, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        inputs = {name: in_dtype_of(model, made) for name, made in batch.items()}
+        generate = partial(_generate, answer, inputs, max_new_tokens)
         if not counts:
             turns.warm_up(generate)
         for name, tokens in turns.take(generate).items():
-            answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers = processors[DENSE].batch_decode(tokens, skip_special_tokens=True)
             # Drops what was repeated to give every process a full last batch.
             own = accelerator.gather_for_metrics([text.strip() for text in answers], use_gather_object=True)
             texts[name] += own
         counts.append(len(own))
     return texts, turns, counts
+
+
+def _generate(answer: Callable[..., Tensor], inputs: Mapping[str, dict[str, Tensor]], most: int, arm: str) -> Tensor:
+    """New tokens of an arm: behind its own prompt, or behind that of the dense one."""
+    given = inputs.get(arm, inputs[DENSE])
+    return answer(**given, max_new_tokens=most, do_sample=False)[:, given["input_ids"].shape[1] :]
