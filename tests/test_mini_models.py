@@ -3,6 +3,7 @@ count right."""
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,12 +193,19 @@ def test_report_counts_by_kind() -> None:
     assert second.overall.interval is not None and second.overall.interval[0] < 0 < second.overall.interval[1]
     assert second.agreement == pytest.approx(1 / 3) and first.agreement is None
     assert (second.speed_up, second.ideal_speed_up) == (None, 4.0), "they took no turns"
+    assert (second.kl, second.kl_interval) == (None, None), "nobody measured it"
     assert first.questions_per_second is None and first.overall.difference is None
     assert "| x | y |" in report.to_markdown() and json.loads(json.dumps(report.to_dict()))["questions"] == 3
     with pytest.raises(TokenPruneError, match="2 answers to 3 questions"):
         AnswersReport.from_answers(questions, dense, {"short": Answers(("a", "b"), 1.0)})
     with pytest.raises(TokenPruneError, match="called 'dense'"):
         AnswersReport.from_answers(questions, dense, {"dense": other})
+    report = AnswersReport.from_answers(questions, dense, {"other": replace(other, kl=(0.25, 0.0, 0.5))})
+    assert report.rows[1].kl == 0.25 and report.rows[0].kl is None
+    assert report.rows[1].kl_interval == pytest.approx((0.0, 0.25 + 1.96 * 0.25 / 3**0.5), rel=1e-4), "cut at 0"
+    assert "0.25 [0, 0.533]" in report.summary()
+    with pytest.raises(TokenPruneError, match="2 values of KL to 3 questions"):
+        AnswersReport.from_answers(questions, dense, {"short": replace(other, kl=(0.0, 0.0))})
 
 
 def test_prompts(llava: Any, processor: Any, clip: Any) -> None:
@@ -250,9 +258,11 @@ def test_eval_of_llava_is_exact_match(folder: Path) -> None:
     assert data["questions"] == 10 and list(data["rows"][0]["kinds"]) == list(KINDS)
     assert data["rows"][0]["overall"]["accuracy"] >= 0.9
     assert all(0.55e9 < row["macs"] <= 0.6e9 for row in data["rows"][1:])
+    assert all(row["kl_interval"][0] <= row["kl"] <= row["kl_interval"][1] for row in data["rows"][1:])
     assert PruneConfig.from_dict(data["configs"]["divprune@0.6"]).method == "divprune"
     text = CliRunner().invoke(app, [*arguments, "--limit", "5", "--markdown"])
     assert "5 questions" in text.stdout and "| run | all | vs dense | what |" in text.stdout
+    assert "| agreement % | KL |" in text.stdout and "KL(dense || run) of the next token" in text.stdout
     for option, words in (
         (["--class-names", str(folder / "questions.jsonl")], "--class-names has no effect on a vision-language model"),
         (["--prompt", "no place"], "has no {}"),
@@ -270,6 +280,9 @@ def test_two_processes_give_the_same_answers(folder: Path) -> None:
     for one, two in zip(alone["rows"], together["rows"], strict=True):
         for key in ("name", "overall", "kinds", "agreement", "macs"):
             assert one[key] == two[key]
+        assert (one["kl"] is None) == (two["kl"] is None) == (one["name"] == "dense")
+        if one["kl"] is not None:  # batches are of other questions, so sums have another order
+            assert [two["kl"], *two["kl_interval"]] == pytest.approx([one["kl"], *one["kl_interval"]], rel=1e-3)
 
 
 def test_a_broken_image_is_named(llava: Any, processor: Any, tmp_path: Path) -> None:
