@@ -26,7 +26,7 @@ pytest.importorskip("accelerate")
 from hf_tokenprune import PruneConfig, TransPruneConfig, list_methods, pruned, record
 from hf_tokenprune.cli import app
 from hf_tokenprune.cost import cost
-from hf_tokenprune.demo.mosaics import CLIP_DIR, EMPTY, LLAVA_DIR, Mosaics, digit_pictures
+from hf_tokenprune.demo.mosaics import CLIP_DIR, EMPTY, LLAVA_DIR, Layout, Mosaics, digit_pictures
 from hf_tokenprune.demo.questions import KINDS, POSITIONS, MosaicQuestions, most_frequent, number_captions
 from hf_tokenprune.demo.run import decoder_configs
 from hf_tokenprune.errors import DataError, TokenPruneError, UnsupportedModelError
@@ -63,8 +63,8 @@ def processor() -> Any:
     return AutoProcessor.from_pretrained(LLAVA_DIR)
 
 
-def asked(n: int) -> QuestionDataset:
-    return load_questions(list(MosaicQuestions(Mosaics(TEST, n))))
+def asked(n: int, layout: Layout = "crowded") -> QuestionDataset:
+    return load_questions(list(MosaicQuestions(Mosaics(TEST, n, layout=layout))))
 
 
 def card(folder: Path) -> str:
@@ -104,6 +104,13 @@ def test_llava_answers_questions_about_digits_it_has_not_seen(llava: Any, proces
     assert all(score.n == 100 and score.accuracy >= 0.9 for score in dense.kinds.values())
     reported = float(re.search(r"Exact match on .*: ([\d.]+) %", card(LLAVA_DIR)).group(1))  # type: ignore[union-attr]
     assert reported >= 95 and abs(100 * dense.overall.accuracy - reported) < 3, "the card is about 1000 questions"
+
+
+@pytest.mark.slow
+def test_llava_reads_small_digits_on_black(llava: Any, processor: Any) -> None:
+    questions = asked(100, "sparse")
+    (dense,) = evaluate_answers(llava, questions, processor, {}, batch_size=50, max_new_tokens=8, progress=False).rows
+    assert dense.overall.n == 300 and all(score.accuracy >= 0.95 for score in dense.kinds.values())
 
 
 @pytest.mark.slow
