@@ -104,3 +104,25 @@ def test_tokens_of_text_are_those_that_stand_for_no_image(family: str) -> None:
     counts = [int((prompt["input_ids"] != IMAGE).sum()) for prompt in prompts]
     assert mean_text_tokens(model, questions, processor, PROMPT) == round(sum(counts) / len(counts))
     assert _mean_text_tokens(model, [collate(prompts)]) == round(sum(counts) / len(counts))
+
+
+def test_a_model_may_say_the_placeholder_of_an_image() -> None:
+    """As untrained ones do: an answer is measured up to there, and no image is looked for."""
+    model = tiny_vlm("llava")
+    said = [tokens for tokens, _ in one_by_one(model, NumbersProcessor(model))]
+    order = torch.arange(model.config.text_config.vocab_size)
+    order[[IMAGE, int(said[0][1])]] = order[[int(said[0][1]), IMAGE]]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[order].detach())  # says one where it said the other
+    model.generation_config.suppress_tokens = None
+    forced = one_by_one(model, NumbersProcessor(model))
+    assert any(IMAGE in tokens for tokens, _ in forced)
+    variants = {"pruned": lambda: pruned(model, CONFIG)}
+    settings: dict[str, Any] = {"batch_size": 3, "max_new_tokens": NEW_TOKENS, "prompt": PROMPT, "progress": False}
+    report = evaluate_answers(model, asked(), NumbersProcessor(model), variants, **settings)
+    expected = []
+    with pruned(model, CONFIG):
+        others = one_by_one(model, NumbersProcessor(model), [tokens for tokens, _ in forced])
+    for (tokens, one), (_, other) in zip(forced, others, strict=True):
+        end = [*tokens.tolist(), IMAGE].index(IMAGE) + 1
+        expected.append(float(kl(one, other)[:end].mean()))
+    assert report.rows[1].kl == pytest.approx(sum(expected) / len(expected), rel=1e-3)

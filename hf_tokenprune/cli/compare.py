@@ -65,7 +65,7 @@ def compare(
     from ..evaluation.compare import Comparison, every_method
     from ..evaluation.optional import require
     from ..evaluation.paired import InterruptedEvaluation
-    from ..evaluation.run import paired_report
+    from ..evaluation.run import paired_report, processor_of
 
     accelerator, of_dtype = placement(device, dtype)
     which = columns(image_column, label_column, no_labels)
@@ -87,7 +87,7 @@ def compare(
     with telling_on_interrupt(lambda: _left_by(out, len(variants), len(timing), scored, len(dataset))):
         try:
             accuracy = paired_report(
-                model, loaded, dataset, variants, class_names=class_names, batch_size=batch_size,
+                processor_of(model, loaded), loaded, dataset, variants, class_names=class_names, batch_size=batch_size,
                 accelerator=accelerator, progress=not as_json,
             )  # fmt: skip
         except InterruptedEvaluation as interrupt:

@@ -19,6 +19,7 @@ from .options import (
     ModelArg,
     NewTokensOpt,
     PromptOpt,
+    ResizeOpt,
     SetOpt,
     SplitOpt,
     TemplateOpt,
@@ -41,6 +42,7 @@ def evaluate(
     set_: SetOpt = None,
     gmacs: MacsOpt = None,
     prune_config: ConfigOpt = None,
+    resize: ResizeOpt = None,
     split: SplitOpt = None,
     limit: LimitOpt = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 32; with a decoder 8.")] = None,
@@ -78,14 +80,14 @@ def evaluate(
     load: Any = load_questions if decoder else partial(load_images, **images)
     dataset = load(data, limit=limit, split=split)
     loaded = load_dense(model, "cpu", of_dtype)
-    choose = partial(configs_for, loaded, model, method, set_, gmacs, prune_config)
+    choose = partial(configs_for, loaded, model, method, set_, gmacs, prune_config, none_needed=bool(resize))
     scored = 0
     with telling_on_interrupt(lambda: _left_by(scored, len(dataset))):
         try:
-            report, variants = evaluate_model(
-                model, loaded, dataset, choose, class_names=class_names, templates=template, prompt=prompt,
-                new_tokens=new_tokens, batch_size=batch_size or (8 if decoder else 32), accelerator=accelerator,
-                progress=not as_json,
+            report, variants, small = evaluate_model(
+                model, loaded, dataset, choose, resize=resize or (), class_names=class_names, templates=template,
+                prompt=prompt, new_tokens=new_tokens, batch_size=batch_size or (8 if decoder else 32),
+                accelerator=accelerator, progress=not as_json,
             )  # fmt: skip
         except InterruptedEvaluation as interrupt:
             report, scored = interrupt.report, interrupt.report.rows[0].n
@@ -98,7 +100,12 @@ def evaluate(
         macs = cost(loaded)
         # Whatever the sizes of those in the data.
         counted = f"\nGMACs: of {macs.image}" if isinstance(macs, GenerationCostReport) else ""
-        show(as_json, {**report.to_dict(), "configs": configs}, text + counted)
+        data_of, text = {**report.to_dict(), "configs": configs}, text + counted
+        for name, processor in small.items():
+            usual, kept = processor.mean_tokens()
+            data_of.setdefault("image_tokens", {})[name] = {"usual": usual, "kept": kept}
+            text += f"\n{name}: {kept:.4g} of {usual:.4g} tokens an image"
+        show(as_json, data_of, text)
 
 
 def _left_by(scored: int, images: int) -> str:

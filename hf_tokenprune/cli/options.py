@@ -33,6 +33,12 @@ MacsOpt = Annotated[
     list[float] | None,
     typer.Option("--gmacs", "-g", help="Scale the schedule to at most so many GMACs an image (prefill)."),
 ]
+ResizeOpt = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Also a run without a method: so large a share of the image tokens, by fewer pixels. May be repeated."
+    ),
+]
 ConfigOpt = Annotated[
     list[str] | None,
     typer.Option(
@@ -154,10 +160,14 @@ def configs_for(
     prune_configs: list[str] | None,
     text_tokens: int | None = None,
     image_size: tuple[int, int] | None = None,
+    none_needed: bool = False,
 ) -> dict[str, PruneConfig]:
     """The configs that the options name, by a label for tables. With none named: the checkpoint's own.
 
     Every config is combined with every MACs budget.
+
+    Raises:
+        ConfigError: there is none, unless ``none_needed``; options that do not fit.
     """
     from ..cost import config_for_macs
     from ..sharing.pretrained import choose_config
@@ -171,9 +181,9 @@ def configs_for(
         chosen[source if "@" in source or not short or short in chosen else short] = config
     if not chosen:
         own = choose_config(path, None, getattr(model.config, "prune_config", None), {})
-        if own is None:
+        if own is None and not none_needed:
             raise ConfigError(f"{path!r} carries no prune config; give --method or --prune-config")
-        chosen = {own.method: own}
+        chosen = {} if own is None else {own.method: own}
     if not gmacs:
         return chosen
     prompt: dict[str, Any] = {"text_tokens": text_tokens, "image_size": image_size}

@@ -17,6 +17,7 @@ from hf_tokenprune.evaluation.processor import load_processor
 from hf_tokenprune.evaluation.prompts import mean_text_tokens
 from hf_tokenprune.evaluation.questions import QuestionDataset, is_right, load_questions
 from hf_tokenprune.evaluation.report import PairedReport, PairedRow
+from hf_tokenprune.evaluation.resize import interpolated_positions, resized
 from hf_tokenprune.evaluation.retrieval import Recall, RetrievalReport, RetrievalRow, evaluate_retrieval
 from hf_tokenprune.evaluation.scores import (
     agreement,
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate_paired",
     "evaluate_retrieval",
     "evaluate_zero_shot",
+    "interpolated_positions",
     "is_right",
     "kl_divergence",
     "load_images",
@@ -63,6 +65,7 @@ __all__ = [
     "mean_interval",
     "mean_text_tokens",
     "paired_interval",
+    "resized",
     "summarize",
     "topk_correct",
     "zero_shot_classifier",

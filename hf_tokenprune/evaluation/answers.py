@@ -29,6 +29,7 @@ def evaluate_answers(
     prompt: str | None = None,
     accelerator: Any = None,
     progress: bool = True,
+    processors: Mapping[str, Any] | None = None,
 ) -> AnswersReport:
     """Ask a vision-language model as it is and within each variant the same questions, in turn on every batch.
 
@@ -39,6 +40,7 @@ def evaluate_answers(
         variants: name -> function that makes a context manager, in which ``model`` is changed: for example
             ``{"DivPrune": lambda: pruned(model, config)}``. It is entered anew for every batch.
         macs: multiply-adds of the prefill of ``"dense"`` and of the variants; any may be left out.
+        processors: by name of a variant, what makes its inputs in place of ``processor``; see `resized`.
 
     The other arguments are those of `collect_answers`.
 
@@ -46,9 +48,10 @@ def evaluate_answers(
         TokenPruneError: see `AnswersReport.from_answers`; names are checked before anything runs. And what
             `collect_answers` raises.
     """
-    check_names(variants, macs or {})
+    check_names(variants, macs or {}, processors or {})
+    every = {DENSE: processor, **(processors or {})}
     runs, turns, counts = _ask(
-        model, questions, processor, variants, batch_size, max_new_tokens, prompt, accelerator, progress, "answer"
+        model, questions, every, variants, batch_size, max_new_tokens, prompt, accelerator, progress, "answer"
     )
     dense = runs.pop(DENSE)
     return AnswersReport.from_answers(questions, dense, runs, macs, turns.speeds(counts))
@@ -88,14 +91,16 @@ def collect_answers(
         UnsupportedModelError: the model does not generate.
         ImportError: `accelerate` is not installed.
     """
-    runs, _, _ = _ask(model, questions, processor, {}, batch_size, max_new_tokens, prompt, accelerator, progress, desc)
+    runs, _, _ = _ask(
+        model, questions, {DENSE: processor}, {}, batch_size, max_new_tokens, prompt, accelerator, progress, desc
+    )
     return runs[DENSE]
 
 
 def _ask(
     model: nn.Module,
     questions: QuestionDataset,
-    processor: Any,
+    processors: Mapping[str, Any],
     variants: Variants,
     batch_size: int,
     max_new_tokens: int,
@@ -106,22 +111,22 @@ def _ask(
 ) -> tuple[dict[str, Answers], Turns, list[int]]:
     """Answers by arm, the turns with their times, and the number of questions in every batch of all processes."""
     accelerate = require("accelerate")
-    answer: Any = getattr(model, "generate", None)
-    if answer is None:
+    if getattr(model, "generate", None) is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no generate(); load it with AutoModelForImageTextToText"
         )
-    prompt_of = prompts(processor, prompt)
+    prompt_of = prompts(processors[DENSE], prompt)
     accelerator = accelerator or accelerate.Accelerator()
 
     def collate(samples: Sequence[AskedSample]) -> Any:
-        return processor(
-            images=[sample["image"] for sample in samples],
-            text=[prompt_of(sample["question"]) for sample in samples],
-            padding=True,
-            padding_side="left",  # every prompt ends where its answer begins
-            return_tensors="pt",
-        )
+        given: dict[str, Any] = {
+            "images": [sample["image"] for sample in samples],
+            "text": [prompt_of(sample["question"]) for sample in samples],
+            "padding": True,
+            "padding_side": "left",  # every prompt ends where its answer begins
+            "return_tensors": "pt",
+        }
+        return {name: dict(processor(**given)) for name, processor in processors.items()}
 
     loader = batches(questions, batch_size, collate, accelerator)
     place(model, accelerator)
@@ -129,23 +134,21 @@ def _ask(
     counts: list[int] = []
     texts: dict[str, list[str]] = {name: [] for name in turns.arms}
     kl: dict[str, list[float]] = {name: [] for name in variants}
+    # Drops what was repeated to give every process a full last batch.
+    gather = partial(accelerator.gather_for_metrics, use_gather_object=True)
     for batch in tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process)):
-        inputs = in_dtype_of(model, dict(batch))
-        generate = partial(answer, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        inputs = {name: in_dtype_of(model, made) for name, made in batch.items()}
+        generate = partial(_generate, model, inputs, max_new_tokens)
         if not counts:
             turns.warm_up(generate)
-        said = {name: tokens[:, inputs["input_ids"].shape[1] :] for name, tokens in turns.take(generate).items()}
-        own: dict[str, list[Any]] = {
-            name: [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
-            for name, tokens in said.items()
-        }
-        # Drops what was repeated to give every process a full last batch.
-        gather = partial(accelerator.gather_for_metrics, use_gather_object=True)
-        for name, found in own.items():
-            texts[name] += gather(found)
+        said = turns.take(generate)
+        for name, tokens in said.items():
+            answers = processors[DENSE].batch_decode(tokens, skip_special_tokens=True)
+            own = gather([text.strip() for text in answers])
+            texts[name] += own
         for name, distances in _distances(turns, model, inputs, said[DENSE]).items():
             kl[name] += gather(distances)
-        counts.append(len(texts[DENSE]) - sum(counts))
+        counts.append(len(own))
     slowest = turns.slowest()
     runs = {
         name: Answers(tuple(own), sum(slowest[name]), tuple(kl[name]) if name in kl else None)
@@ -154,12 +157,24 @@ def _ask(
     return runs, turns, counts
 
 
-def _distances(turns: Turns, model: Any, inputs: dict[str, Tensor], answer: Tensor) -> dict[str, list[float]]:
+def _generate(model: Any, inputs: Mapping[str, dict[str, Tensor]], most: int, arm: str) -> Tensor:
+    """New tokens of an arm: behind its own prompt, or behind that of the dense one."""
+    given = inputs.get(arm, inputs[DENSE])
+    tokens: Tensor = model.generate(**given, max_new_tokens=most, do_sample=False)
+    return tokens[:, given["input_ids"].shape[1] :]
+
+
+def _distances(
+    turns: Turns, model: Any, inputs: Mapping[str, dict[str, Tensor]], answer: Tensor
+) -> dict[str, list[float]]:
     """By variant, the KL of each question of a batch along the dense model's answer (B, L)."""
     variants = [name for name in turns.arms if name != DENSE]
     if not variants:
         return {}
     counts = up_to_end(model, answer)
-    say = partial(answer_logits, model, inputs, answer, counts)
+
+    def say(arm: str) -> Tensor:
+        return answer_logits(model, inputs.get(arm, inputs[DENSE]), answer, counts)
+
     dense = turns.run(DENSE, say)
     return {name: mean_kl(dense, turns.run(name, say), counts).tolist() for name in variants}

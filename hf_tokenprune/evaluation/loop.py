@@ -120,7 +120,8 @@ def run_in_turn(
     turns = Turns(model, variants, accelerator)
     counts: list[int] = []
     for batch in tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process)):
-        call = partial(_forward, model, in_dtype_of(model, batch["inputs"]))
+        every = {DENSE: batch["inputs"], **batch["others"]}
+        call = partial(_forward, model, {name: in_dtype_of(model, inputs) for name, inputs in every.items()})
         if not counts:
             images.check_labels(turns.warm_up(call).shape[1])
         said = {name: logits.float() for name, logits in turns.take(call).items()}
@@ -172,8 +173,8 @@ def place(model: nn.Module, accelerator: Any) -> None:
         model.to(accelerator.device)
 
 
-def _forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    output = model(**inputs)
+def _forward(model: nn.Module, inputs: Mapping[str, dict[str, Tensor]], arm: str) -> Tensor:
+    output = model(**inputs.get(arm, inputs[DENSE]))
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, tuple):
         logits = output[0]

@@ -37,6 +37,7 @@ def evaluate_paired(
     batch_size: int = 32,
     accelerator: Any = None,
     progress: bool = True,
+    processors: Mapping[str, Callable[..., Mapping[str, Any]]] | None = None,
 ) -> PairedReport:
     """Run a model as it is and within each variant on the same images, in turn on every batch.
 
@@ -51,6 +52,7 @@ def evaluate_paired(
         variants: name -> function that makes a context manager, in which ``model`` is changed: for example
             ``{"ToMe r=8": lambda: pruned(model, config)}``. It is entered anew for every batch.
         macs: multiply-adds per image of ``"dense"`` and of the variants; any may be left out.
+        processors: by name of a variant, what makes its inputs in place of ``processor``; see `resized`.
 
     Raises:
         DataError: a class of the images is none of the model's.
@@ -58,7 +60,7 @@ def evaluate_paired(
             `collect_logits` raises.
         InterruptedEvaluation: ctrl-C, behind the first batch; it has the report of what is scored.
     """
-    check_names(variants, macs or {})
+    check_names(variants, macs or {}, processors or {})
     accelerator = accelerator or require("accelerate").Accelerator()
     images, mapping = in_classes_of(images, names_of(model))
     scored: list[tuple[dict[str, Scored], Tensor]] = []  # a batch at once: an interrupt cuts none in two
@@ -72,7 +74,7 @@ def evaluate_paired(
         runs = {name: Scored.joined([found[name] for found, _ in scored]) for name in (DENSE, *variants)}
         return PairedReport.from_scores(runs, torch.cat([known for _, known in scored]), macs, speeds, mapping)
 
-    prepared = PreprocessedImages(images, processor)
+    prepared = PreprocessedImages(images, processor, processors)
     try:
         turns, counts = run_in_turn(model, prepared, variants, score, batch_size, accelerator, progress)
     except KeyboardInterrupt as interrupt:

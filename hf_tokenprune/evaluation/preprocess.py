@@ -12,9 +12,10 @@ from hf_tokenprune.evaluation.images import ImageDataset
 
 
 class Example(TypedDict):
-    """What the processor made of one image, without batch axis, and its label (-1 without one)."""
+    """What the processor, and others by name, made of one image, without batch axis; its label (-1 without one)."""
 
     inputs: dict[str, Tensor]
+    others: dict[str, dict[str, Tensor]]
     label: int
 
 
@@ -22,6 +23,7 @@ class Batch(TypedDict):
     """B examples: every input with a batch axis first, and ``(B,)`` int64 labels."""
 
     inputs: dict[str, Tensor]
+    others: dict[str, dict[str, Tensor]]
     labels: Tensor
 
 
@@ -32,11 +34,18 @@ class PreprocessedImages(Dataset[Example]):
         images: what `load_images` returns.
         processor: an image processor of transformers, or a callable like one: ``processor(images=[image],
             return_tensors="pt")`` gives a mapping of ``(1, ...)`` tensors.
+        others: further ones by name, for runs that see the images otherwise.
     """
 
-    def __init__(self, images: ImageDataset, processor: Callable[..., Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        images: ImageDataset,
+        processor: Callable[..., Mapping[str, Any]],
+        others: Mapping[str, Callable[..., Mapping[str, Any]]] | None = None,
+    ) -> None:
         self.images = images
         self.processor = processor
+        self.others = others or {}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,10 +56,9 @@ class PreprocessedImages(Dataset[Example]):
         Raises:
             DataError: it cannot be decoded; the message names it.
         """
-        label = self.images.labels[index]
-        batch = self.processor(images=[self.images[index]["image"]], return_tensors="pt")
-        inputs = {key: value[0] for key, value in batch.items() if isinstance(value, Tensor)}
-        return {"inputs": inputs, "label": -1 if label is None else label}
+        label, image = self.images.labels[index], self.images[index]["image"]
+        others = {name: _inputs(other, image) for name, other in self.others.items()}
+        return {"inputs": _inputs(self.processor, image), "others": others, "label": -1 if label is None else label}
 
     def check_labels(self, n_classes: int) -> None:
         """Hold the labels against the number of classes of a model.
@@ -80,10 +88,20 @@ def collate(examples: Sequence[Example]) -> Batch:
         DataError: the processor made inputs of different sizes.
     """
     try:
-        inputs = {key: torch.stack([example["inputs"][key] for example in examples]) for key in examples[0]["inputs"]}
+        inputs = _stacked([example["inputs"] for example in examples])
+        others = {name: _stacked([example["others"][name] for example in examples]) for name in examples[0]["others"]}
     except RuntimeError as error:
         raise DataError(
             f"the processor makes inputs of different sizes ({error}); have it resize or crop to one size, or use "
             "batch_size=1"
         ) from error
-    return {"inputs": inputs, "labels": torch.tensor([example["label"] for example in examples])}
+    return {"inputs": inputs, "others": others, "labels": torch.tensor([example["label"] for example in examples])}
+
+
+def _inputs(processor: Callable[..., Mapping[str, Any]], image: Any) -> dict[str, Tensor]:
+    batch = processor(images=[image], return_tensors="pt")
+    return {key: value[0] for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+def _stacked(inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([each[key] for each in inputs]) for key in inputs[0]}

@@ -12,11 +12,18 @@ from torch import Tensor
 
 from hf_tokenprune.evaluation.scores import kl_divergence
 
+PLACEHOLDERS = ("image_token_id", "video_token_id")
+
 
 def up_to_end(model: Any, answer: Tensor) -> Tensor:
-    """Which of the tokens (B, L) that ``generate`` made are not behind the end of their answer: (B, L) bool."""
-    ends = model.generation_config.eos_token_id
-    is_end = torch.isin(answer, torch.tensor([] if ends is None else ends, device=answer.device, dtype=torch.long))
+    """Which of the tokens (B, L) that ``generate`` made are not behind the end of their answer: (B, L) bool.
+
+    A placeholder of an image, should a model say one, is an end too: fed again, it would ask for an image.
+    """
+    eos = model.generation_config.eos_token_id
+    ends = [*(eos if isinstance(eos, list) else [eos]), *(getattr(model.config, name, None) for name in PLACEHOLDERS)]
+    known = torch.tensor([token for token in ends if token is not None], device=answer.device, dtype=torch.long)
+    is_end = torch.isin(answer, known)
     return is_end.long().cumsum(1) - is_end.long() == 0
 
 
@@ -39,12 +46,13 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor], tokens: Tensor, count
     inputs["position_ids"] = positions(ids, inputs)
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     logits, tokens = output.logits, tokens.to(ids.device)
-    fed = tokens[:, :-1]  # nothing is asked of the last one
+    fed = tokens[:, :-1].where(counts[:, 1:].to(ids.device), 0)  # nothing is asked of the last one, nor behind it
     if fed.shape[1]:
         cache = "cache" if "cache" in output else "past_key_values"  # the latter before Transformers 5.24
         inputs = {"input_ids": fed, "attention_mask": torch.cat([mask, torch.ones_like(fed)], 1), cache: output[cache]}
         inputs["position_ids"] = positions(fed, inputs)[..., -fed.shape[1] :]
-        logits = torch.cat([logits, model(**inputs, use_cache=True).logits], 1)
+        # As assisted decoding has candidates checked: so a pruned model knows that this is no further turn of a chat.
+        logits = torch.cat([logits, model(**inputs, use_cache=True, logits_to_keep=fed.shape[1]).logits], 1)
     return logits[counts.to(logits.device)].float().cpu()
 
 

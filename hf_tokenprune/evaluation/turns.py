@@ -18,16 +18,20 @@ T = TypeVar("T")
 Variants = Mapping[str, Callable[[], AbstractContextManager[Any]]]
 
 
-def check_names(runs: Mapping[str, Any], macs: Mapping[str, float]) -> None:
-    """Names of runs, and of those whose MACs are known.
+def check_names(
+    runs: Mapping[str, Any], macs: Mapping[str, float], processors: Mapping[str, Any] | None = None
+) -> None:
+    """Names of runs, of those whose MACs are known, and of those that have a processor of their own.
 
     Raises:
-        TokenPruneError: a run called "dense", MACs of a run that there is not.
+        TokenPruneError: a run called "dense", MACs or a processor of a run that there is not.
     """
     if DENSE in runs:
         raise TokenPruneError(f"a run is called {DENSE!r}, which names the model as it is; call it otherwise")
     if unknown := sorted(set(macs) - {DENSE, *runs}):
         raise TokenPruneError(f"macs of {', '.join(map(repr, unknown))}, but the runs are {[DENSE, *runs]}")
+    if unknown := sorted(set(processors or {}) - set(runs)):
+        raise TokenPruneError(f"processors of {', '.join(map(repr, unknown))}, but the variants are {[*runs]}")
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,12 @@ class Turns:
         self.arms: Variants = {DENSE: nullcontext, **variants}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.arms}
 
-    def warm_up(self, call: Callable[[], T]) -> T:
+    def warm_up(self, call: Callable[[str], T]) -> T:
         """Every arm once, untimed: whichever goes first would else pay for loading kernels. What the dense one says."""
         return {name: self.run(name, call) for name in self.arms}[DENSE]
 
-    def take(self, call: Callable[[], T]) -> dict[str, T]:
-        """What ``call()`` returns in every arm, in the order of the arms; one timed turn."""
+    def take(self, call: Callable[[str], T]) -> dict[str, T]:
+        """What ``call(its name)`` returns in every arm, in the order of the arms; one timed turn."""
         backwards = len(self.seconds[DENSE]) % 2
         found = {}
         for name in reversed(list(self.arms)) if backwards else self.arms:
@@ -97,13 +101,13 @@ class Turns:
             found[name] = Speed(rate * ratio if rate and ratio else None, ratio, spread)
         return found
 
-    def run(self, name: str, call: Callable[[], T], times: list[float] | None = None) -> T:
-        """What ``call()`` returns in one arm; with ``times``, how long it took is added there."""
+    def run(self, name: str, call: Callable[[str], T], times: list[float] | None = None) -> T:
+        """What ``call(name)`` returns in one arm; with ``times``, how long it took is added there."""
         device = self.accelerator.device
         with self.arms[name](), eval_mode(self.model), torch.inference_mode(), self.accelerator.autocast():
             synchronize(device)
             start = time.perf_counter()
-            value = call()
+            value = call(name)
             synchronize(device)
             if times is not None:
                 times.append(time.perf_counter() - start)

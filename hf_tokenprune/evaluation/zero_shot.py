@@ -148,6 +148,7 @@ def evaluate_zero_shot(
     batch_size: int = 32,
     accelerator: Any = None,
     progress: bool = True,
+    processors: Mapping[str, Callable[..., Any]] | None = None,
 ) -> PairedReport:
     """Zero-shot classification with a two-tower model as it is, then within each variant, on the same images.
 
@@ -188,6 +189,7 @@ def evaluate_zero_shot(
             batch_size=batch_size,
             accelerator=accelerator,
             progress=progress,
+            processors=processors,
         )
     except InterruptedEvaluation as interrupt:
         interrupt.report = replace(interrupt.report, classes=mapping)
