@@ -29,6 +29,7 @@ from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.mosaics import CLIP_DIR, EMPTY, LLAVA_DIR, Layout, Mosaics, digit_pictures
 from hf_tokenprune.demo.questions import KINDS, POSITIONS, MosaicQuestions, most_frequent, number_captions
 from hf_tokenprune.demo.run import decoder_configs
+from hf_tokenprune.engine import find_adapter
 from hf_tokenprune.errors import DataError, TokenPruneError, UnsupportedModelError
 from hf_tokenprune.evaluation import (
     Answers,
@@ -41,11 +42,12 @@ from hf_tokenprune.evaluation import (
     load_questions,
     mean_text_tokens,
 )
+from hf_tokenprune.registry import get_method
 
 from .two_processes import alone_and_together
 
 TEST = digit_pictures("test")
-CONFIGS = decoder_configs(0.3)
+CONFIGS = decoder_configs(AutoModelForImageTextToText.from_pretrained(LLAVA_DIR), 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +166,15 @@ def test_batches_answer_what_single_questions_answer(llava: Any, processor: Any,
         assert ask(15) == ask(1)
 
 
-def test_every_method_is_compared() -> None:
-    named = {config.method for config in CONFIGS.values()}
-    assert named == set(list_methods("decoder"))
+def test_every_method_that_prunes_images_is_compared(llava: Any) -> None:
+    shape = find_adapter(llava).shape(llava)
+    last = cost(llava).dense.layers[-1].tokens_out
+    for name in list_methods("decoder"):
+        if name in CONFIGS:
+            assert CONFIGS[name].method == name
+            assert cost(llava, CONFIGS[name]).pruned.layers[-1].tokens_out == last - 256 + int(0.3 * 256)
+        else:
+            assert all(stage.videos_only for stage in get_method(name)().stages_for(shape))
 
 
 def test_text_decides_which_tokens_stay(llava: Any, processor: Any) -> None:

@@ -106,8 +106,8 @@ class Mosaics(Sequence[Mosaic]):
         if not 0 <= index < self.n:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
-        several = cells_of_few if self.layout == "sparse" else cells_of_several
-        return draw(self.pictures, (cells_of_one if self.single else several)(rng), rng, self.layout)
+        cells = cells_of_one(rng) if self.single else cells_of(self.layout, rng)
+        return draw(self.pictures, cells, rng, self.layout)
 
     def __iter__(self) -> Iterator[Mosaic]:
         return (self[index] for index in range(self.n))
@@ -125,6 +125,11 @@ def digit_pictures(split: Literal["train", "test"]) -> Pictures:
     rows = train if split == "train" else test
     names = tuple(str(digit) for digit in range(10))
     return Pictures(digits[rows], labels[rows], names, tuple(f"{name}s" for name in names), "larger")
+
+
+def cells_of(layout: Layout, rng: np.random.Generator) -> list[int]:
+    """As many pictures as the layout has."""
+    return (cells_of_few if layout == "sparse" else cells_of_several)(rng)
 
 
 def cells_of_one(rng: np.random.Generator, num_classes: int = 10) -> list[int]:
