@@ -1,6 +1,7 @@
 """Questions asked of every family of vision-language models: in ragged batches they are answered as one by one, and as
 far from the dense answers."""
 
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_tokenprune import DivPruneConfig, pruned
+from hf_tokenprune import DivPruneConfig, FastVConfig, pruned
 from hf_tokenprune.evaluation import collect_answers, evaluate_answers, load_questions, mean_text_tokens
 from hf_tokenprune.search.run import _mean_text_tokens
 
@@ -126,3 +127,14 @@ def test_a_model_may_say_the_placeholder_of_an_image() -> None:
         end = [*tokens.tolist(), IMAGE].index(IMAGE) + 1
         expected.append(float(kl(one, other)[:end].mean()))
     assert report.rows[1].kl == pytest.approx(sum(expected) / len(expected), rel=1e-3)
+
+
+def test_a_measured_answer_is_no_further_turn() -> None:
+    """It would be told of, since the method chose by the question; many tokens behind a cache are one elsewhere."""
+    model = tiny_vlm("llava")
+    variants = {"pruned": lambda: pruned(model, FastVConfig(layer=1, keep_ratio=0.3))}
+    settings: dict[str, Any] = {"batch_size": 3, "max_new_tokens": NEW_TOKENS, "prompt": PROMPT, "progress": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*chose image tokens by the question")
+        report = evaluate_answers(model, asked(), NumbersProcessor(model), variants, **settings)
+    assert report.rows[1].kl > 0
