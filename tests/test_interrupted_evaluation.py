@@ -33,7 +33,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """``interrupt(n)``: ctrl-C in the midst of the batch behind the n-th, in its last run."""
 
     def behind(batches: int) -> None:
-        run, done = Turns._run, []
+        run, done = Turns.run, []
 
         def counted(self: Turns, name: str, *given: object) -> Tensor:
             done.append(name)
@@ -41,7 +41,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 raise KeyboardInterrupt
             return run(self, name, *given)
 
-        monkeypatch.setattr(Turns, "_run", counted)
+        monkeypatch.setattr(Turns, "run", counted)
 
     return behind
 

@@ -3,6 +3,7 @@ count right."""
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ pytest.importorskip("accelerate")
 from hf_tokenprune import PruneConfig, TransPruneConfig, list_methods, pruned, record
 from hf_tokenprune.cli import app
 from hf_tokenprune.cost import cost
-from hf_tokenprune.demo.mosaics import CLIP_DIR, EMPTY, LLAVA_DIR, Mosaics, digit_pictures
+from hf_tokenprune.demo.mosaics import CLIP_DIR, EMPTY, LLAVA_DIR, Layout, Mosaics, digit_pictures
 from hf_tokenprune.demo.questions import KINDS, POSITIONS, MosaicQuestions, most_frequent, number_captions
 from hf_tokenprune.demo.run import decoder_configs
+from hf_tokenprune.engine import find_adapter
 from hf_tokenprune.errors import DataError, TokenPruneError, UnsupportedModelError
 from hf_tokenprune.evaluation import (
     Answers,
@@ -40,11 +42,12 @@ from hf_tokenprune.evaluation import (
     load_questions,
     mean_text_tokens,
 )
+from hf_tokenprune.registry import get_method
 
 from .two_processes import alone_and_together
 
 TEST = digit_pictures("test")
-CONFIGS = decoder_configs(0.3)
+CONFIGS = decoder_configs(AutoModelForImageTextToText.from_pretrained(LLAVA_DIR), 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,8 @@ def processor() -> Any:
     return AutoProcessor.from_pretrained(LLAVA_DIR)
 
 
-def asked(n: int) -> QuestionDataset:
-    return load_questions(list(MosaicQuestions(Mosaics(TEST, n))))
+def asked(n: int, layout: Layout = "crowded") -> QuestionDataset:
+    return load_questions(list(MosaicQuestions(Mosaics(TEST, n, layout=layout))))
 
 
 def card(folder: Path) -> str:
@@ -103,6 +106,13 @@ def test_llava_answers_questions_about_digits_it_has_not_seen(llava: Any, proces
     assert all(score.n == 100 and score.accuracy >= 0.9 for score in dense.kinds.values())
     reported = float(re.search(r"Exact match on .*: ([\d.]+) %", card(LLAVA_DIR)).group(1))  # type: ignore[union-attr]
     assert reported >= 95 and abs(100 * dense.overall.accuracy - reported) < 3, "the card is about 1000 questions"
+
+
+@pytest.mark.slow
+def test_llava_reads_small_digits_on_black(llava: Any, processor: Any) -> None:
+    questions = asked(100, "sparse")
+    (dense,) = evaluate_answers(llava, questions, processor, {}, batch_size=50, max_new_tokens=8, progress=False).rows
+    assert dense.overall.n == 300 and all(score.accuracy >= 0.95 for score in dense.kinds.values())
 
 
 @pytest.mark.slow
@@ -156,9 +166,15 @@ def test_batches_answer_what_single_questions_answer(llava: Any, processor: Any,
         assert ask(15) == ask(1)
 
 
-def test_every_method_is_compared() -> None:
-    named = {config.method for config in CONFIGS.values()}
-    assert named == set(list_methods("decoder"))
+def test_every_method_that_prunes_images_is_compared(llava: Any) -> None:
+    shape = find_adapter(llava).shape(llava)
+    last = cost(llava).dense.layers[-1].tokens_out
+    for name in list_methods("decoder"):
+        if name in CONFIGS:
+            assert CONFIGS[name].method == name
+            assert cost(llava, CONFIGS[name]).pruned.layers[-1].tokens_out == last - 256 + int(0.3 * 256)
+        else:
+            assert all(stage.videos_only for stage in get_method(name)().stages_for(shape))
 
 
 def test_text_decides_which_tokens_stay(llava: Any, processor: Any) -> None:
@@ -192,12 +208,19 @@ def test_report_counts_by_kind() -> None:
     assert second.overall.interval is not None and second.overall.interval[0] < 0 < second.overall.interval[1]
     assert second.agreement == pytest.approx(1 / 3) and first.agreement is None
     assert (second.speed_up, second.ideal_speed_up) == (None, 4.0), "they took no turns"
+    assert (second.kl, second.kl_interval) == (None, None), "nobody measured it"
     assert first.questions_per_second is None and first.overall.difference is None
     assert "| x | y |" in report.to_markdown() and json.loads(json.dumps(report.to_dict()))["questions"] == 3
     with pytest.raises(TokenPruneError, match="2 answers to 3 questions"):
         AnswersReport.from_answers(questions, dense, {"short": Answers(("a", "b"), 1.0)})
     with pytest.raises(TokenPruneError, match="called 'dense'"):
         AnswersReport.from_answers(questions, dense, {"dense": other})
+    report = AnswersReport.from_answers(questions, dense, {"other": replace(other, kl=(0.25, 0.0, 0.5))})
+    assert report.rows[1].kl == 0.25 and report.rows[0].kl is None
+    assert report.rows[1].kl_interval == pytest.approx((0.0, 0.25 + 1.96 * 0.25 / 3**0.5), rel=1e-4), "cut at 0"
+    assert "0.25 [0, 0.533]" in report.summary()
+    with pytest.raises(TokenPruneError, match="2 values of KL to 3 questions"):
+        AnswersReport.from_answers(questions, dense, {"short": replace(other, kl=(0.0, 0.0))})
 
 
 def test_prompts(llava: Any, processor: Any, clip: Any) -> None:
@@ -250,9 +273,11 @@ def test_eval_of_llava_is_exact_match(folder: Path) -> None:
     assert data["questions"] == 10 and list(data["rows"][0]["kinds"]) == list(KINDS)
     assert data["rows"][0]["overall"]["accuracy"] >= 0.9
     assert all(0.55e9 < row["macs"] <= 0.6e9 for row in data["rows"][1:])
+    assert all(row["kl_interval"][0] <= row["kl"] <= row["kl_interval"][1] for row in data["rows"][1:])
     assert PruneConfig.from_dict(data["configs"]["divprune@0.6"]).method == "divprune"
     text = CliRunner().invoke(app, [*arguments, "--limit", "5", "--markdown"])
     assert "5 questions" in text.stdout and "| run | all | vs dense | what |" in text.stdout
+    assert "| agreement % | KL |" in text.stdout and "KL(dense || run) of the next token" in text.stdout
     for option, words in (
         (["--class-names", str(folder / "questions.jsonl")], "--class-names has no effect on a vision-language model"),
         (["--prompt", "no place"], "has no {}"),
@@ -270,6 +295,9 @@ def test_two_processes_give_the_same_answers(folder: Path) -> None:
     for one, two in zip(alone["rows"], together["rows"], strict=True):
         for key in ("name", "overall", "kinds", "agreement", "macs"):
             assert one[key] == two[key]
+        assert (one["kl"] is None) == (two["kl"] is None) == (one["name"] == "dense")
+        if one["kl"] is not None:  # batches are of other questions, so sums have another order
+            assert [two["kl"], *two["kl_interval"]] == pytest.approx([one["kl"], *one["kl_interval"]], rel=1e-3)
 
 
 def test_a_broken_image_is_named(llava: Any, processor: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Mosaics, the questions about them and the captions: what is drawn is what is asked about."""
 
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +9,19 @@ import pytest
 pytest.importorskip("sklearn")
 
 from hf_tokenprune.demo.digits import load_digits_split
-from hf_tokenprune.demo.mosaics import EMPTY, GRID, SIDE, TEST_SEED, Mosaics, Pictures, cells_of_several, digit_pictures
+from hf_tokenprune.demo.mosaics import (
+    EMPTY,
+    GRID,
+    PATCH,
+    SIDE,
+    SPARSE_SIZE,
+    TEST_SEED,
+    Layout,
+    Mosaics,
+    Pictures,
+    cells_of_several,
+    digit_pictures,
+)
 from hf_tokenprune.demo.questions import (
     KINDS,
     NUMBERS,
@@ -48,17 +61,21 @@ def test_mosaics_depend_on_seed_and_index_only() -> None:
     assert len(list(one)) == 5
     with pytest.raises(IndexError):
         one[5]
+    with pytest.raises(DataError, match="'empty'; it must be one of crowded, sparse"):
+        Mosaics(TEST, 5, layout="empty")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pictures", [TEST, photographs()], ids=["digits", "photographs"])
 @pytest.mark.parametrize("single", [True, False])
-def test_pictures_are_where_cells_say(pictures: Pictures, single: bool) -> None:
-    for mosaic in Mosaics(pictures, 20, single=single):
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_pictures_are_where_cells_say(pictures: Pictures, single: bool, layout: Layout) -> None:
+    most = {"crowded": (3, 7), "sparse": (1, 2)}[layout]
+    for mosaic in Mosaics(pictures, 20, single=single, layout=layout):
         assert mosaic.image.size == (SIDE, SIDE) and mosaic.image.mode == "RGB"
-        bright = np.asarray(mosaic.image)[..., 0] > 165  # clutter and grid are dimmer
+        bright = np.asarray(mosaic.image)[..., 0] > (165 if layout == "crowded" else 150)  # clutter and grid are dimmer
         filled = {cell for cell, label in enumerate(mosaic.cells) if label != EMPTY}
         assert set(mosaic.centres) == filled == set(np.unique(mosaic.covered)) - {EMPTY}
-        assert len(filled) == 1 if single else 3 <= len(filled) <= 7
+        assert len(filled) == 1 if single else most[0] <= len(filled) <= most[1]
         for cell in range(GRID**2):
             row, column = divmod(cell, GRID)
             left, top = (
@@ -73,6 +90,18 @@ def test_pictures_are_where_cells_say(pictures: Pictures, single: bool) -> None:
 
 def test_most_patches_have_no_picture() -> None:
     assert 0.15 < np.mean([(mosaic.covered != EMPTY).mean() for mosaic in Mosaics(TEST, 100)]) < 0.35
+
+
+def test_sparse_mosaics_are_black_but_for_a_grid_and_a_few_patches() -> None:
+    for mosaic in Mosaics(TEST, 50, layout="sparse"):
+        labels = [label for label in mosaic.cells if label != EMPTY]
+        assert len(set(labels)) == len(labels) <= 2
+        covered = mosaic.covered != EMPTY
+        assert 0 < covered.sum() <= len(labels) * (SPARSE_SIZE[1] // PATCH + 2) ** 2
+        pixels = np.asarray(mosaic.image)[..., 0]
+        tiles = pixels.reshape(SIDE // PATCH, PATCH, SIDE // PATCH, PATCH).swapaxes(1, 2).reshape(*covered.shape, -1)
+        elsewhere = tiles[~covered]
+        assert (elsewhere == 0).mean() > 0.9 and (elsewhere.max(1) == 0).mean() > 0.4, "lines are a pixel wide"
 
 
 def answer(text: str, cells: tuple[int, ...]) -> str:
@@ -117,6 +146,17 @@ def test_standard_questions_as_rows() -> None:
     for i, row in enumerate(rows):
         assert row["answer"] == answer(row["question"], mosaics[i // len(KINDS)].cells)
         assert row["image"].tobytes() == mosaics[i // len(KINDS)].image.tobytes()
+
+
+def test_sparse_questions_are_about_what_there_is() -> None:
+    mosaics = Mosaics(TEST, 30, layout="sparse")
+    rows = list(MosaicQuestions(mosaics))
+    kinds = MosaicQuestions(mosaics).kinds
+    assert set(kinds) < set(KINDS) and [row["kind"] for row in rows] == list(kinds) * 30
+    for i, row in enumerate(rows):
+        mosaic = mosaics[i // len(kinds)]
+        assert row["answer"] == answer(row["question"], mosaic.cells) != str(EMPTY)
+        assert row["image"].tobytes() == mosaic.image.tobytes()
 
 
 def holds(text: str, cells: list[int]) -> bool:

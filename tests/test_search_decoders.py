@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-from transformers import AutoModel, AutoModelForImageTextToText, LogitsProcessor, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from typer.testing import CliRunner
 
 from hf_tokenprune import (
@@ -53,9 +52,9 @@ from .decoder_families import (
     tiny_vlm,
 )
 from .families import snapshot
+from .forced_answers import NEW_TOKENS, generated, kl
 from .llava_checkpoint import save_tiny_llava
 
-NEW_TOKENS = 5
 PROMPTS = (".I..", "..Ii.", "...", ".I......", "I.")
 STACK = StackConfig(
     (
@@ -83,38 +82,6 @@ def answers_of_two_lengths(model: PreTrainedModel, inputs: Inputs) -> None:
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
-
-
-class Forced(LogitsProcessor):
-    """Makes ``generate`` say given tokens; its ``output_logits`` are those before this."""
-
-    def __init__(self, tokens: Tensor, start: int) -> None:
-        self.tokens, self.start = tokens, start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self.tokens[input_ids.shape[1] - self.start]] = 0
-        return forced
-
-
-def generated(model: PreTrainedModel, inputs: Inputs, answer: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(L,) tokens that stock generate answers, or is made to answer, and the (L, V) logits of each."""
-    start = inputs["input_ids"].shape[1]
-    forced = {} if answer is None else {"logits_processor": [Forced(answer, start)]}
-    output = model.generate(
-        **inputs,
-        max_new_tokens=NEW_TOKENS if answer is None else len(answer),
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **forced,
-    )
-    return output.sequences[0, start:], torch.cat(output.logits)
-
-
-def kl(dense: Tensor, other: Tensor) -> Tensor:
-    log_p, log_q = dense.double().log_softmax(1), other.double().log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def searchable(family: str, case: Case, seed: int, text_tokens: int | None = None) -> tuple[Any, Space, tuple]:

@@ -16,12 +16,16 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip in
 if not hasattr(torch.optim, "Muon"):
     pytest.skip("the scripts need Muon, torch 2.9", allow_module_level=True)
 
+from hf_tokenprune import list_methods
 from hf_tokenprune.demo.mosaics import LLAVA_DIR, Mosaics, Pictures, digit_pictures
 from hf_tokenprune.demo.questions import KINDS, standard_questions
+from hf_tokenprune.engine import counts, find_adapter
+from hf_tokenprune.registry import get_method
 
 from .test_examples import EXAMPLES, run
 
 sys.path.insert(0, str(EXAMPLES))
+import mini_llava_table
 import recipe
 import train_mini_clip
 import train_mini_llava
@@ -119,16 +123,39 @@ def test_scripts_make_models_that_load(tmp_path: Path) -> None:
     assert "about 4 mosaics" in (tmp_path / "llava" / "README.md").read_text(encoding="utf-8")
 
 
+def test_every_method_has_a_row_in_the_table_and_meets_ratios() -> None:
+    model = AutoModelForImageTextToText.from_pretrained(LLAVA_DIR)
+    rows, shape = mini_llava_table.rows_of(model), find_adapter(model).shape(model)
+    for name in list_methods("decoder"):
+        of_videos = name not in rows
+        assert not of_videos or all(stage.videos_only for stage in get_method(name)().stages_for(shape))
+    assert len({str(config) for config in rows.values()}) == len(rows)
+    for config in rows.values():
+        for keep in mini_llava_table.KEEP[:: len(mini_llava_table.KEEP) - 1]:
+            found = config.for_budget(model, keep=keep)
+            (*_, (_, _, left)) = counts(found.stages_for(shape), shape)
+            assert left == int(keep * 256)
+
+
 @pytest.mark.slow
-def test_the_table_has_a_row_a_run(tmp_path: Path) -> None:
-    output = run("mini_llava_table.py", "--mosaics", 1, "--out", "out", cwd=tmp_path)
-    rows = (tmp_path / "out" / "table.csv").read_text(encoding="utf-8").splitlines()
-    assert rows[0].startswith("run,decoder work,all") and len(rows) == 2 + 5 * 9
-    work = {row.split(",")[0]: float(row.split(",")[1]) for row in rows[1:]}
-    assert work["dense"] == 1 and work["6% divprune"] < work["50% divprune"] < work["50% fastv"] < 1
-    tables = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-    assert tables.strip() in output and "Best blind guess: what " in tables
-    assert tables.count("| divprune |") == 2 + len(KINDS), "work, all questions, and each kind"
+def test_the_table_is_measured_once(tmp_path: Path) -> None:
+    command = ("mini_llava_table.py", "--layout", "sparse", "--out", "out", "--rows", "uniform", "resize")
+    output = run(*command, "--mosaics", 1, cwd=tmp_path)
+    assert [line for line in output.splitlines() if line.startswith("measured")] == [
+        "measured sparse: uniform",
+        "measured sparse: resize",
+    ]
+    row = json.loads((tmp_path / "out" / "sparse" / "uniform.json").read_text(encoding="utf-8"))
+    assert [each["name"] for each in row["rows"]] == ["dense", *map(str, mini_llava_table.KEEP)]
+    work = list(row["work"].values())
+    assert row["questions"] == 3 and work[0] < 1 and work == sorted(work, reverse=True)
+    tables = (tmp_path / "out" / "sparse.md").read_text(encoding="utf-8")
+    assert tables.strip() in output and "Best blind guess: what " in tables and "count" not in tables
+    assert tables.count("| uniform |") == tables.count("| resize |") == 3 + 3, "work, all, KL, and each kind"
+    row["about"]["mosaics"] = 7
+    (tmp_path / "out" / "sparse" / "uniform.json").write_text(json.dumps(row), encoding="utf-8")
+    again = run(*command, "--mosaics", 1, cwd=tmp_path)
+    assert again.count("measured") == again.count("measured sparse: uniform") == 1, "that was of other questions"
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ class Model(nn.Module):
     """A classifier, an image tower and an answering model in one, that runs on a `Machine`."""
 
     config = SimpleNamespace()
+    generation_config = SimpleNamespace(eos_token_id=None)
     logit_scale = torch.zeros(())
 
     def __init__(self, machine: Machine) -> None:
@@ -104,7 +105,12 @@ def retrieval(machine: Machine, n: int, batch_size: int, monkeypatch: pytest.Mon
     return evaluate_retrieval(Model(machine), pairs, Processor(), {"pruned": machine.variant}, ks=(1,), **options)
 
 
-def answers(machine: Machine, n: int, batch_size: int) -> AnswersReport:
+def answers(machine: Machine, n: int, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> AnswersReport:
+    def measure(model: Model, inputs: Any, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        machine.now += 100.0  # behind the clock's back
+        return torch.full((int(counts.sum()), CLASSES), float(machine.arm == "pruned"))
+
+    monkeypatch.setattr("hf_tokenprune.evaluation.answers.answer_logits", measure)
     questions = load_questions([{"image": image, "question": "?", "answer": "yes"} for image in pictures(n)])
     options: dict[str, Any] = {"batch_size": batch_size, "prompt": "{}", "progress": False}
     return evaluate_answers(Model(machine), questions, Processor(), {"pruned": machine.variant}, **options)
@@ -113,7 +119,11 @@ def answers(machine: Machine, n: int, batch_size: int) -> AnswersReport:
 @pytest.fixture(params=["classes", "retrieval", "answers"])
 def evaluation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Every evaluation that prints a speed, on a machine whose clock is the one that is read."""
-    run = {"classes": paired, "retrieval": lambda *a: retrieval(*a, monkeypatch), "answers": answers}[request.param]
+    run = {
+        "classes": paired,
+        "retrieval": lambda *a: retrieval(*a, monkeypatch),
+        "answers": lambda *a: answers(*a, monkeypatch),
+    }[request.param]
 
     def evaluate(machine: Machine, n: int, batch_size: int) -> Any:
         monkeypatch.setattr(time, "perf_counter", lambda: machine.now)
@@ -172,6 +182,27 @@ def test_logits_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     paired(Machine(lambda arm, batch: 0.0), 30, 2)
     assert next(number) == 2 + 2 * 15
     assert held[28] <= held[4] and 0 < held[29] <= held[5]
+
+
+def test_logits_of_answers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches and variants there were, when one is measured there are the dense model's logits alone."""
+    held: list[int] = []
+
+    def measure(model: Model, inputs: Any, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        found = gc.get_objects()
+        held.append(sum(type(each) is torch.Tensor and each.shape[1:] == (CLASSES,) for each in found))
+        return torch.zeros(int(counts.sum()), CLASSES)
+
+    monkeypatch.setattr("hf_tokenprune.evaluation.answers.answer_logits", measure)
+    machine = Machine(lambda arm, batch: 0.0)
+    questions = load_questions([{"image": image, "question": "?", "answer": "yes"} for image in pictures(8)])
+    variants = dict.fromkeys("abc", machine.variant)
+    report = evaluate_answers(
+        Model(machine), questions, Processor(), variants, batch_size=2, prompt="{}", progress=False
+    )
+    assert [row.kl for row in report.rows] == [None, 0.0, 0.0, 0.0] and len(held) == 4 * 4
+    before = held[0]
+    assert max(held) <= before + 1 and min(held[-3:]) == before + 1
 
 
 def test_what_is_timed_alone_is_the_sum_of_its_forwards(monkeypatch: pytest.MonkeyPatch) -> None:

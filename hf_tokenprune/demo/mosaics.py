@@ -2,14 +2,14 @@
 
 The grid has another place and another size in every image, and pictures are of any size and anywhere in their cells, so
 that a model has to look. A patch in three has something of a picture, and which pictures matter depends on what
-is asked.
+is asked. In the sparse layout there are one or two small ones on black, so that few patches matter, whatever is asked.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -23,8 +23,11 @@ LLAVA_DIR = Path(__file__).with_name("mini_llava")
 SIDE = 128  # pixels
 PATCH = 8  # pixels, of the packaged models
 GRID = 3
+SPARSE_SIZE = (22.0, 24.0)  # pixels: the smallest digits that the packaged LLaVA reads
 EMPTY = -1  # the label of a cell without a picture
 TEST_SEED = 0  # of the mosaics that results are reported on; training takes others, and other pictures too
+
+Layout = Literal["crowded", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,22 @@ class Mosaics(Sequence[Mosaic]):
         pictures: what they are made of.
         n: number of them.
         seed: draws other mosaics.
-        single: a single picture in each, instead of three to seven.
+        single: a single picture in each, instead of as many as the layout has.
+        layout: "crowded", three to seven large pictures over clutter, or "sparse", one or two small ones on black.
+
+    Raises:
+        DataError: there is no such layout.
     """
 
     pictures: Pictures
     n: int
     seed: int = TEST_SEED
     single: bool = False
+    layout: Layout = "crowded"
+
+    def __post_init__(self) -> None:
+        if self.layout not in get_args(Layout):
+            raise DataError(f"layout is {self.layout!r}; it must be one of {', '.join(get_args(Layout))}.")
 
     def __len__(self) -> int:
         return self.n
@@ -94,7 +106,8 @@ class Mosaics(Sequence[Mosaic]):
         if not 0 <= index < self.n:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
-        return draw(self.pictures, cells_of_one(rng) if self.single else cells_of_several(rng), rng)
+        cells = cells_of_one(rng) if self.single else cells_of(self.layout, rng)
+        return draw(self.pictures, cells, rng, self.layout)
 
     def __iter__(self) -> Iterator[Mosaic]:
         return (self[index] for index in range(self.n))
@@ -114,10 +127,23 @@ def digit_pictures(split: Literal["train", "test"]) -> Pictures:
     return Pictures(digits[rows], labels[rows], names, tuple(f"{name}s" for name in names), "larger")
 
 
+def cells_of(layout: Layout, rng: np.random.Generator) -> list[int]:
+    """As many pictures as the layout has."""
+    return (cells_of_few if layout == "sparse" else cells_of_several)(rng)
+
+
 def cells_of_one(rng: np.random.Generator, num_classes: int = 10) -> list[int]:
     """A random class in a random cell."""
     cells = [EMPTY] * GRID**2
     cells[rng.integers(GRID**2)] = int(rng.integers(num_classes))
+    return cells
+
+
+def cells_of_few(rng: np.random.Generator, num_classes: int = 10) -> list[int]:
+    """One picture, or two of different classes."""
+    cells = [EMPTY] * GRID**2
+    for cell, label in zip(rng.permutation(GRID**2)[: rng.integers(1, 3)], rng.permutation(num_classes), strict=False):
+        cells[cell] = int(label)
     return cells
 
 
@@ -133,9 +159,10 @@ def cells_of_several(rng: np.random.Generator, num_classes: int = 10) -> list[in
     return cells
 
 
-def draw(pictures: Pictures, cells: Sequence[int], rng: np.random.Generator) -> Mosaic:
+def draw(pictures: Pictures, cells: Sequence[int], rng: np.random.Generator, layout: Layout = "crowded") -> Mosaic:
     """Draw a mosaic with these labels in its cells."""
-    canvas = clutter(rng, SIDE)[..., None].repeat(3, axis=-1)
+    sparse = layout == "sparse"
+    canvas = (np.zeros((SIDE, SIDE)) if sparse else clutter(rng, SIDE))[..., None].repeat(3, axis=-1)
     cell_side = float(rng.uniform(32, SIDE / GRID - 1))
     x0, y0 = (float(value) for value in rng.uniform(0, SIDE - 1 - GRID * cell_side, size=2))
     canvas = _with_grid(canvas, x0, y0, cell_side, brightness=rng.uniform(110, 150))
@@ -143,7 +170,7 @@ def draw(pictures: Pictures, cells: Sequence[int], rng: np.random.Generator) -> 
     for cell, label in enumerate(cells):
         if label == EMPTY:
             continue
-        size = cell_side * rng.uniform(0.65, 0.92)
+        size = rng.uniform(*SPARSE_SIZE) if sparse else cell_side * rng.uniform(0.65, 0.92)
         row, column = divmod(cell, GRID)
         middle = np.array([x0 + (column + 0.5) * cell_side, y0 + (row + 0.5) * cell_side])
         centre = middle + rng.uniform(-0.5, 0.5, size=2) * (cell_side - size)

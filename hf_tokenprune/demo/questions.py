@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_tokenprune.demo.mosaics import EMPTY, GRID, TEST_SEED, Mosaics, Pictures
+from hf_tokenprune.demo.mosaics import EMPTY, GRID, TEST_SEED, Layout, Mosaics, Pictures
 
 KINDS = ("what", "where", "count", "compare", "presence")
+KINDS_OF: dict[Layout, tuple[str, ...]] = {"crowded": KINDS, "sparse": ("what", "where", "presence")}
+"""What is asked about a layout; of one picture or two there is nothing to count, and often nothing to compare."""
 POSITIONS = (
     *("top left", "top", "top right"),
     *("left", "centre", "right"),
@@ -33,7 +35,7 @@ class Caption(NamedTuple):
 
 
 def ask(kind: str, cells: Sequence[int], pictures: Pictures, rng: np.random.Generator) -> Question:
-    """A random question of a kind about a mosaic of several pictures.
+    """A random question of a kind about a mosaic.
 
     ``what`` is in a cell, ``where`` is the only one of a class, ``count`` those of a class (0 to 4), ``compare`` two
     cells by the order of their classes ("4 or 7 : second"), ``presence`` of a class.
@@ -63,9 +65,12 @@ def ask(kind: str, cells: Sequence[int], pictures: Pictures, rng: np.random.Gene
     raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
 
 
-def standard_questions(index: int, cells: Sequence[int], pictures: Pictures) -> list[Question]:
+def standard_questions(
+    index: int, cells: Sequence[int], pictures: Pictures, kinds: Sequence[str] = KINDS
+) -> list[Question]:
     """One question of each kind about a test mosaic; they depend on its index only."""
-    return [ask(kind, cells, pictures, np.random.default_rng((TEST_SEED, index, i))) for i, kind in enumerate(KINDS)]
+    seeds = {kind: (TEST_SEED, index, KINDS.index(kind)) for kind in kinds}
+    return [ask(kind, cells, pictures, np.random.default_rng(seed)) for kind, seed in seeds.items()]
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,18 @@ class MosaicQuestions(Sequence[dict[str, Any]]):
 
     mosaics: Mosaics
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is asked about each mosaic."""
+        return KINDS_OF[self.mosaics.layout]
+
     def __len__(self) -> int:
-        return len(KINDS) * len(self.mosaics)
+        return len(self.kinds) * len(self.mosaics)
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
-        which, kind = divmod(index, len(KINDS))
+        which, kind = divmod(index, len(self.kinds))
         mosaic = self.mosaics[which]
-        question = standard_questions(which, mosaic.cells, self.mosaics.pictures)[kind]
+        question = standard_questions(which, mosaic.cells, self.mosaics.pictures, self.kinds)[kind]
         return {"image": mosaic.image, "question": question.text, "answer": question.answer, "kind": question.kind}
 
 

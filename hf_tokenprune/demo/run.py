@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from ..config import PruneConfig
 from ..cost import config_for_macs, cost
-from ..engine import prune, pruned, unprune
+from ..engine import find_adapter, prune, pruned, unprune
 from ..errors import TokenPruneError
 from ..evaluation import (
     AnswersReport,
@@ -29,6 +29,8 @@ from ..evaluation import (
 from ..evaluation.questions import AskedSample
 from ..evaluation.run import arms, macs_of
 from ..methods.decoderwise import Positions
+from ..methods.stack import StackConfig
+from ..methods.visionzip import VisionZipConfig
 from ..pictures import kept_sheet, visualize
 from ..recording import record
 from ..registry import get_method, list_methods
@@ -40,6 +42,8 @@ from .questions import KINDS, MosaicQuestions
 BUDGET = 0.7
 """MACs of every pruned run, as a fraction of the dense ones, so that methods compare at equal work; of the
 vision-language model those of the prefill, with the vision tower's, which no method lowers."""
+FOR_EIGHT_LAYERS = {"transprune": {"accumulate_layers": (1, 2, 3, 4), "layers": (1, 2, 4)}}
+"""Fields of methods that name layers, for the mini-LLaVA's decoder of 8."""
 MOSAICS = 40  # five questions each
 SINGLES = 200
 CAPTION = 18  # pixels above a row of pictures
@@ -114,41 +118,32 @@ def encoder_configs(model: Any) -> dict[str, PruneConfig]:
     }
 
 
-def decoder_configs(keep: float, positions: Positions = "original") -> dict[str, PruneConfig]:
-    """Every method for vision-language models, for the mini-LLaVA of 8 decoder layers and 256 image tokens.
+def decoder_configs(model: Any, keep: float, positions: Positions = "original") -> dict[str, PruneConfig]:
+    """Every method that prunes images in front of or in the mini-LLaVA's decoder, by `on_mini_llava`."""
+    shape = find_adapter(model).shape(model)
+    configs = {name: on_mini_llava(get_method(name)(), positions) for name in list_methods("decoder")}
+    return {
+        name: config.for_budget(model, keep=keep)
+        for name, config in configs.items()
+        if not all(stage.videos_only for stage in config.stages_for(shape))
+    }
+
+
+def on_mini_llava(config: PruneConfig, positions: Positions = "original") -> PruneConfig:
+    """The config with layers that a decoder of 8 has, and counts of 256 tokens for those of LLaVA-1.5's 576.
 
     Args:
-        keep: fraction of the image tokens that is left behind the last stage. Methods that prune inside the decoder get
-            there in one stage (FastV) or by equal factors in three.
         positions: of the tokens that stay. The model never saw an image of another number of tokens and finds cells by
             the distance between tokens: with "contiguous" it is lost.
     """
-    kept = {"positions": positions}
-    steps = tuple(keep ** (part / 3) for part in (1, 2, 3))
-
-    def visionzip(ratio: float) -> dict[str, Any]:
-        total = round(256 * ratio)
-        contextual = max(1, round(total / 6))
-        return {"method": "visionzip", "dominant": total - contextual, "contextual": contextual, **kept}
-
-    def transprune(ratios: tuple[float, ...]) -> dict[str, Any]:
-        layers = {"accumulate_layers": (1, 2, 3, 4), "layers": (1, 2, 4)}
-        return {"method": "transprune", **layers, "keep_ratios": ratios, **kept}
-
-    half = keep**0.5
-    stages = (visionzip(half), transprune(tuple(half ** (part / 3) for part in (1, 2, 3))))
-    configs: dict[str, dict[str, Any]] = {
-        "divprune": {"method": "divprune", "keep_ratio": keep, **kept},
-        "visionzip": visionzip(keep),
-        "cls_attention": {"method": "cls_attention", "keep_ratio": keep, **kept},
-        "fastv": {"method": "fastv", "layer": 1, "keep_ratio": keep, **kept},
-        "pyramiddrop": {"method": "pyramiddrop", "layers": (1, 2, 4), "keep_ratios": steps, **kept},
-        "transprune": transprune(steps),
-        "visionzip + transprune": {"method": "stack", "stages": stages},
-        "random": {"method": "random", "keep_ratios": keep, **kept},
-        "uniform": {"method": "uniform", "keep_ratios": keep, **kept},
-    }
-    return {name: PruneConfig.from_dict(fields) for name, fields in configs.items()}
+    if isinstance(config, StackConfig):
+        return replace(config, stages=tuple(on_mini_llava(part, positions) for part in config.stages))
+    if isinstance(config, VisionZipConfig):
+        config = config.with_total(round((config.dominant + config.contextual) * 256 / 576))
+    fields: dict[str, Any] = dict(FOR_EIGHT_LAYERS.get(config.method, {}))
+    if hasattr(config, "positions"):
+        fields["positions"] = positions
+    return replace(config, **fields)
 
 
 def _digits(out: Path, limit: int | None, progress: bool) -> tuple[PairedReport, Path, Path]:
@@ -205,7 +200,7 @@ def _llava(out: Path, limit: int | None, progress: bool) -> tuple[AnswersReport,
     budget = BUDGET * cost(model, text_tokens=text_tokens).dense.macs
     configs = {
         name: config.for_budget(model, macs=budget, text_tokens=text_tokens)
-        for name, config in decoder_configs(0.33).items()
+        for name, config in decoder_configs(model, 0.33).items()
     }
     report = evaluate_answers(
         model,

@@ -6,14 +6,8 @@ Importing this needs torch and Pillow alone; `evaluate`, `datasets` and `acceler
 
 from typing import TYPE_CHECKING, Any
 
-from hf_tokenprune.evaluation.answers import (
-    Answers,
-    AnswersReport,
-    AnswersRow,
-    ExactMatch,
-    collect_answers,
-    evaluate_answers,
-)
+from hf_tokenprune.evaluation.answers import collect_answers, evaluate_answers
+from hf_tokenprune.evaluation.answers_report import Answers, AnswersReport, AnswersRow, ExactMatch
 from hf_tokenprune.evaluation.data import load_images
 from hf_tokenprune.evaluation.images import ImageDataset
 from hf_tokenprune.evaluation.loop import Logits, collect_logits

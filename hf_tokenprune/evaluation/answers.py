@@ -1,194 +1,21 @@
-"""What a vision-language model answers, dense against pruned on the same questions: exact match, kind by kind."""
+"""Ask a vision-language model questions, dense and pruned in turn: its answers, and how far a pruned model is from the
+dense one at every token of these."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from hf_tokenprune.benchmark.medians import Quartiles, cell
-from hf_tokenprune.errors import TokenPruneError, UnsupportedModelError
+from hf_tokenprune.errors import UnsupportedModelError
+from hf_tokenprune.evaluation.answers_report import Answers, AnswersReport
 from hf_tokenprune.evaluation.loop import batches, in_dtype_of, place
 from hf_tokenprune.evaluation.optional import require
 from hf_tokenprune.evaluation.prompts import prompts
-from hf_tokenprune.evaluation.questions import AskedSample, QuestionDataset, is_right
-from hf_tokenprune.evaluation.report import paired_difference, speed_notes
-from hf_tokenprune.evaluation.tables import aligned, filled, markdown, number, plain, with_interval
-from hf_tokenprune.evaluation.turns import DENSE, Speed, Turns, Variants, check_names
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model answered to n questions, in their order.
-
-    Attributes:
-        texts: answers.
-        seconds: time spent in ``generate``; of the slowest process for every batch of a distributed run. Times of two
-            models that ran one after the other do not compare: `evaluate_answers` lets them take turns.
-    """
-
-    texts: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ExactMatch:
-    """Exact match of one run on the questions of a kind, or on all.
-
-    Attributes:
-        n: number of questions.
-        accuracy: fraction of them answered right; see `is_right`.
-        difference: to the dense run on the same questions, in percentage points; negative is a loss. None for that run.
-        interval: 95 % interval of the difference, in percentage points; see `scores.paired_interval`. Questions about
-            one image count as independent.
-    """
-
-    n: int
-    accuracy: float
-    difference: float | None = None
-    interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class AnswersRow:
-    """One run. Comparisons of the dense run with itself are None.
-
-    Attributes:
-        name: of the run; the first row is ``"dense"``.
-        overall: all questions.
-        kinds: exact match by kind of question; empty if no question says its kind.
-        agreement: fraction of questions with the same answer as the dense run's, but for case and spaces.
-        questions_per_second: through ``generate``; see `Speed.per_second`. None without timing.
-        macs: multiply-adds of the prefill of a question, as given by the caller.
-        speed_up: median over batches of the dense run's time over this one's, taken in turn. None where it cannot be
-            told from noise, without timing, and of fewer than three full batches. Longer answers take longer.
-        speed_up_quartiles: over batches.
-        ideal_speed_up: MACs of the dense run over those of this one, if both were given.
-    """
-
-    name: str
-    overall: ExactMatch
-    kinds: dict[str, ExactMatch]
-    questions_per_second: float | None = None
-    agreement: float | None = None
-    macs: float | None = None
-    speed_up: float | None = None
-    speed_up_quartiles: Quartiles | None = None
-    ideal_speed_up: float | None = None
-
-
-@dataclass(frozen=True)
-class AnswersReport:
-    """Rows of a dense and of pruned runs on the same questions, the dense one first.
-
-    Attributes:
-        rows: the runs.
-    """
-
-    rows: tuple[AnswersRow, ...]
-
-    @classmethod
-    def from_answers(
-        cls,
-        questions: QuestionDataset,
-        dense: Answers,
-        runs: Mapping[str, Answers],
-        macs: Mapping[str, float] | None = None,
-        speeds: Mapping[str, Speed] | None = None,
-    ) -> "AnswersReport":
-        """Compare ``runs`` with ``dense``; ``macs`` of the prefill and ``speeds`` by name, ``"dense"`` included.
-
-        Raises:
-            TokenPruneError: a run of another number of questions or called "dense", MACs of a run that there is not.
-        """
-        macs = macs or {}
-        check_names(runs, macs)
-        every = {DENSE: dense, **runs}
-        for name, run in every.items():
-            if len(run.texts) != len(questions):
-                raise TokenPruneError(
-                    f"run {name!r} has {len(run.texts)} answers to {len(questions)} questions; all must be answered"
-                )
-        right = {
-            name: torch.tensor([is_right(*pair) for pair in zip(run.texts, questions.answers, strict=True)])
-            for name, run in every.items()
-        }
-        members = {
-            kind: torch.tensor([other == kind for other in questions.kinds])
-            for kind in dict.fromkeys(questions.kinds)
-            if kind is not None
-        }
-
-        def score(name: str, chosen: Tensor | slice) -> ExactMatch:
-            hits = right[name][chosen]
-            accuracy = float(hits.double().mean())
-            if name == DENSE:
-                return ExactMatch(len(hits), accuracy)
-            return ExactMatch(len(hits), accuracy, *paired_difference(right[DENSE][chosen], hits))
-
-        rows = []
-        for name, run in every.items():
-            compared = name != DENSE
-            speed = (speeds or {}).get(name, Speed())
-            same = [is_right(text, (other,)) for text, other in zip(run.texts, dense.texts, strict=True)]
-            rows.append(
-                AnswersRow(
-                    name=name,
-                    overall=score(name, slice(None)),
-                    kinds={kind: score(name, chosen) for kind, chosen in members.items()},
-                    questions_per_second=speed.per_second,
-                    agreement=sum(same) / len(same) if compared else None,
-                    macs=macs.get(name),
-                    speed_up=speed.speed_up,
-                    speed_up_quartiles=speed.speed_up_quartiles,
-                    ideal_speed_up=macs[DENSE] / macs[name] if compared and {DENSE, name} <= set(macs) else None,
-                )
-            )
-        return cls(tuple(rows))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: ``questions`` and ``rows`` with the fields and units of `AnswersRow`."""
-        return {"questions": self.rows[0].overall.n, "rows": [plain(asdict(row)) for row in self.rows]}
-
-    def summary(self) -> str:
-        """The table as plain text, with what it rests on above and below."""
-        return f"{self._caption()}\n\n{aligned(*self._table())}\n\n{self._notes()}"
-
-    def to_markdown(self) -> str:
-        """The same as Markdown."""
-        return f"{self._caption()}\n\n{markdown(*self._table())}\n\n{self._notes()}"
-
-    def _caption(self) -> str:
-        return f"{self.rows[0].overall.n} questions, every run on the same ones. Exact match in %."
-
-    def _notes(self) -> str:
-        return (
-            "[ ]: 95 % interval of the difference in percentage points, Bonett-Price for paired proportions; questions "
-            "about one image count as independent. GMACs and ideal: prefill. "
-            f"{speed_notes(self.rows, 'questions/s: generate() only, longer answers take longer')}"
-        )
-
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        first = self.rows[0]
-        columns: dict[str, Callable[[AnswersRow], str]] = {
-            "run": lambda row: row.name,
-            "all": lambda row: number(row.overall.accuracy, ".1f", 100),
-            "vs dense": lambda row: with_interval(row.overall.difference, row.overall.interval, "+.1f"),
-        }
-        cells = {title: [cell(row) for row in self.rows] for title, cell in columns.items()}
-        for kind in first.kinds:
-            cells[kind] = [number(row.kinds[kind].accuracy, ".1f", 100) for row in self.rows]
-        columns = {
-            "agreement %": lambda row: number(row.agreement, ".1f", 100),
-            "GMACs": lambda row: number(row.macs, ".3f", 1e-9),
-            "questions/s": lambda row: number(row.questions_per_second, ".1f"),
-            "speed-up": lambda row: cell(row.speed_up, row.speed_up_quartiles, ".2f"),
-            "ideal": lambda row: number(row.ideal_speed_up, ".2f"),
-        }
-        return filled(cells | {title: [cell(row) for row in self.rows] for title, cell in columns.items()})
+from hf_tokenprune.evaluation.questions import AskedSample, QuestionDataset
+from hf_tokenprune.evaluation.teacher_forcing import answer_logits, mean_kl, up_to_end
+from hf_tokenprune.evaluation.turns import DENSE, Turns, Variants, check_names
 
 
 def evaluate_answers(
@@ -206,6 +33,9 @@ def evaluate_answers(
 ) -> AnswersReport:
     """Ask a vision-language model as it is and within each variant the same questions, in turn on every batch.
 
+    Behind each turn, untimed, every variant is fed the dense model's answers, for `AnswersRow.kl`. Logits are held of
+    one batch and two runs.
+
     Args:
         variants: name -> function that makes a context manager, in which ``model`` is changed: for example
             ``{"DivPrune": lambda: pruned(model, config)}``. It is entered anew for every batch.
@@ -220,12 +50,11 @@ def evaluate_answers(
     """
     check_names(variants, macs or {}, processors or {})
     every = {DENSE: processor, **(processors or {})}
-    texts, turns, counts = _ask(
+    runs, turns, counts = _ask(
         model, questions, every, variants, batch_size, max_new_tokens, prompt, accelerator, progress, "answer"
     )
-    slowest = turns.slowest()
-    dense, *runs = ((name, Answers(tuple(own), sum(slowest[name]))) for name, own in texts.items())
-    return AnswersReport.from_answers(questions, dense[1], dict(runs), macs, turns.speeds(counts))
+    dense = runs.pop(DENSE)
+    return AnswersReport.from_answers(questions, dense, runs, macs, turns.speeds(counts))
 
 
 def collect_answers(
@@ -262,10 +91,10 @@ def collect_answers(
         UnsupportedModelError: the model does not generate.
         ImportError: `accelerate` is not installed.
     """
-    texts, turns, _ = _ask(
+    runs, _, _ = _ask(
         model, questions, {DENSE: processor}, {}, batch_size, max_new_tokens, prompt, accelerator, progress, desc
     )
-    return Answers(tuple(texts[DENSE]), sum(turns.slowest()[DENSE]))
+    return runs[DENSE]
 
 
 def _ask(
@@ -279,11 +108,10 @@ def _ask(
     accelerator: Any,
     progress: bool,
     desc: str,
-) -> tuple[dict[str, list[str]], Turns, list[int]]:
+) -> tuple[dict[str, Answers], Turns, list[int]]:
     """Answers by arm, the turns with their times, and the number of questions in every batch of all processes."""
     accelerate = require("accelerate")
-    answer: Any = getattr(model, "generate", None)
-    if answer is None:
+    if getattr(model, "generate", None) is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no generate(); load it with AutoModelForImageTextToText"
         )
@@ -305,21 +133,48 @@ def _ask(
     turns = Turns(model, variants, accelerator)
     counts: list[int] = []
     texts: dict[str, list[str]] = {name: [] for name in turns.arms}
+    kl: dict[str, list[float]] = {name: [] for name in variants}
+    # Drops what was repeated to give every process a full last batch.
+    gather = partial(accelerator.gather_for_metrics, use_gather_object=True)
     for batch in tqdm(loader, desc=desc, disable=not (progress and accelerator.is_main_process)):
         inputs = {name: in_dtype_of(model, made) for name, made in batch.items()}
-        generate = partial(_generate, answer, inputs, max_new_tokens)
+        generate = partial(_generate, model, inputs, max_new_tokens)
         if not counts:
             turns.warm_up(generate)
-        for name, tokens in turns.take(generate).items():
+        said = turns.take(generate)
+        for name, tokens in said.items():
             answers = processors[DENSE].batch_decode(tokens, skip_special_tokens=True)
-            # Drops what was repeated to give every process a full last batch.
-            own = accelerator.gather_for_metrics([text.strip() for text in answers], use_gather_object=True)
+            own = gather([text.strip() for text in answers])
             texts[name] += own
+        for name, distances in _distances(turns, model, inputs, said[DENSE]).items():
+            kl[name] += gather(distances)
         counts.append(len(own))
-    return texts, turns, counts
+    slowest = turns.slowest()
+    runs = {
+        name: Answers(tuple(own), sum(slowest[name]), tuple(kl[name]) if name in kl else None)
+        for name, own in texts.items()
+    }
+    return runs, turns, counts
 
 
-def _generate(answer: Callable[..., Tensor], inputs: Mapping[str, dict[str, Tensor]], most: int, arm: str) -> Tensor:
+def _generate(model: Any, inputs: Mapping[str, dict[str, Tensor]], most: int, arm: str) -> Tensor:
     """New tokens of an arm: behind its own prompt, or behind that of the dense one."""
     given = inputs.get(arm, inputs[DENSE])
-    return answer(**given, max_new_tokens=most, do_sample=False)[:, given["input_ids"].shape[1] :]
+    tokens: Tensor = model.generate(**given, max_new_tokens=most, do_sample=False)
+    return tokens[:, given["input_ids"].shape[1] :]
+
+
+def _distances(
+    turns: Turns, model: Any, inputs: Mapping[str, dict[str, Tensor]], answer: Tensor
+) -> dict[str, list[float]]:
+    """By variant, the KL of each question of a batch along the dense model's answer (B, L)."""
+    variants = [name for name in turns.arms if name != DENSE]
+    if not variants:
+        return {}
+    counts = up_to_end(model, answer)
+
+    def say(arm: str) -> Tensor:
+        return answer_logits(model, inputs.get(arm, inputs[DENSE]), answer, counts)
+
+    dense = turns.run(DENSE, say)
+    return {name: mean_kl(dense, turns.run(name, say), counts).tolist() for name in variants}

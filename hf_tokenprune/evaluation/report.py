@@ -211,7 +211,6 @@ def _row(name: str, run: Scored, dense: Scored, known: Tensor, macs: Mapping[str
     if known.any():
         top1 = paired_difference(dense.top1[known], run.top1[known])
         top5 = paired_difference(dense.top5[known], run.top5[known])
-    kl_interval = mean_interval(run.kl)
     return replace(
         row,
         accuracy_difference=top1[0],
@@ -220,7 +219,7 @@ def _row(name: str, run: Scored, dense: Scored, known: Tensor, macs: Mapping[str
         top5_interval=top5[1],
         agreement=float(run.same.double().mean()),
         kl=float(run.kl.mean()),
-        kl_interval=kl_interval and (max(kl_interval[0], 0.0), kl_interval[1]),
+        kl_interval=kl_interval(run.kl),
         ideal_speed_up=macs[DENSE] / macs[name] if {DENSE, name} <= set(macs) else None,
     )
 
@@ -248,6 +247,12 @@ def paired_difference(dense_correct: Tensor, correct: Tensor) -> tuple[float, tu
     """
     low, high = paired_interval(dense_correct, correct)
     return 100 * (int(correct.sum()) - int(dense_correct.sum())) / len(correct), (100 * low, 100 * high)
+
+
+def kl_interval(kl: Tensor) -> tuple[float, float] | None:
+    """95 % interval of the mean of (n,) values of KL, cut at 0; None for a single one."""
+    interval = mean_interval(kl)
+    return interval and (max(interval[0], 0.0), interval[1])
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_tokenprune.errors import DataError, TokenPruneError
 
 _Z95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal
-_ROWS = 4096  # rows per float64 chunk of the KL: 50 000 x 1000 logits would otherwise need gigabytes
+_CHUNK = 2**22  # logits per float64 chunk of the KL: 50 000 x 1000, or 256 x 150 000, would otherwise need gigabytes
 
 
 def as_logits(values: Any, name: str = "logits") -> Tensor:
@@ -95,7 +95,8 @@ def kl_divergence(dense_logits: Tensor, logits: Tensor) -> Tensor:
     Returns:
         ``(n,)`` float64, at least 0. Computed in float64, because near 0 it is a small difference of large terms.
     """
-    chunks = zip(dense_logits.split(_ROWS), logits.split(_ROWS), strict=True)
+    rows = max(1, _CHUNK // dense_logits.shape[1])
+    chunks = zip(dense_logits.split(rows), logits.split(rows), strict=True)
     return torch.cat([_kl(dense, other) for dense, other in chunks])
 
 

@@ -73,14 +73,14 @@ class Turns:
 
     def warm_up(self, call: Callable[[str], T]) -> T:
         """Every arm once, untimed: whichever goes first would else pay for loading kernels. What the dense one says."""
-        return {name: self._run(name, call) for name in self.arms}[DENSE]
+        return {name: self.run(name, call) for name in self.arms}[DENSE]
 
     def take(self, call: Callable[[str], T]) -> dict[str, T]:
         """What ``call(its name)`` returns in every arm, in the order of the arms; one timed turn."""
         backwards = len(self.seconds[DENSE]) % 2
         found = {}
         for name in reversed(list(self.arms)) if backwards else self.arms:
-            found[name] = self._run(name, call, self.seconds[name])
+            found[name] = self.run(name, call, self.seconds[name])
         return {name: found[name] for name in self.arms}
 
     def slowest(self) -> dict[str, list[float]]:
@@ -101,7 +101,8 @@ class Turns:
             found[name] = Speed(rate * ratio if rate and ratio else None, ratio, spread)
         return found
 
-    def _run(self, name: str, call: Callable[[str], T], times: list[float] | None = None) -> T:
+    def run(self, name: str, call: Callable[[str], T], times: list[float] | None = None) -> T:
+        """What ``call(name)`` returns in one arm; with ``times``, how long it took is added there."""
         device = self.accelerator.device
         with self.arms[name](), eval_mode(self.model), torch.inference_mode(), self.accelerator.autocast():
             synchronize(device)

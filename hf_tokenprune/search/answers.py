@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from ..adapters.decoder._cache import CACHE_NAME
 from ..config import PruneConfig
 from ..engine import find_adapter, plan, pruned
 from ..errors import ConfigError, UnsupportedModelError
-from ..evaluation.scores import kl_divergence
+from ..evaluation.teacher_forcing import answer_logits, mean_kl, up_to_end
 from .objective import Goal
 
 NEW_TOKENS = 16
@@ -84,7 +82,7 @@ class AnswerObjective:
                 with self._encoded_once(features):
                     self.answers.append(self._answer(batch) if given is None else filled(given[i]))
                     start = time.perf_counter()
-                    dense.append(self._logits(batch, *self.answers[-1]))
+                    dense.append(answer_logits(model, batch, *self.answers[-1]))
                     self.seconds += time.perf_counter() - start
         self.dense = torch.cat(dense)
         """(P, V) float32: what the dense model says before each token of the answers, one prompt after the other.
@@ -109,17 +107,16 @@ class AnswerObjective:
         with pruned(self.model, config):
             for batch, features, (tokens, counts) in zip(self.batches, self.features, self.answers, strict=True):
                 with torch.inference_mode(), nullcontext() if in_tower else self._encoded_once(features):
-                    logits = self._logits(batch, tokens, counts)
+                    logits = answer_logits(self.model, batch, tokens, counts)
                 yield self._distortion(self.dense[start : start + len(logits)], logits, tokens, counts)
                 start += len(logits)
 
     def _distortion(self, dense: Tensor, logits: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
-        lengths = counts.sum(1).tolist()
         if self.goal in ("geometric_kl", "kl"):
-            return torch.stack([of_one.mean() for of_one in kl_divergence(dense, logits).split(lengths)])
+            return mean_kl(dense, logits, counts)
         wanted = dense.argmax(1) if self.goal == "agreement" else tokens[counts].cpu()
         differs = logits.argmax(1) != wanted
-        return torch.stack([of_one.any() for of_one in differs.split(lengths)]).double()
+        return torch.stack([of_one.any() for of_one in differs.split(counts.sum(1).tolist())]).double()
 
     def _answer(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What the model answers, greedily: (B, L) tokens, and which of them are not behind the end."""
@@ -129,30 +126,10 @@ class AnswerObjective:
             **batch, max_new_tokens=self.new_tokens, do_sample=False, num_beams=1, suppress_tokens=forbidden
         )
         answer = found[:, batch["input_ids"].shape[1] :]
-        ends = settings.eos_token_id
-        is_end = torch.isin(answer, torch.tensor([] if ends is None else ends, device=answer.device, dtype=torch.long))
-        return answer, is_end.long().cumsum(1) - is_end.long() == 0
+        return answer, up_to_end(self.model, answer)
 
     def _placeholders(self) -> list[int]:
         return [getattr(self.model.config, name) for name in self.adapter.placeholders.values()]
-
-    def _logits(self, batch: Mapping[str, Tensor], tokens: Tensor, counts: Tensor) -> Tensor:
-        """(P, V) float32 on the CPU: the logits from which the P tokens that count are chosen, sample by sample."""
-        ids = batch["input_ids"]
-        mask = batch.get("attention_mask", torch.ones_like(ids)).long()
-        positions = self.model._prepare_position_ids_for_generation  # of one axis or several, as generate makes them
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        inputs = {**batch, "attention_mask": mask}
-        inputs |= {"position_ids": positions(ids, inputs), CACHE_NAME: cache}
-        logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits
-        tokens = tokens.to(ids.device)
-        fed = tokens[:, :-1]  # nothing is asked of the last one
-        if fed.shape[1]:
-            mask = torch.cat([mask, torch.ones_like(fed)], 1)
-            inputs = {"input_ids": fed, "attention_mask": mask, CACHE_NAME: cache}
-            inputs["position_ids"] = positions(fed, inputs)[..., -fed.shape[1] :]
-            logits = torch.cat([logits, self.model(**inputs, use_cache=True).logits], 1)
-        return logits[counts.to(logits.device)].float().cpu()
 
     @contextmanager
     def _encoded_once(self, features: dict[str, Any]) -> Iterator[None]:
