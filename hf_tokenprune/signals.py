@@ -264,8 +264,6 @@ class Stage:
 
     counts_from: ClassVar[Literal["entering", "original"]] = "entering"
     """What ``num_kept`` is given: the tokens that enter the stage, or those that entered the decoder's first layer."""
-    text_rows: ClassVar[TextRows | None] = None
-    """What "text_attention" is, for a stage that needs it."""
     merges: ClassVar[bool] = False
     """Whether tokens are merged, so that sizes are kept."""
     videos_only: ClassVar[bool] = False
@@ -290,6 +288,11 @@ class Stage:
     def needs(self) -> frozenset[str]:
         """Names of the optional :class:`Signals` this stage reads; without "attention" the fused kernel stays."""
         return frozenset()
+
+    @property
+    def text_rows(self) -> TextRows | None:
+        """Which text the signals about text are of, for a stage that needs one."""
+        return None
 
     @property
     def reads_question(self) -> bool:

@@ -28,7 +28,7 @@ from .decoder_visuals import SPECIAL, VOCABULARY, Inputs
 from .decoder_visuals import VIDEO as VIDEO
 from .decoder_visuals import image_features as image_features
 from .decoder_visuals import video_features as video_features
-from .families import methods_for
+from .families import methods_for, with_choices
 
 FAMILIES = [name for name in list_adapters() if isinstance(get_adapter(name), DecoderAdapter)]
 T = TypeVar("T")
@@ -186,9 +186,12 @@ class Case:
     method: str
     in_layers: bool = False
     """Give ``layers`` although the method has a default for them."""
+    choice: tuple[str, Any] | None = None
+    """A field and its value, with which the method reads something else, or elsewhere, than by default."""
 
     def __str__(self) -> str:
-        return f"{self.method}-in-layers" if self.in_layers else self.method
+        choice = "-{}={}".format(*self.choice) if self.choice else ""
+        return f"{self.method}-in-layers" if self.in_layers else self.method + choice
 
     @property
     def parts(self) -> str | None:
@@ -213,14 +216,27 @@ class Case:
             tiny["keep_ratios"] = 0.4
         if self.parts is not None:
             tiny[self.parts] = tuple(case.config(model) for case in one_for_each_place(model))
+        tiny |= dict([self.choice] if self.choice else [])
         return config_class(**{name: value for name, value in {**tiny, **fields}.items() if name in defaults})
 
 
 def cases() -> list[Case]:
-    """Every method that prunes decoders; those that choose their layers by depth, also with layers of one's own."""
-    names = methods_for("decoder")
-    free = [name for name in names if any(_is_free(f) for f in dataclasses.fields(get_method(name)))]
-    return [*(Case(name) for name in names), *(Case(name, in_layers=True) for name in free)]
+    """Every method that prunes decoders; those that choose their layers by depth, also with layers of one's own; and
+    with each choice by which they read something else, or elsewhere."""
+    default = [Case(name) for name in methods_for("decoder")]
+    free = [case.method for case in default if any(_is_free(f) for f in dataclasses.fields(get_method(case.method)))]
+    chosen = [Case(case.method, choice=choice) for case in default if case.parts is None for choice in choices(case)]
+    return [*default, *(Case(name, in_layers=True) for name in free), *chosen]
+
+
+def choices(case: Case) -> list[tuple[str, Any]]:
+    model = built("llava")
+    config, shape = case.config(model), shape_of(model)
+
+    def reads(config: PruneConfig) -> list[Any]:
+        return [(stage.where, stage.needs, stage.text_rows) for stage in config.stages_for(shape)]
+
+    return [choice for choice, other in with_choices(config, shape).items() if reads(other) != reads(config)]
 
 
 def _is_free(field: dataclasses.Field) -> bool:
@@ -246,7 +262,7 @@ def new_cache(model: PreTrainedModel) -> Cache:
 
 def one_for_each_place(model: PreTrainedModel) -> list[Case]:
     """What a stack is made of: one method at every place where this family lets tokens leave."""
-    single = [case for case in CASES if case.parts is None and not case.in_layers]
+    single = [case for case in CASES if case == Case(case.method) and case.parts is None]
     by_place = {place: case for case in single for place in places(case) if place not in closed_places(model)}
     return list(by_place.values())
 

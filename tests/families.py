@@ -4,15 +4,18 @@ import functools
 import importlib
 import inspect
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_tokenprune import PruneConfig, UnsupportedModelError, list_adapters, list_methods
+from hf_tokenprune import ConfigError, PruneConfig, UnsupportedModelError, list_adapters, list_methods
 from hf_tokenprune.adapters.vision import VisionAdapter
 from hf_tokenprune.engine import options, plan
+from hf_tokenprune.field_types import few_values, field_types
 from hf_tokenprune.registry import get_adapter, get_method
+from hf_tokenprune.signals import Shape
 
 TINY = {
     "hidden_size": 32,
@@ -54,6 +57,17 @@ def model_classes(family: str) -> list[type[PreTrainedModel]]:
 def methods_for(kind: str) -> list[str]:
     """Names of the methods that prune "vision" encoders, or the "decoder" of vision-language models."""
     return [name for name in list_methods() if kind in get_method(name).prunes]
+
+
+def with_choices(config: PruneConfig, shape: Shape) -> dict[tuple[str, Any], PruneConfig]:
+    """The config with each other value of each field that has few, one at a time: those that go together and fit."""
+    found = {}
+    for name, hint in field_types(type(config)).items():
+        for other in config.choices(name, shape) if few_values(hint) else ():
+            with suppress(ConfigError):
+                other.stages_for(shape)
+                found[name, getattr(other, name)] = other
+    return {choice: other for choice, other in found.items() if other != config}
 
 
 def supported_classes() -> list[tuple[str, type[PreTrainedModel]]]:

@@ -1,7 +1,7 @@
 """What every registered method owes: counts, order, independence of the batch, and no surprises with odd numbers."""
 
 import pickle
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import get_args
 
@@ -15,6 +15,8 @@ from hf_tokenprune.engine import options
 from hf_tokenprune.registry import get_method
 from hf_tokenprune.signals import DecoderShape, ModelShape, Reduction, Shape, Signals, Stage, Transition
 from hf_tokenprune.tokens import merge_tokens
+
+from .families import methods_for, with_choices
 
 SHAPE = ModelShape(
     depth=12,
@@ -50,18 +52,29 @@ TOKEN_AXES = {
     **dict.fromkeys(("queries", "keys", "values", "layer_scores"), (2,)),
     **dict.fromkeys(("cls_attention", "received_attention"), (2,)),
     "attention": (2, 3),
-    "sizes": (1,),
+    "earlier_attention": (2,),
+    **dict.fromkeys(("sizes", "tower_features"), (1,)),
     "text_attention": (3,),
-    "text_mask": (),
+    **dict.fromkeys(("text", "text_mask", "text_keys", "text_scores"), ()),
 }
 
 
-def methods_for(kind: str) -> list[str]:
-    return [name for name in list_methods() if kind in get_method(name).prunes]
-
-
 METHODS_AND_KINDS = [(name, kind) for kind in SHAPES for name in methods_for(kind)]
-DECODER_STAGES = [stage for name in methods_for("decoder") for stage in get_method(name)().stages_for(DECODER_SHAPE)]
+
+
+def decoder_stages() -> list[Stage]:
+    """Every stage of every method's default config, and with each choice of its own that makes another stage."""
+    found: dict[Stage, Stage] = {}
+    for name in methods_for("decoder"):
+        default = get_method(name)()
+        for config in (default, *with_choices(default, DECODER_SHAPE).values()):
+            for stage in config.stages_for(DECODER_SHAPE):
+                alike = replace(stage, positions="contiguous", newlines="prune", budget="sample")
+                found.setdefault(alike, stage)
+    return list(found.values())
+
+
+DECODER_STAGES = decoder_stages()
 
 
 def all_stages() -> list[Stage]:
@@ -97,25 +110,31 @@ def make_decoder_signals(stage: Stage, batch: int, num_prunable: int, seed: int 
     """What a decoder offers this stage: the signals it needs and no more."""
     if stage.where == "vision_tower":
         signals = make_signals(batch, num_prunable, DECODER_SHAPE.tower.num_protected, seed, dtype)
-        unasked = {"attention", "queries", "keys", "values", "cls_attention", "received_attention"} - stage.needs
-        return replace(signals, sizes=None, **dict.fromkeys(unasked))
+        received = signals.received_attention
+        patches = torch.cat([signals.tokens, signals.inputs], 2)[:, signals.num_protected :]
+        signals = replace(signals, sizes=None, tower_features=patches, earlier_attention=received.flip(1))
+        unasked = {name for name in TOKEN_AXES if name not in ("tokens", "inputs")} - stage.needs
+        return replace(signals, **dict.fromkeys(unasked))
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(batch, num_prunable, DECODER_SHAPE.width, generator=generator).to(dtype)
     signals = Signals(tokens, tokens, num_protected=0, has_cls=False)
-    if "text_attention" in stage.needs:
-        assert stage.text_rows is not None
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    found: dict[str, torch.Tensor] = {}
+    if stage.text_rows is not None:
         rows = 1 if stage.text_rows.rows == "last" else 6
-        logits = torch.randn(batch, DECODER_SHAPE.num_heads, rows, num_prunable + 9, generator=generator)
         filling = torch.arange(batch)[:, None] % rows  # in front: rows are aligned at the end
-        signals = replace(
-            signals,
-            text_attention=logits.softmax(-1)[..., :num_prunable],
-            text_mask=torch.arange(rows) >= filling,
-        )
+        found["text_attention"] = rand(DECODER_SHAPE.num_heads, rows, num_prunable + 9).softmax(-1)[..., :num_prunable]
+        found["text"] = rand(rows, DECODER_SHAPE.width).to(dtype)
+        found["text_keys"] = rand(DECODER_SHAPE.num_key_value_heads, rows, DECODER_SHAPE.head_dim).to(dtype)
+        found["text_scores"] = rand(rows)
+        signals = replace(signals, text_mask=torch.arange(rows) >= filling)
+    found["keys"] = rand(DECODER_SHAPE.num_key_value_heads, num_prunable, DECODER_SHAPE.head_dim).to(dtype)
     if "layer_scores" in stage.needs:
-        scores = torch.rand(batch, len(stage.observes), num_prunable, generator=generator)
-        signals = replace(signals, layer_scores=scores)
-    return signals
+        found["layer_scores"] = torch.rand(batch, len(stage.observes), num_prunable, generator=generator)
+    return replace(signals, **{name: value for name, value in found.items() if name in stage.needs})
 
 
 def signals_for(stage: Stage, batch: int = 4, num_prunable: int | None = None, **options) -> Signals:
@@ -145,7 +164,7 @@ def select(signals: Signals, rows: slice | None = None, order: torch.Tensor | No
 
 def mapped(signals: Signals, function) -> Signals:
     """Every tensor of the model's dtype replaced by ``function`` of it."""
-    names = ("tokens", "inputs", "queries", "keys", "values")
+    names = ("tokens", "inputs", "queries", "keys", "values", "text", "text_keys", "tower_features")
     return replace(signals, **{n: function(getattr(signals, n)) for n in names if getattr(signals, n) is not None})
 
 
@@ -155,7 +174,9 @@ def keep_of(stage: Stage, signals: Signals) -> torch.Tensor:
 
 
 def stage_id(stage: Stage) -> str:
-    return f"{type(stage).__name__}-{stage.layer}-{stage.where}"
+    ignored = ("layer", "where", "positions", "newlines", "budget")
+    own = [getattr(stage, field.name) for field in fields(stage) if field.name not in ignored]
+    return "-".join(map(str, (type(stage).__name__, stage.layer, stage.where, *own)))
 
 
 @pytest.fixture(params=all_stages(), ids=stage_id)
@@ -277,10 +298,10 @@ def test_identical_tokens_and_zero_vectors_are_survived(stage: Stage) -> None:
     num_prunable = num_tokens - signals.num_protected
     if signals.attention is not None:
         signals = replace(signals, attention=tuple(torch.full_like(p, 1 / num_tokens) for p in signals.attention))
-    for name in ("cls_attention", "received_attention"):
+    for name in ("cls_attention", "received_attention", "earlier_attention"):
         if getattr(signals, name) is not None:
             signals = replace(signals, **{name: torch.full_like(getattr(signals, name), 1 / num_tokens)})
-    for name in ("text_attention", "layer_scores"):
+    for name in ("text_attention", "text_scores", "layer_scores"):
         if getattr(signals, name) is not None:
             signals = replace(signals, **{name: torch.zeros_like(getattr(signals, name))})
     reduction = stage.reduce(signals, stage.num_kept(num_prunable))
@@ -314,9 +335,10 @@ def test_keeping_all_is_the_identity(decoder_stage: Stage) -> None:
 
 def test_a_stage_of_a_decoder_asks_for_what_there_is(decoder_stage: Stage) -> None:
     offered = {
-        "vision_tower": {"attention", "cls_attention", "received_attention", "queries", "keys", "values"},
-        "entrance": set(),
-        "after_block": {"text_attention", "layer_scores"},
+        "vision_tower": {"attention", "cls_attention", "received_attention", "queries", "keys", "values"}
+        | {"earlier_attention", "tower_features"},
+        "entrance": {"text", "text_scores"},
+        "after_block": {"text_attention", "text", "text_scores", "keys", "text_keys", "layer_scores"},
     }
     assert decoder_stage.needs <= offered[decoder_stage.where]
     inside = decoder_stage.where == "after_block"
@@ -324,7 +346,7 @@ def test_a_stage_of_a_decoder_asks_for_what_there_is(decoder_stage: Stage) -> No
     assert decoder_stage.positions in ("contiguous", "original")
     assert decoder_stage.newlines == "prune" and decoder_stage.budget in ("image", "sample")
     assert decoder_stage.where != "vision_tower" or decoder_stage.budget == "image"
-    assert ("text_attention" not in decoder_stage.needs) or decoder_stage.text_rows is not None
+    assert not decoder_stage.reads_question or decoder_stage.text_rows is not None
     observed = decoder_stage.observes
     assert bool(observed) == ("layer_scores" in decoder_stage.needs)
     assert all(0 <= layer <= decoder_stage.layer for layer in observed) and list(observed) == sorted(set(observed))
