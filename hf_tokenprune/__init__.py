@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     from .errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
     from .methods.ats import ATSConfig
     from .methods.cls_attention import ClsAttentionConfig
+    from .methods.dart import DARTConfig
     from .methods.divprune import DivPruneConfig
     from .methods.evit import EViTConfig
     from .methods.exact import ExactConfig
     from .methods.fastv import FastVConfig
+    from .methods.hiprune import HiPruneConfig
     from .methods.pitome import PiToMeConfig
     from .methods.pyramiddrop import PyramidDropConfig
     from .methods.random import RandomConfig
     from .methods.salience_merge import SalienceMergeConfig
+    from .methods.sparsevlm import SparseVLMConfig
     from .methods.stack import StackConfig
     from .methods.tome import ToMeConfig
     from .methods.transprune import TransPruneConfig
     from .methods.uniform import UniformConfig
     from .methods.visionzip import VisionZipConfig
+    from .methods.vispruner import VisPrunerConfig
     from .methods.zero_tprune import ZeroTPruneConfig
     from .presets import Preset, get_preset, list_presets
     from .recording import record
@@ -42,10 +46,12 @@ __all__ = [
     "ATSConfig",
     "ClsAttentionConfig",
     "ConfigError",
+    "DARTConfig",
     "DivPruneConfig",
     "EViTConfig",
     "ExactConfig",
     "FastVConfig",
+    "HiPruneConfig",
     "PiToMeConfig",
     "Preset",
     "PruneConfig",
@@ -53,12 +59,14 @@ __all__ = [
     "PyramidDropConfig",
     "RandomConfig",
     "SalienceMergeConfig",
+    "SparseVLMConfig",
     "StackConfig",
     "ToMeConfig",
     "TokenPruneError",
     "TransPruneConfig",
     "UniformConfig",
     "UnsupportedModelError",
+    "VisPrunerConfig",
     "VisionZipConfig",
     "ZeroTPruneConfig",
     "disable_auto",
@@ -83,19 +91,23 @@ _NAMES = {
     "errors": ("ConfigError", "PruneStateError", "TokenPruneError", "UnsupportedModelError"),
     "methods.ats": ("ATSConfig",),
     "methods.cls_attention": ("ClsAttentionConfig",),
+    "methods.dart": ("DARTConfig",),
     "methods.divprune": ("DivPruneConfig",),
     "methods.evit": ("EViTConfig",),
     "methods.exact": ("ExactConfig",),
     "methods.fastv": ("FastVConfig",),
+    "methods.hiprune": ("HiPruneConfig",),
     "methods.pitome": ("PiToMeConfig",),
     "methods.pyramiddrop": ("PyramidDropConfig",),
     "methods.random": ("RandomConfig",),
     "methods.salience_merge": ("SalienceMergeConfig",),
+    "methods.sparsevlm": ("SparseVLMConfig",),
     "methods.stack": ("StackConfig",),
     "methods.tome": ("ToMeConfig",),
     "methods.transprune": ("TransPruneConfig",),
     "methods.uniform": ("UniformConfig",),
     "methods.visionzip": ("VisionZipConfig",),
+    "methods.vispruner": ("VisPrunerConfig",),
     "methods.zero_tprune": ("ZeroTPruneConfig",),
     "presets": ("Preset", "get_preset", "list_presets"),
     "recording": ("record",),
