@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import TokenPruneError
 from ..registry import register_method
 from ..signals import VISION_TOWER, DecoderShape, Reduction, Signals, Stage
-from ..tokens import stable_order
+from ..tokens import gather_tokens, stable_order
 from .decoderwise import RatioConfig, RatioStage
 
 ROUND = 8
@@ -111,10 +111,9 @@ def diverse(features: Tensor, order: Tensor, n_keep: int) -> Tensor:
     """
     unit = F.normalize(features.float(), dim=-1)
     similarity = unit @ unit.mT
-    rows = torch.arange(len(order), device=order.device)[:, None, None]
     while order.shape[1] > n_keep:  # sizes alone decide on the rounds
         even, odd = order[:, ::2], order[:, 1::2]
-        nearest = similarity[rows, even.unsqueeze(2), odd.unsqueeze(1)].amax(2)  # (B, E)
+        nearest = gather_tokens(similarity, odd).amax(1).gather(1, even)  # (B, E); whole rows are copied fast
         leaving = min(ROUND, order.shape[1] - n_keep)
         staying = stable_order(nearest, descending=True)[:, leaving:]
         order = torch.cat([even.gather(1, staying), odd], 1)
