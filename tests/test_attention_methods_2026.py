@@ -381,11 +381,10 @@ def test_objects_are_in_the_middle_of_the_tower() -> None:
 
 
 def test_an_object_block_must_see_the_image_and_come_before_the_features() -> None:
-    said = message_of(lambda: block_of((8, 0, 8, 0), object_layer=2))
-    assert said.startswith("object_layer=2 in HiPruneConfig: expected a block in front of the last") and said.endswith(
-        "attends to the whole image: 1"
-    )
-    assert message_of(lambda: block_of((), 4, object_layer=3)).endswith("attends to the whole image: 0, 1, 2")
+    said = message_of(lambda: block_of((8, 0, 8, 0, 8), object_layer=2))
+    assert said.startswith("object_layer=2 in HiPruneConfig: expected a block of the vision tower that attends to the")
+    assert said.endswith("in front of the last such one: 1")
+    assert message_of(lambda: block_of((), 4, object_layer=3)).endswith("in front of the last such one: 0, 1, 2")
     assert message_of(lambda: block_of((8, 8, 0))).endswith("there is none")
     assert message_of(lambda: block_of((), 1)).endswith("there is none")
 

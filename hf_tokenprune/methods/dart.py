@@ -81,9 +81,7 @@ class DARTStage(RatioStage):
     image_pivots: int
     text_pivots: int
 
-    @property
-    def text_rows(self) -> TextRows | None:
-        return TextRows("text", "own") if self.text_pivots else None
+    text_rows: ClassVar[TextRows] = TextRows("text", "own")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -58,8 +58,8 @@ class HiPruneConfig(RatioConfig):
     def block(self, shape: DecoderShape) -> int:
         """The block that anchors are chosen by; raises where ``object_layer`` names none that can be."""
         depth, windows = shape.tower.depth, shape.tower.windows
-        possible = [block for block in range(depth - 1) if not windows or windows[block] == 0]
-        allowed = f"a block in front of the last of the vision tower's {depth} that attends to the whole image"
+        possible = [block for block in range(depth) if not windows or windows[block] == 0][:-1]
+        allowed = "a block of the vision tower that attends to the whole image, in front of the last such one"
         wanted = round(depth * OBJECT_DEPTH) - 1 if self.object_layer is None else self.object_layer
         fits = bool(possible) if self.object_layer is None else wanted in possible
         self.check(fits, "object_layer", f"{allowed}: {', '.join(map(str, possible)) or 'there is none'}")
