@@ -18,7 +18,9 @@ from hf_tokenprune import (
     PruneConfig,
     SparseVLMConfig,
     TokenPruneError,
+    UnsupportedModelError,
     VisPrunerConfig,
+    prune,
 )
 from hf_tokenprune.methods.dart import dart
 from hf_tokenprune.methods.hiprune import hiprune
@@ -27,6 +29,7 @@ from hf_tokenprune.methods.vispruner import vispruner
 from hf_tokenprune.signals import Signals, Stage
 from hf_tokenprune.tokens import top_tokens
 
+from .decoder_families import tiny_vlm
 from .golden_vlm import CASES, VALUES, case_names, inputs, needs_golden
 from .reference_attention_2026 import (
     naive_clusters,
@@ -387,6 +390,11 @@ def test_an_object_block_must_see_the_image_and_come_before_the_features() -> No
     assert message_of(lambda: block_of((), 4, object_layer=3)).endswith("in front of the last such one: 0, 1, 2")
     assert message_of(lambda: block_of((8, 8, 0))).endswith("there is none")
     assert message_of(lambda: block_of((), 1)).endswith("there is none")
+
+
+def test_features_of_the_first_block_leave_none_in_front() -> None:
+    with pytest.raises(UnsupportedModelError, match="attention of block 0 .* expected an earlier one"):
+        prune(tiny_vlm("llava", vision_feature_layer=1), HiPruneConfig())
 
 
 # -- VisPruner -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ._adapter import DecoderAdapter
 from ._grids import USUAL_SIDE
 from ._images import GivenImages, ImageTokens
 from ._layer import PrunedDecoderLayer
+from ._tower import Squares
 
 
 class PrunedMinistral3DecoderLayer(PrunedDecoderLayer, Ministral3DecoderLayer, text="ministral3"):
@@ -46,6 +47,9 @@ class Mistral3Adapter(DecoderAdapter):
         height, width = self.tower_shape(model, image_size).image_size
         side = token_side(self.inner(model))
         return 1, (height // side) * (width // side), 0
+
+    def squares(self, model: PreTrainedModel) -> Squares:
+        return Squares(self.inner(model).config.spatial_merge_size)
 
     def image_inputs(
         self, model: PreTrainedModel, image_size: tuple[int, int] | None, placeholders: Tensor, generator: Generator
