@@ -21,6 +21,8 @@ from hf_tokenprune import (
     UnsupportedModelError,
     VisPrunerConfig,
     prune,
+    record,
+    unprune,
 )
 from hf_tokenprune.methods.dart import dart
 from hf_tokenprune.methods.hiprune import hiprune
@@ -29,7 +31,7 @@ from hf_tokenprune.methods.vispruner import vispruner
 from hf_tokenprune.signals import Signals, Stage
 from hf_tokenprune.tokens import top_tokens
 
-from .decoder_families import tiny_vlm
+from .decoder_families import collate, run, sample, tiny_vlm
 from .golden_vlm import CASES, VALUES, case_names, inputs, needs_golden
 from .reference_attention_2026 import (
     naive_clusters,
@@ -348,6 +350,25 @@ def test_recycled_tokens_count_among_those_that_stay(num_tokens: int, n_keep: in
         torch.testing.assert_close(reduction.tokens[i], states[expected])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_recycling_of_a_model_is_of_each_sample_alone(side: str) -> None:
+    model = tiny_vlm("llava")
+    fields = {"layers": (1, 4), "keep_ratios": (0.7, 0.4)}
+    alone = [sample(model, parts, seed) for seed, parts in enumerate(("..I...", "....", ".I.I.", "..I"))]
+    prune(model, SparseVLMConfig(**fields))
+    plain = run(model, alone[0]).logits
+    unprune(model)
+    prune(model, SparseVLMConfig(**fields, recycle=True))
+    assert not torch.allclose(run(model, alone[0]).logits, plain, atol=1e-3), "something was merged"
+    batch = collate(alone, side)
+    with record(model) as rec:
+        logits = run(model, batch).logits
+    assert [kept.shape[1] for kept in rec.kept.values()] == [35, 20], "of two images of 25 tokens"
+    for row, prompt in enumerate(alone):
+        expected = run(model, prompt).logits[0]
+        torch.testing.assert_close(logits[row][batch["attention_mask"][row].bool()], expected, atol=1e-5, rtol=1e-5)
+
+
 # -- HiPrune ---------------------------------------------------------------------------------------------------------
 
 
@@ -393,7 +414,7 @@ def test_an_object_block_must_see_the_image_and_come_before_the_features() -> No
 
 
 def test_features_of_the_first_block_leave_none_in_front() -> None:
-    with pytest.raises(UnsupportedModelError, match="attention of block 0 .* expected an earlier one"):
+    with pytest.raises(UnsupportedModelError, match=r"attention of block 0 .* expected an earlier one"):
         prune(tiny_vlm("llava", vision_feature_layer=1), HiPruneConfig())
 
 

@@ -244,7 +244,7 @@ TOWERS = {
 
 
 def has_what_it_reads(tower: str, case: Case) -> bool:
-    """Ranking by CLS needs one: test_ranking_by_cls_needs_one; an earlier block, one in front of that of the features."""
+    """Ranking by CLS needs one (test_ranking_by_cls_needs_one), and an earlier block one that is in front."""
     model = built("llava")
     needs = {name for stage in stages_of(model, case.config(model)) for name in stage.needs}
     lacking = {"siglip": case.method == "cls_attention", "clip, an early layer": "earlier_attention" in needs}
