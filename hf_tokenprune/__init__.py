@@ -18,21 +18,25 @@ if TYPE_CHECKING:
     from .methods.ats import ATSConfig
     from .methods.cdpruner import CDPrunerConfig
     from .methods.cls_attention import ClsAttentionConfig
+    from .methods.dart import DARTConfig
     from .methods.divprune import DivPruneConfig
     from .methods.evit import EViTConfig
     from .methods.exact import ExactConfig
     from .methods.fastv import FastVConfig
+    from .methods.hiprune import HiPruneConfig
     from .methods.mmtok import MMTokConfig
     from .methods.pitome import PiToMeConfig
     from .methods.pyramiddrop import PyramidDropConfig
     from .methods.random import RandomConfig
     from .methods.salience_merge import SalienceMergeConfig
     from .methods.scope import ScopeConfig
+    from .methods.sparsevlm import SparseVLMConfig
     from .methods.stack import StackConfig
     from .methods.tome import ToMeConfig
     from .methods.transprune import TransPruneConfig
     from .methods.uniform import UniformConfig
     from .methods.visionzip import VisionZipConfig
+    from .methods.vispruner import VisPrunerConfig
     from .methods.zero_tprune import ZeroTPruneConfig
     from .presets import Preset, get_preset, list_presets
     from .recording import record
@@ -46,10 +50,12 @@ __all__ = [
     "CDPrunerConfig",
     "ClsAttentionConfig",
     "ConfigError",
+    "DARTConfig",
     "DivPruneConfig",
     "EViTConfig",
     "ExactConfig",
     "FastVConfig",
+    "HiPruneConfig",
     "MMTokConfig",
     "PiToMeConfig",
     "Preset",
@@ -59,12 +65,14 @@ __all__ = [
     "RandomConfig",
     "SalienceMergeConfig",
     "ScopeConfig",
+    "SparseVLMConfig",
     "StackConfig",
     "ToMeConfig",
     "TokenPruneError",
     "TransPruneConfig",
     "UniformConfig",
     "UnsupportedModelError",
+    "VisPrunerConfig",
     "VisionZipConfig",
     "ZeroTPruneConfig",
     "disable_auto",
@@ -90,21 +98,25 @@ _NAMES = {
     "methods.ats": ("ATSConfig",),
     "methods.cdpruner": ("CDPrunerConfig",),
     "methods.cls_attention": ("ClsAttentionConfig",),
+    "methods.dart": ("DARTConfig",),
     "methods.divprune": ("DivPruneConfig",),
     "methods.evit": ("EViTConfig",),
     "methods.exact": ("ExactConfig",),
     "methods.fastv": ("FastVConfig",),
     "methods.mmtok": ("MMTokConfig",),
+    "methods.hiprune": ("HiPruneConfig",),
     "methods.pitome": ("PiToMeConfig",),
     "methods.pyramiddrop": ("PyramidDropConfig",),
     "methods.random": ("RandomConfig",),
     "methods.salience_merge": ("SalienceMergeConfig",),
     "methods.scope": ("ScopeConfig",),
+    "methods.sparsevlm": ("SparseVLMConfig",),
     "methods.stack": ("StackConfig",),
     "methods.tome": ("ToMeConfig",),
     "methods.transprune": ("TransPruneConfig",),
     "methods.uniform": ("UniformConfig",),
     "methods.visionzip": ("VisionZipConfig",),
+    "methods.vispruner": ("VisPrunerConfig",),
     "methods.zero_tprune": ("ZeroTPruneConfig",),
     "presets": ("Preset", "get_preset", "list_presets"),
     "recording": ("record",),

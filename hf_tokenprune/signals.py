@@ -142,8 +142,8 @@ class Signals:
             ``Stage.earlier_block``.
         text: decoders: (B, R, D) the states (at the entrance: embeddings) of the same rows of text as in
             ``text_attention``.
-        text_keys: decoders: (B, H', R, d) keys of these rows in the attention that ``Stage.text_rows`` names, rotated;
-            ``keys`` (B, H', N, d) are those of the image tokens.
+        text_keys: decoders: (B, H', R, d) keys of these rows in the attention that ``Stage.text_rows`` names, rotated
+            by positions counted from the sample's first token; ``keys`` (B, H', N, d) are those of the image tokens.
         text_scores: decoders: (B, R) float32, what ``Stage.rate_text`` returned at the entrance.
         frames: decoders: F, the frames of which ``tokens`` has equally many each, one after the other; 1: an image.
         columns: vision towers of decoders: columns of the grid of an image's N tokens, which come row by row.

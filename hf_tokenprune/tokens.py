@@ -55,10 +55,10 @@ def top_tokens(importance: Tensor, n_keep: int) -> Tensor:
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """``tokens`` (B, N, D) at ``index`` (B, n), as (B, n, D)."""
-    batch, num_tokens, _ = tokens.shape
+    batch, num_tokens, width = tokens.shape
     # Rows are copied whole, which torch.gather, element by element, does several times slower.
     rows = index + num_tokens * torch.arange(batch, device=index.device).unsqueeze(1)
-    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(batch, index.shape[1], -1)
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(batch, index.shape[1], width)
 
 
 def merge_tokens(tokens: Tensor, keep: Tensor, merged: Tensor, into: Tensor, weights: Tensor | None = None) -> Tensor:

