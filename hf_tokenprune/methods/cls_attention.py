@@ -7,22 +7,18 @@ arXiv 2412.01818).
 Axes: B images, H heads, T tokens of the tower, N of them patches.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import ConfigError
 from ..registry import register_method
 from ..signals import VISION_TOWER, DecoderShape, Reduction, Signals, Stage
 from ..tokens import top_tokens
-from .decoderwise import DecoderConfig, num_rounded
-from .layerwise import scaled_ratio
+from .decoderwise import RatioConfig, RatioStage
 
 
 @register_method("cls_attention")
 @dataclass(frozen=True)
-class ClsAttentionConfig(DecoderConfig):
+class ClsAttentionConfig(RatioConfig):
     """FasterVLM's choice, at the output of the vision tower. The default keeps 64 of 576 patches.
 
     Args:
@@ -30,12 +26,9 @@ class ClsAttentionConfig(DecoderConfig):
             ``max(1, round(keep_ratio · N))`` stay.
     """
 
-    keep_ratio: float = 1 / 9
-
-    one_stage: ClassVar[bool] = True
-
-    def validate(self) -> None:
-        self.check_ratio("keep_ratio")
+    @property
+    def place(self) -> int:
+        return VISION_TOWER
 
     def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
         if not shape.tower.has_cls:
@@ -45,28 +38,12 @@ class ClsAttentionConfig(DecoderConfig):
             )
         return (ClsAttentionStage(-1, "vision_tower", self.keep_ratio, budget="image", **self.shared(shape)),)
 
-    def scaled(self, strength: float) -> "ClsAttentionConfig":
-        return dataclasses.replace(self, keep_ratio=scaled_ratio(self.keep_ratio, strength))
-
-    def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
-        return (VISION_TOWER,)
-
-    def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "ClsAttentionConfig":
-        tokens = shape.tower_tokens
-        kept = min(counts[VISION_TOWER] // shape.tower_images, tokens)
-        return dataclasses.replace(self, keep_ratio=kept / tokens)
-
 
 @dataclass(frozen=True)
-class ClsAttentionStage(Stage):
-    keep_ratio: float
-
+class ClsAttentionStage(RatioStage):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"cls_attention"})
-
-    def num_kept(self, num_prunable: int) -> int:
-        return num_rounded(num_prunable, self.keep_ratio)
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
         importance = signals.need("cls_attention")[..., signals.num_protected :].mean(1)

@@ -1,15 +1,17 @@
 """What configs share that prune the image tokens of a vision-language model."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ..config import PruneConfig
-from ..signals import DecoderShape
+from ..signals import ENTRANCE, VISION_TOWER, DecoderShape, Stage
 
 Positions = Literal["contiguous", "original"]
 Newlines = Literal["prune", "protect"]
+R = TypeVar("R", bound="RatioConfig")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,51 @@ class DecoderConfig(PruneConfig):
         )
 
 
+@dataclass(frozen=True)
+class RatioConfig(DecoderConfig):
+    """A config by which a fraction of the image tokens stays, chosen once in front of the decoder.
+
+    Args:
+        keep_ratio: fraction of the tokens kept, in (0, 1]; ``max(1, round(keep_ratio · N))`` stay. The default keeps 64
+            of 576.
+    """
+
+    keep_ratio: float = 1 / 9
+
+    one_stage: ClassVar[bool] = True
+
+    @property
+    def place(self) -> int:
+        """Where tokens leave: ``ENTRANCE`` or ``VISION_TOWER``."""
+        return ENTRANCE
+
+    def validate(self) -> None:
+        self.check_ratio("keep_ratio")
+
+    def scaled(self: R, strength: float) -> R:
+        return dataclasses.replace(self, keep_ratio=scaled_ratio(self.keep_ratio, strength))
+
+    def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
+        return (self.place,)
+
+    def with_counts(self: R, shape: DecoderShape, counts: Mapping[int, int]) -> R:
+        kept, tokens = counts[self.place], self.prunable(shape)
+        if self.place == VISION_TOWER:  # of every encoded image
+            tokens = shape.tower_tokens
+            kept = min(kept // shape.tower_images, tokens)
+        return dataclasses.replace(self, keep_ratio=kept / tokens)
+
+
+@dataclass(frozen=True)
+class RatioStage(Stage):
+    """One stage of a :class:`RatioConfig`."""
+
+    keep_ratio: float
+
+    def num_kept(self, num_prunable: int) -> int:
+        return num_rounded(num_prunable, self.keep_ratio)
+
+
 def positions_on(config: Any, shape: DecoderShape) -> Positions:
     """What ``config.positions`` means on a model of this shape; raises where it has no such positions."""
     several = shape.position_axes > 1
@@ -82,3 +129,8 @@ def positions_on(config: Any, shape: DecoderShape) -> Positions:
 def num_rounded(num_tokens: int, keep_ratio: float) -> int:
     """``max(1, round(num_tokens · keep_ratio))``, halves to the even number, and 0 of 0."""
     return max(1, round(num_tokens * keep_ratio)) if num_tokens else 0
+
+
+def scaled_ratio(keep_ratio: float, strength: float) -> float:
+    """The ratio with what it removes multiplied by ``strength``; at least 1 % stays."""
+    return max(0.01, 1 - (1 - keep_ratio) * strength)

@@ -7,11 +7,9 @@ code has a non-commercial licence and no line of it was used.
 Axes: B batch, N image tokens, D width, k kept.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +17,13 @@ from torch import Tensor
 
 from ..errors import TokenPruneError
 from ..registry import register_method
-from ..signals import ENTRANCE, DecoderShape, Reduction, Signals, Stage
-from .decoderwise import DecoderConfig, num_rounded
-from .layerwise import scaled_ratio
+from ..signals import DecoderShape, Reduction, Signals, Stage
+from .decoderwise import RatioConfig, RatioStage
 
 
 @register_method("divprune")
 @dataclass(frozen=True)
-class DivPruneConfig(DecoderConfig):
+class DivPruneConfig(RatioConfig):
     """DivPrune at the entrance of the decoder, on projected features. The default is the paper's 56 of 576 tokens.
 
     Args:
@@ -37,31 +34,12 @@ class DivPruneConfig(DecoderConfig):
     keep_ratio: float = 0.098
     budget: Literal["image", "sample"] = "image"
 
-    one_stage: ClassVar[bool] = True
-
-    def validate(self) -> None:
-        self.check_ratio("keep_ratio")
-
     def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
         return (DivPruneStage(-1, "entrance", self.keep_ratio, budget=self.budget, **self.shared(shape)),)
 
-    def scaled(self, strength: float) -> "DivPruneConfig":
-        return dataclasses.replace(self, keep_ratio=scaled_ratio(self.keep_ratio, strength))
-
-    def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
-        return (ENTRANCE,)
-
-    def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "DivPruneConfig":
-        return dataclasses.replace(self, keep_ratio=counts[ENTRANCE] / self.prunable(shape))
-
 
 @dataclass(frozen=True)
-class DivPruneStage(Stage):
-    keep_ratio: float
-
-    def num_kept(self, num_prunable: int) -> int:
-        return num_rounded(num_prunable, self.keep_ratio)
-
+class DivPruneStage(RatioStage):
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
         return Reduction(divprune(signals.tokens[:, signals.num_protected :], n_keep).sort(dim=1).values)
 

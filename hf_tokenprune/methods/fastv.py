@@ -15,8 +15,7 @@ from typing import ClassVar
 from ..registry import register_method
 from ..signals import DecoderShape, Reduction, Signals, Stage, TextRows
 from ..tokens import top_tokens
-from .decoderwise import DecoderConfig, Positions, num_rounded
-from .layerwise import scaled_ratio
+from .decoderwise import DecoderConfig, Positions, num_rounded, scaled_ratio
 
 
 @register_method("fastv")

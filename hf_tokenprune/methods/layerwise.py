@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ..config import Where
 from ..signals import ENTRANCE, DecoderShape, Shape
-from .decoderwise import Positions, positions_on
+from .decoderwise import Positions, positions_on, scaled_ratio
 from .visionwise import VisionConfig
 
 B = TypeVar("B", bound="BaselineConfig")
@@ -20,11 +20,6 @@ def at_depth(blocks_of_12: tuple[int, ...], depth: int) -> list[int]:
     """0-based layers of a model of ``depth`` blocks that lie where ``blocks_of_12`` (1-based) lie among 12."""
     rounded = [int(depth * block / 12 + 0.5) for block in blocks_of_12]
     return [min(max(block, 1), max(depth - 1, 1)) - 1 for block in rounded]
-
-
-def scaled_ratio(keep_ratio: float, strength: float) -> float:
-    """The ratio with what it removes multiplied by ``strength``; at least 1 % stays."""
-    return max(0.01, 1 - (1 - keep_ratio) * strength)
 
 
 @dataclass(frozen=True)

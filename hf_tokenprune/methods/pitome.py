@@ -20,7 +20,8 @@ from ..config import Where
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
 from ..tokens import num_to_keep, stable_order
-from .layerwise import LayerwiseConfig, scaled_ratio
+from .decoderwise import scaled_ratio
+from .layerwise import LayerwiseConfig
 from .merging import everything, mean_keys, merged_into, prunable_sizes
 
 

@@ -15,8 +15,7 @@ from typing import ClassVar, Literal
 from ..registry import register_method
 from ..signals import DecoderShape, Reduction, Signals, Stage, TextRows
 from ..tokens import num_to_keep, top_tokens
-from .decoderwise import DecoderConfig
-from .layerwise import scaled_ratio
+from .decoderwise import DecoderConfig, scaled_ratio
 
 
 @register_method("pyramiddrop")

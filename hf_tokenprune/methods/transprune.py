@@ -19,8 +19,7 @@ from torch import Tensor
 from ..registry import register_method
 from ..signals import DecoderShape, Reduction, Signals, Stage, TextRows, Transition
 from ..tokens import num_to_keep, top_tokens
-from .decoderwise import DecoderConfig
-from .layerwise import scaled_ratio
+from .decoderwise import DecoderConfig, scaled_ratio
 
 Direction = Literal["signed", "absolute"]
 Domain = Literal["sequence", "image"]
