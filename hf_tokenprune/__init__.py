@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .methods.cls_attention import ClsAttentionConfig
     from .methods.divprune import DivPruneConfig
     from .methods.evit import EViTConfig
+    from .methods.evs import EvsConfig
     from .methods.exact import ExactConfig
     from .methods.fastv import FastVConfig
     from .methods.pitome import PiToMeConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .methods.tome import ToMeConfig
     from .methods.transprune import TransPruneConfig
     from .methods.uniform import UniformConfig
+    from .methods.vidcom2 import VidCom2Config
     from .methods.visionzip import VisionZipConfig
     from .methods.zero_tprune import ZeroTPruneConfig
     from .presets import Preset, get_preset, list_presets
@@ -44,6 +46,7 @@ __all__ = [
     "ConfigError",
     "DivPruneConfig",
     "EViTConfig",
+    "EvsConfig",
     "ExactConfig",
     "FastVConfig",
     "PiToMeConfig",
@@ -59,6 +62,7 @@ __all__ = [
     "TransPruneConfig",
     "UniformConfig",
     "UnsupportedModelError",
+    "VidCom2Config",
     "VisionZipConfig",
     "ZeroTPruneConfig",
     "disable_auto",
@@ -85,6 +89,7 @@ _NAMES = {
     "methods.cls_attention": ("ClsAttentionConfig",),
     "methods.divprune": ("DivPruneConfig",),
     "methods.evit": ("EViTConfig",),
+    "methods.evs": ("EvsConfig",),
     "methods.exact": ("ExactConfig",),
     "methods.fastv": ("FastVConfig",),
     "methods.pitome": ("PiToMeConfig",),
@@ -95,6 +100,7 @@ _NAMES = {
     "methods.tome": ("ToMeConfig",),
     "methods.transprune": ("TransPruneConfig",),
     "methods.uniform": ("UniformConfig",),
+    "methods.vidcom2": ("VidCom2Config",),
     "methods.visionzip": ("VisionZipConfig",),
     "methods.zero_tprune": ("ZeroTPruneConfig",),
     "presets": ("Preset", "get_preset", "list_presets"),

@@ -273,7 +273,7 @@ FAMILIES: dict[str, Family] = {
     "llava": Family(),
     "llava+pixtral": Rows(vision=PIXTRAL, fields=WHOLE),
     "llava_next": Crops(vision=CROPS),
-    "llava_next_video": CropsAndVideo(vision=CROPS),
+    "llava_next_video": CropsAndVideo(vision=CROPS, fields={"spatial_pool_stride": 1}),
     "llava_onevision": CropsAndVideo(vision=CROPS),
     "internvl": Tiles(vision=TILES),
     "idefics3": TilesInText(vision=TILES),

@@ -212,7 +212,7 @@ class Forward:
     def select(self, stage: Stage, states: Tensor) -> View:
         """Decide who stays of the tokens of the newest view, whose ``states`` are (B, L, D)."""
         assert self.layout is not None
-        layout, count, text = self.layout, self.counter(stage), self.text
+        layout, text, count = self.layout, self.text, self.counter(stage, self.layout)
         keep = ~layout.is_image
         scores = [self.observed[layer] for layer in stage.observes] if "layer_scores" in stage.needs else []
         for group in layout.groups(count, stage.budget):
@@ -228,6 +228,7 @@ class Forward:
                     text_attention=None if text is None else _columns(text[0][rows[:, 0]], index),
                     text_mask=None if text is None else text[1][rows[:, 0]],
                     layer_scores=torch.stack([score[rows, index] for score in scores], 1) if scores else None,
+                    frames=max(group.frames, 1),
                 )
                 with torch.autocast(tokens.device.type, enabled=False):
                     chosen = index.gather(1, stage.reduce(signals, group.n_keep).keep)
@@ -235,10 +236,13 @@ class Forward:
         self.layout = layout.after(count, stage.budget)
         return self.leave(keep, stage)
 
-    def counter(self, stage: Stage) -> Callable[[int, int, int], int]:
+    def counter(self, stage: Stage, layout: Layout) -> Callable[[int, int, int], int]:
         """The function (sample, image or -1 for all, tokens) -> tokens that stay."""
 
         def num_kept(row: int, image: int, entering: int) -> int:
+            if stage.videos_only:
+                frames = layout.frames[row][image]
+                return min(entering, stage.num_kept_of(entering, frames)) if frames else entering
             if stage.counts_from == "entering":
                 return min(entering, stage.num_kept(entering))
             original = sum(self.originals[row]) if image < 0 else self.originals[row][image]

@@ -7,7 +7,7 @@ other tokens may cut one into rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -37,11 +37,27 @@ class ImageTokens:
         length: its tokens, newlines among them.
         newlines: which of these are newlines, counted from 0, ascending.
         parts: in how many parts of equal length the tower encodes it, where its length does not say: frames.
+        frames: of a video, in which all but its newlines are equally many tokens each; 0: an image, or nobody asks.
     """
 
     length: int
     newlines: tuple[int, ...] = ()
     parts: int = 1
+    frames: int = 0
+
+    def in_frames(self, per_frame: int) -> ImageTokens:
+        """This as a video with so many tokens in a frame.
+
+        Raises:
+            UnsupportedModelError: there would be a part of a frame.
+        """
+        frames, rest = divmod(self.length - len(self.newlines), per_frame)
+        if rest:
+            raise UnsupportedModelError(
+                f"a video of {self.length} tokens, where a frame has {per_frame}: a pruned model cannot tell its "
+                "frames. Use the processor of this model, or a method that does not read frames, such as divprune"
+            )
+        return replace(self, parts=frames, frames=frames)
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,7 @@ class GivenImages:
         runs: how many placeholders stand together, one run after the other, sample by sample.
         call: keyword arguments of the forward: pixel_values, image_sizes, ...
         with_newlines: False: nobody asks which tokens are newlines.
+        with_frames: False: nobody asks of how many frames a video is.
         as_one: the features may be those of several whole images, put together by ``generate``.
     """
 
@@ -60,6 +77,7 @@ class GivenImages:
     runs: tuple[int, ...]
     call: Mapping[str, Any]
     with_newlines: bool
+    with_frames: bool = False
     as_one: bool = False
 
     @property
@@ -142,14 +160,14 @@ class Images:
         """(B, T) bool: placeholders."""
         return self.kinds > 0
 
-    def tell(self, number: int, runs: tuple[int, ...], with_newlines: bool) -> list[ImageTokens]:
+    def tell(self, number: int, runs: tuple[int, ...], with_newlines: bool, with_frames: bool) -> list[ImageTokens]:
         """The images of the ``number``-th kind, whose placeholders stand in ``runs``.
 
         Raises:
             UnsupportedModelError: they need more or fewer placeholders.
         """
         kind = list(self.family.placeholders)[number - 1]
-        given = GivenImages(kind, runs, self.call, with_newlines, may_be_a_piece(self.call, kind))
+        given = GivenImages(kind, runs, self.call, with_newlines, with_frames, may_be_a_piece(self.call, kind))
         images = self.family.images(self.inner, given)
         lengths = [image.length for image in images]
         if sum(lengths) != given.total:
