@@ -1,6 +1,7 @@
 """VidCom² and EVS: official programs, equations in loops, and what must hold for any video."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 def evs_in_loops(video: list[list[list[float]]], count: int) -> list[int]:
     per_frame = len(video[0])
     scores = [math.inf] * per_frame
-    for before, frame in zip(video, video[1:], strict=False):
+    for before, frame in pairwise(video):
         scores += [1 - cosine(token, former) for token, former in zip(frame, before, strict=True)]
     return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
 

@@ -114,8 +114,8 @@ class DecoderAdapter(DecoderParts):
             in_tower = stage.where == "vision_tower"
             if stage.videos_only and self.no_videos:
                 raise UnsupportedModelError(
-                    f"{type(stage).__name__} prunes videos; {self.no_videos} ({model.config.model_type!r}). Use a method "
-                    "that prunes images, such as divprune"
+                    f"{type(stage).__name__} prunes videos; {self.no_videos} ({model.config.model_type!r}). Use a "
+                    "method that prunes images, such as divprune"
                 )
             if stage.videos_only and stages[0].where == "vision_tower":
                 raise UnsupportedModelError(

@@ -1,0 +1,268 @@
+"""Methods that prune videos alone: every one on every family that has videos.
+
+What stays must be what the method says of the dense model's own features, worked out here video by video; that the rest
+follows from it is the reference's word, as for all methods.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hf_tokenprune import PruneConfig, UnsupportedModelError, prune
+from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.methods.evs import dissimilarity
+from hf_tokenprune.methods.vidcom2 import vidcom2
+from hf_tokenprune.recording import Record, record
+from hf_tokenprune.registry import get_adapter
+from hf_tokenprune.tokens import top_tokens
+
+from .decoder_families import (
+    TEXTS,
+    VIDEO_CASES,
+    WITH_VIDEOS,
+    Case,
+    Inputs,
+    built,
+    collate,
+    is_image,
+    lengths,
+    run,
+    sample,
+    stages_of,
+    tiny_vlm,
+    with_keys,
+)
+from .decoder_prompts import in_one, of_videos, types_of
+from .decoder_visuals import family_of, video_features
+from .reference_decoder import newlines, reference
+from .test_contract_decoders import close, id_of
+from .test_generate import greedy
+from .test_images_in_prompts import takes_features, words
+from .test_packed_samples import packed
+
+ONE_VIDEO = "...V...."
+STEPS = 3
+
+every_pair = pytest.mark.parametrize("pair", WITH_VIDEOS, ids=id_of)
+every_family = pytest.mark.parametrize("family", dict.fromkeys(family for family, _ in WITH_VIDEOS))
+every_case = pytest.mark.parametrize("case", VIDEO_CASES, ids=str)
+ONE_OF_EACH = [next(pair for pair in WITH_VIDEOS if pair[1] == case) for case in VIDEO_CASES]
+once = pytest.mark.parametrize("pair", ONE_OF_EACH, ids=id_of)
+
+
+def prompts(model: PreTrainedModel) -> list[str]:
+    """Of different lengths, without a video, with one and with two, of other frames, and with an image beside it, as far
+    as the family takes them in one call."""
+    family = family_of(model)
+    images = [".I..V.", "..V.I..i.", "..I."] if "V" in family.kinds else []
+    return [ONE_VIDEO, "....", "..V.V.", *images, *(["v.V..", ".vv......"] if "v" in family.videos else [])]
+
+
+def kept_by(config: PruneConfig, video: Tensor) -> list[int]:
+    """Which tokens of one ``video`` (F, P, D) a method keeps."""
+    frames, per_frame = video.shape[:2]
+    fraction = int(frames * per_frame * config.keep_ratio)
+    if config.method == "evs":
+        return top_tokens(dissimilarity(video[None]).flatten(1), max(per_frame, fraction))[0].tolist()
+    return vidcom2(video[None], config.keep_ratio, max(frames, fraction))[0].tolist()
+
+
+def expected_of(dense: PreTrainedModel, config: PruneConfig, parts: str, inputs: Inputs) -> list[int]:
+    """Numbers of the image tokens of one prompt that stay: all of images, and newlines count, which always stay.
+
+    Newlines themselves are not among them: records tell what may leave.
+    """
+    family, (types,) = family_of(dense), types_of(inputs)
+    types = types[types > 0]
+    of_video = (types == 2).nonzero().flatten()
+    stays = (types == 1).nonzero().flatten().tolist()
+    if not len(of_video):
+        return stays
+    features = video_features(dense, **of_videos(inputs))
+    videos = [part for part in parts if part in "Vv"]
+    start = 0
+    for part in videos:
+        end = start + len(features) // len(videos)  # "V" and "v" have as many tokens
+        own = features[start : end - len(newlines(dense, features[start:end]))]
+        video = own.unflatten(0, (family.frames[part], -1))
+        stays += of_video[[start + number for number in kept_by(config, video)]].tolist()
+        start = end
+    return sorted(stays)
+
+
+def kept_in(rec: Record, row: int = 0) -> list[int]:
+    return [number for number in rec.kept["entrance"][row].tolist() if number >= 0] if rec.kept else []
+
+
+def pruned_pair(
+    family: str, case: Case, text: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedModel, PruneConfig]:
+    """(pruned, dense, the config)."""
+    model, dense = tiny_vlm(family, text), tiny_vlm(family, text)
+    config = case.config(dense)
+    return prune(model, config), dense, config
+
+
+# -- what stays ------------------------------------------------------------------------------------------------------
+
+
+@every_pair
+def test_what_stays_is_what_the_method_says_of_the_dense_features(pair) -> None:
+    """In forward and in generate, which encodes before the forward; one prompt at a time and in a ragged batch."""
+    model, dense, config = pruned_pair(*pair)
+    alone = [sample(dense, parts, seed) for seed, parts in enumerate(prompts(dense))]
+    expected = [expected_of(dense, config, parts, inputs) for parts, inputs in zip(prompts(dense), alone, strict=True)]
+    assert any(len(numbers) < int(is_image(inputs).sum()) for numbers, inputs in zip(expected, alone, strict=True))
+    for inputs, numbers in zip(alone, expected, strict=True):
+        for way in (run, greedy):
+            with record(model) as rec:
+                way(model, inputs) if way is run else greedy(model, inputs, 2)
+            assert kept_in(rec) == numbers
+    for side in ("left", "right"):
+        with record(model) as rec:
+            run(model, collate(alone, side))
+        assert [kept_in(rec, row) for row in range(len(alone))] == expected
+    with record(model) as rec:
+        greedy(model, collate(alone), 2)
+    assert [kept_in(rec, row) for row in range(len(alone))] == expected
+
+
+@pytest.mark.parametrize(
+    ("pair", "text"), [(pair, text) for pair in WITH_VIDEOS for family, text in TEXTS if family == pair[0]]
+)
+def test_prefill_and_greedy_are_the_reference(pair, text) -> None:
+    """Logits everywhere, states, tokens that enter each layer, and the cache; newline tokens of a video stay."""
+    model, dense, config = pruned_pair(*pair, text)
+    inputs = sample(dense, ONE_VIDEO, seed=3)
+    with record(model) as rec:
+        output = run(model, inputs, output_hidden_states=True)
+    told = reference(dense, inputs, stages_of(dense, config), rec)
+    expected = told.forward()
+    length = inputs["input_ids"].shape[1]
+    assert list(rec.tokens.values()) == expected.entering and expected.entering[-1] < length
+    close(output.logits[0], expected.logits)
+    for actual, states in zip(output.hidden_states, expected.states, strict=True):
+        close(actual[0], states)
+    always = newlines(dense, told.embeds[told.image])
+    assert len(expected.survivors) == length - int(is_image(inputs).sum()) + rec.kept["entrance"].shape[1] + len(always)
+    output = greedy(model, inputs, STEPS)
+    tokens, logits = told.generate(STEPS)
+    assert output.sequences[0, -STEPS:].tolist() == tokens
+    close(torch.cat(output.logits), logits)
+    assert lengths(output[CACHE_NAME]) == with_keys(model, [n + STEPS - 1 for n in expected.entering])
+
+
+@every_pair
+def test_a_batch_is_its_samples_alone(pair) -> None:
+    model, dense, _ = pruned_pair(*pair)
+    alone = [sample(dense, parts, seed) for seed, parts in enumerate(prompts(dense))]
+    for side in ("left", "right"):
+        batch = collate(alone, side)
+        logits = run(model, batch).logits
+        for row, inputs in enumerate(alone):
+            close(logits[row][batch["attention_mask"][row].bool()], run(model, inputs).logits[0])
+
+
+@every_pair
+def test_without_a_video_all_is_dense(pair) -> None:
+    """Text, and images, of which nothing leaves: bit for bit, in forward and generate."""
+    model, dense, _ = pruned_pair(*pair)
+    for batch in (collate([sample(dense, "....", 1), sample(dense, "..", 2)]), sample(dense, "..I..i...")):
+        valid = batch["attention_mask"].bool()
+        assert torch.equal(run(model, batch).logits[valid], run(dense, batch).logits[valid])
+        assert torch.equal(*(each.generate(**batch, max_new_tokens=4, do_sample=False) for each in (model, dense)))
+
+
+def repeats_videos(family: str) -> bool:
+    """Whether the dense model makes sequences of prompts with videos: GLM-4V of Transformers 5.24 loses them, and old
+    versions mix up several of one prompt."""
+    dense = tiny_vlm(family)
+    batch = collate([sample(dense, ONE_VIDEO, 1), sample(dense, "..V.V.", 2)])
+    settings = {"num_beams": 2, "do_sample": False, "max_new_tokens": 1}
+    try:
+        output = dense.generate(**batch, **settings, return_dict_in_generate=True, output_logits=True)
+    except (ValueError, RuntimeError):
+        return False
+    alone = run(dense, batch).logits[:, -1].repeat_interleave(2, 0)
+    return torch.allclose(output.logits[0], alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in WITH_VIDEOS if repeats_videos(pair[0])], ids=id_of)
+def test_beams_repeat_videos_with_their_frames(pair) -> None:
+    """Prompts with several videos, of other frames but as many tokens where the family has them."""
+    model, dense, config = pruned_pair(*pair)
+    kinds = ["..vV..", "..V....v."] if "v" in family_of(dense).videos else ["..VV..", "..V....V."]
+    alone = [sample(dense, parts, seed) for seed, parts in enumerate(kinds)]
+    expected = [expected_of(dense, config, parts, inputs) for parts, inputs in zip(kinds, alone, strict=True)]
+    with record(model) as rec:
+        model.generate(**collate(alone), num_beams=3, do_sample=False, max_new_tokens=2)
+    assert [kept_in(rec, row) for row in range(6)] == [numbers for numbers in expected for _ in range(3)]
+
+
+@every_pair
+def test_a_kept_cache_with_a_second_video(pair) -> None:
+    model, dense, config = pruned_pair(*pair)
+    first, second = sample(dense, "..V...", 1), sample(dense, "...V..", 2)
+    both = in_one(dense, [first, second])
+    with record(model) as rec:
+        cache = run(model, first, use_cache=True)[CACHE_NAME]
+    told = reference(dense, first, stages_of(dense, config), rec)
+    more = {name: both[name] for name in ("attention_mask",)}
+    if get_adapter(pair[0]).position_axes > 1:
+        before = first["input_ids"].shape[1]
+        whole = reference(dense, both).positions[:, None, before:]
+        more |= {"position_ids": whole}
+    with record(model) as rec:
+        output = run(model, {**second, **more}, **{CACHE_NAME: cache})
+    assert kept_in(rec) == expected_of(dense, config, "V", second)
+    told = told.then_prompt(reference(dense, second, stages_of(dense, config), rec))
+    close(output.logits[0], told.forward().logits[-second["input_ids"].shape[1] :])
+
+
+@every_pair
+def test_samples_packed_in_a_row(pair) -> None:
+    model, dense, config = pruned_pair(*pair)
+    kinds = ["..V.V.", "....", "V.."]
+    alone = [sample(dense, parts, seed) for seed, parts in enumerate(kinds)]
+    row = packed(dense, alone)
+    with record(model) as rec:
+        logits = run(model, row, use_cache=False).logits[0]
+    expected = [expected_of(dense, config, parts, inputs) for parts, inputs in zip(kinds, alone, strict=True)]
+    assert [kept_in(rec, number) for number in range(3)] == expected
+    close(logits, torch.cat([run(model, inputs).logits[0] for inputs in alone]))
+
+
+# -- features of the caller ------------------------------------------------------------------------------------------
+
+
+def features_alone(dense: PreTrainedModel, inputs: Inputs, count: int) -> dict[str, BaseModelOutputWithPooling]:
+    """``mm_encoder_outputs`` with features of ``count`` videos of one length, and nothing else."""
+    features = video_features(dense, **of_videos(inputs)).unflatten(0, (count, -1))
+    stock = features if "pixel_values_videos" in inputs and hasattr(dense.model, "image_newline") else tuple(features)
+    return {"video": BaseModelOutputWithPooling(pooler_output=stock)}
+
+
+@takes_features
+@every_pair
+def test_features_of_the_caller(pair) -> None:
+    """Their lengths tell the frames, or positions do; without either the refusal says what to pass."""
+    model, dense, config = pruned_pair(*pair)
+    inputs = sample(dense, "..V.V..")
+    given = words(inputs)
+    given |= {name: inputs[name] for name in ("mm_token_type_ids",) if name in inputs}
+    output = features_alone(dense, inputs, 2)
+    if get_adapter(pair[0]).position_axes > 1:
+        for positions in ({}, {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}):
+            with pytest.raises(
+                UnsupportedModelError, match=r"where frames begin.*Pass position_ids with axes for time"
+            ):
+                run(model, {**given, **positions}, mm_encoder_outputs=dict(output))
+        given["position_ids"] = reference(dense, inputs).positions[:, None]
+    if hasattr(built(pair[0]).model.language_model, "deepstack") or "qwen3_vl" in pair[0]:
+        return  # whose features are of several layers: the dense model cannot do without
+    with record(model) as rec:
+        logits = run(model, given, mm_encoder_outputs=output).logits
+    assert kept_in(rec) == expected_of(dense, config, "VV", inputs)
+    close(logits, run(model, inputs).logits)
