@@ -217,7 +217,7 @@ class Case:
 
 
 def prunes_videos_only(method: str) -> bool:
-    """Whether images, which are no videos, stay whole: by the stages of its default config, in a decoder of 32 layers."""
+    """Whether images stay whole: by the stages of its default config, in a decoder of 32 layers."""
     shape = dataclasses.replace(adapter_of(built("llava")).shape(built("llava")), depth=32)
     return all(stage.videos_only for stage in get_method(method)().stages_for(shape))
 

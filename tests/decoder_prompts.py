@@ -15,8 +15,8 @@ def sample(model: PreTrainedModel, parts: str, seed: int = 0) -> Inputs:
     """Inputs of one prompt, without padding.
 
     Args:
-        parts: "." a token of text, "I" an image, "i" an image of another size where the family has them, "V" a video, "v" one of
-            other frames.
+        parts: "." a token of text, "I" an image, "i" an image of another size where the family has them, "V" a video,
+            "v" one of other frames.
         seed: of words and pixels.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -4,27 +4,33 @@ What stays must be what the method says of the dense model's own features, worke
 follows from it is the reference's word, as for all methods.
 """
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from hf_tokenprune import PruneConfig, UnsupportedModelError, prune
+from hf_tokenprune import ConfigError, PruneConfig, UnsupportedModelError, benchmark, cost, prune, pruned, unprune
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 from hf_tokenprune.methods.evs import dissimilarity
 from hf_tokenprune.methods.vidcom2 import vidcom2
 from hf_tokenprune.recording import Record, record
 from hf_tokenprune.registry import get_adapter
+from hf_tokenprune.sharing import from_pretrained, save_pretrained
 from hf_tokenprune.tokens import top_tokens
 
 from .decoder_families import (
+    FAMILIES,
+    SUPPORTED,
     TEXTS,
     VIDEO_CASES,
     WITH_VIDEOS,
     Case,
     Inputs,
-    built,
+    adapter_of,
     collate,
     is_image,
     lengths,
@@ -35,7 +41,8 @@ from .decoder_families import (
     with_keys,
 )
 from .decoder_prompts import in_one, of_videos, types_of
-from .decoder_visuals import family_of, video_features
+from .decoder_visuals import encoded_videos, family_of, video_features
+from .families import snapshot
 from .reference_decoder import newlines, reference
 from .test_contract_decoders import close, id_of
 from .test_generate import greedy
@@ -46,15 +53,12 @@ ONE_VIDEO = "...V...."
 STEPS = 3
 
 every_pair = pytest.mark.parametrize("pair", WITH_VIDEOS, ids=id_of)
-every_family = pytest.mark.parametrize("family", dict.fromkeys(family for family, _ in WITH_VIDEOS))
-every_case = pytest.mark.parametrize("case", VIDEO_CASES, ids=str)
-ONE_OF_EACH = [next(pair for pair in WITH_VIDEOS if pair[1] == case) for case in VIDEO_CASES]
-once = pytest.mark.parametrize("pair", ONE_OF_EACH, ids=id_of)
+each_once = pytest.mark.parametrize("pair", {case: (family, case) for family, case in WITH_VIDEOS}.values(), ids=id_of)
 
 
 def prompts(model: PreTrainedModel) -> list[str]:
-    """Of different lengths, without a video, with one and with two, of other frames, and with an image beside it, as far
-    as the family takes them in one call."""
+    """Of different lengths, without a video, with one and with two, of other frames, and with an image beside it: what
+    a call of the family may hold."""
     family = family_of(model)
     images = [".I..V.", "..V.I..i.", "..I."] if "V" in family.kinds else []
     return [ONE_VIDEO, "....", "..V.V.", *images, *(["v.V..", ".vv......"] if "v" in family.videos else [])]
@@ -237,11 +241,14 @@ def test_samples_packed_in_a_row(pair) -> None:
 # -- features of the caller ------------------------------------------------------------------------------------------
 
 
-def features_alone(dense: PreTrainedModel, inputs: Inputs, count: int) -> dict[str, BaseModelOutputWithPooling]:
+def features_alone(dense: PreTrainedModel, inputs: Inputs, count: int) -> dict[str, Any]:
     """``mm_encoder_outputs`` with features of ``count`` videos of one length, and nothing else."""
     features = video_features(dense, **of_videos(inputs)).unflatten(0, (count, -1))
-    stock = features if "pixel_values_videos" in inputs and hasattr(dense.model, "image_newline") else tuple(features)
-    return {"video": BaseModelOutputWithPooling(pooler_output=stock)}
+    if hasattr(encoded := encoded_videos(dense, **of_videos(inputs)), "deepstack_features"):
+        more = {"deepstack_features": encoded.deepstack_features}
+        return {"video": type(encoded)(pooler_output=tuple(features), **more)}
+    in_one_piece = hasattr(dense.model, "image_newline")
+    return {"video": BaseModelOutputWithPooling(pooler_output=features if in_one_piece else tuple(features))}
 
 
 @takes_features
@@ -255,14 +262,160 @@ def test_features_of_the_caller(pair) -> None:
     output = features_alone(dense, inputs, 2)
     if get_adapter(pair[0]).position_axes > 1:
         for positions in ({}, {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}):
-            with pytest.raises(
-                UnsupportedModelError, match=r"where frames begin.*Pass position_ids with axes for time"
-            ):
+            with pytest.raises(UnsupportedModelError, match=r"where frames begin.*Pass position_ids with axes"):
                 run(model, {**given, **positions}, mm_encoder_outputs=dict(output))
         given["position_ids"] = reference(dense, inputs).positions[:, None]
-    if hasattr(built(pair[0]).model.language_model, "deepstack") or "qwen3_vl" in pair[0]:
-        return  # whose features are of several layers: the dense model cannot do without
     with record(model) as rec:
         logits = run(model, given, mm_encoder_outputs=output).logits
     assert kept_in(rec) == expected_of(dense, config, "VV", inputs)
     close(logits, run(model, inputs).logits)
+
+
+@takes_features
+@pytest.mark.parametrize("pair", [pair for pair in WITH_VIDEOS if get_adapter(pair[0]).position_axes > 1], ids=id_of)
+def test_positions_that_make_no_frames_of_one_length_are_refused(pair) -> None:
+    model, dense, _ = pruned_pair(*pair)
+    inputs = sample(dense, ONE_VIDEO)
+    positions = reference(dense, inputs).positions[:, None].clone()
+    positions[0, 0, is_image(inputs)[0].nonzero()[1]] += 50
+    given = {**words(inputs), "mm_token_type_ids": inputs["mm_token_type_ids"], "position_ids": positions}
+    with pytest.raises(UnsupportedModelError, match="do not tell where frames begin"):
+        run(model, given, mm_encoder_outputs=features_alone(dense, inputs, 1))
+
+
+@pytest.mark.parametrize("case", VIDEO_CASES, ids=str)
+def test_pooled_frames_are_counted_as_the_stock_model_pools_them(case) -> None:
+    """5 × 5 patches become 2 × 2 tokens a frame; features of another model, with part of a frame, are refused."""
+    fields = {"vision_config": {"image_size": 15}, "spatial_pool_stride": 2}
+    model, dense = (tiny_vlm("llava_next_video", **fields) for _ in range(2))
+    prune(model, config := case.config(dense))
+    inputs = sample(dense, ONE_VIDEO)
+    assert int(is_image(inputs).sum()) == 4 * 4
+    with record(model) as rec:
+        run(model, inputs)
+    assert kept_in(rec) == expected_of(dense, config, "V", inputs)
+    dense.config.spatial_pool_stride = model.config.spatial_pool_stride = 1
+    with pytest.raises(UnsupportedModelError, match="16 tokens, where a frame has 25"):
+        run(model, inputs)
+
+
+# -- beside other methods --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pair", [pair for pair in WITH_VIDEOS if (pair[0], Case("fastv")) in set(SUPPORTED)], ids=id_of
+)
+def test_a_method_inside_the_decoder_goes_on_from_there(pair) -> None:
+    """It prunes images too, but no newline token between frames."""
+    family, case = pair
+    model, dense = tiny_vlm(family), tiny_vlm(family)
+    parts = case.config(dense), Case("fastv").config(dense)
+    config = PruneConfig.for_method("stack", stages=tuple(part.to_dict() for part in parts))
+    inputs = sample(dense, prompts(dense)[3 if "V" in family_of(dense).kinds else 0])
+    prune(model, config)
+    with record(model) as rec:
+        output = run(model, inputs)
+    told = reference(dense, inputs, stages_of(dense, config), rec).forward()
+    assert list(rec.tokens.values()) == told.entering
+    assert told.entering[-1] < told.entering[0] < inputs["input_ids"].shape[1]
+    close(output.logits[0], told.logits)
+
+
+@pytest.mark.parametrize("family", dict.fromkeys(family for family, _ in WITH_VIDEOS))
+def test_nothing_may_leave_in_front_of_them(family) -> None:
+    """Behind a choice in the tower a frame's tokens are no longer in the places of those of the frame before."""
+    model = tiny_vlm(family)
+    parts = VIDEO_CASES[0].config(model), Case("visionzip").config(model)
+    config = PruneConfig.for_method("stack", stages=tuple(part.to_dict() for part in parts))
+    with pytest.raises(
+        UnsupportedModelError, match=r"compares the tokens of frames|cannot be chosen in the vision tower"
+    ):
+        prune(model, config)
+
+
+# -- what is refused, and what is not --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", VIDEO_CASES, ids=str)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if get_adapter(family).no_videos])
+def test_families_without_videos_are_refused(family, case) -> None:
+    model = tiny_vlm(family)
+    before = snapshot(model)
+    for refuses in (prune, cost):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"prunes videos; this family takes .* \('{family}'\).* divprune"
+        ):
+            refuses(model, case.config(model))
+    assert snapshot(model) == before
+
+
+@each_once
+def test_what_counts_an_image_says_that_it_stays_whole(pair) -> None:
+    family, case = pair
+    model = tiny_vlm(family)
+    config = case.config(model)
+    for count in (cost, benchmark):
+        with pytest.raises(ConfigError, match=r"prunes videos only.*a prompt with one image.*pruned\(model, config\)"):
+            count(model, config)
+    with pytest.raises(ConfigError, match="prunes videos, and budgets are of a prompt with one image"):
+        config.for_budget(model, keep=0.5)
+    with pytest.raises(NotImplementedError, match="prunes videos, and schedules are of a prompt with one image"):
+        config.with_counts(adapter_of(model).shape(model), {-1: 3})
+    with pytest.raises(ConfigError, match="prunes nothing"):
+        prune(model, case.config(model, keep_ratio=1.0))
+    stack = PruneConfig.for_method(
+        "stack", stages=(config.to_dict(), Case("random").config(model, layers=(2,)).to_dict())
+    )
+    assert cost(model, stack).ratio < 1, "of an image, by the other method"
+
+
+# -- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+@every_pair
+def test_unprune_copies_and_files(pair, tmp_path) -> None:
+    family, case = pair
+    model = tiny_vlm(family)
+    inputs, before = sample(model, ONE_VIDEO), snapshot(model)
+    dense = run(model, inputs).logits
+    save_pretrained(prune(model, case.config(model)), tmp_path)
+    result = run(model, inputs).logits
+    assert not torch.equal(result, dense)
+    loaded = from_pretrained(tmp_path, auto_class=type(model))
+    for same in (copy.deepcopy(model), loaded):
+        assert torch.equal(run(same, inputs).logits, result)
+        assert torch.equal(run(unprune(same), inputs).logits, dense)
+    assert snapshot(unprune(model)) == before
+    assert torch.equal(run(model, inputs).logits, dense)
+
+
+@every_pair
+def test_bfloat16(pair) -> None:
+    """The choice is made in float32, of features in the model's precision."""
+    family, case = pair
+    model, dense = (tiny_vlm(family).to(torch.bfloat16) for _ in range(2))
+    inputs = {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() and name.startswith("pixel") else tensor
+        for name, tensor in sample(model, ONE_VIDEO).items()
+    }
+    with pruned(model, config := case.config(model)), record(model) as rec:
+        assert run(model, inputs).logits.isfinite().all()
+    assert kept_in(rec) == expected_of(dense, config, "V", inputs)
+
+
+@each_once
+def test_gradients_reach_what_they_reach_in_the_dense_model(pair) -> None:
+    family, case = pair
+    model = tiny_vlm(family).train()
+    inputs = sample(model, ONE_VIDEO)
+    inputs["labels"] = inputs["input_ids"].masked_fill(is_image(inputs), -100)
+
+    def reached() -> set[str]:
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    dense = reached()
+    prune(model, case.config(model))
+    assert reached() == dense

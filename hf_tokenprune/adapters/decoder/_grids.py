@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
@@ -17,17 +16,12 @@ from ...errors import UnsupportedModelError
 from ...signals import ModelShape, Stage
 from .._sizes import as_pair, mlp_matrices
 from ._adapter import DecoderAdapter
+from ._frames import by_positions
 from ._images import GivenImages, ImageTokens, given_kinds, is_token, without_pixels
 from ._tower import Choice, ChooseMerged, Squares, tower_blocks
 
 USUAL_SIDE = 32
 """Rows and columns of tokens of an image whose size nobody tells: 1024 tokens, in the middle of what papers report."""
-
-UNTIMED = (
-    "features of videos without video_grid_thw, and position_ids that do not tell where frames begin: a pruned model "
-    "cannot tell them. Pass position_ids with axes for time, row and column, as generate does, or let this model "
-    "encode the videos"
-)
 
 
 class GridAdapter(DecoderAdapter):
@@ -58,31 +52,16 @@ class GridAdapter(DecoderAdapter):
         ]
 
     def in_frames(self, inner: Any, given: GivenImages, videos: list[ImageTokens]) -> list[ImageTokens]:
-        """The ``videos``, which were encoded before the forward, with frames: positions tell where they begin.
-
-        A frame is gone through row by row, so its next token is never at an earlier place of it, and no time passes.
+        """The ``videos``, which were encoded before the forward, as ones of frames.
 
         Raises:
-            UnsupportedModelError: there are no positions with several axes, or they make no frames of one length.
+            UnsupportedModelError: nothing tells these.
         """
-        positions: Tensor | None = given.call.get("position_ids")
-        if positions is None or positions.dim() != 3:
-            raise UnsupportedModelError(UNTIMED)
         ids = given.call.get("input_ids")
         tokens: Tensor = given.call["inputs_embeds"] if ids is None else ids
         name = self.placeholders.get(given.kind, self.placeholders["image"])
         here = is_token(inner, tokens, getattr(inner.config, name))
-        positions = positions[-3:, :, -here.shape[1] :].expand(-1, *here.shape)
-        host = torch.cat([here[None], positions.to(here.device)]).cpu()  # one transfer
-        time, row, column = host[1:, host[0] > 0].diff(dim=1)
-        begins = F.pad((time != 0) | (row < 0) | (row == 0) & (column <= 0), (1, 0), value=True)
-        told = []
-        for video, own in zip(videos, begins.split([video.length for video in videos]), strict=True):
-            first, *others = own[1:].nonzero().flatten().tolist() or [video.length - 1]
-            told.append(video.in_frames(first + 1))
-            if others != list(range(2 * first + 1, video.length - 1, first + 1)):
-                raise UnsupportedModelError(UNTIMED)
-        return told
+        return by_positions(videos, here, given.call.get("position_ids"))
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         return 1, self.tower_shape(model, image_size).num_patches // self.squares(model).side ** 2, 0

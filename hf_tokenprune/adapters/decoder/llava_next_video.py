@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from ...registry import register_adapter
+from ._frames import in_frames
 from ._images import GivenImages, ImageTokens
 from .llava_next import LlavaNextAdapter
 
@@ -19,4 +20,4 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
             return images
         config = inner.config
         side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
-        return [video.in_frames(side**2) for video in images]
+        return [in_frames(video, side**2) for video in images]

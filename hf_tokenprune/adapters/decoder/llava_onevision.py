@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...registry import register_adapter
+from ._frames import in_frames
 from ._images import GivenImages, ImageTokens
 from .llava_next import LlavaNextAdapter, like_the_last
 
@@ -28,7 +29,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             return videos
         patches = (inner.config.vision_config.image_size // inner.config.vision_config.patch_size) ** 2
         pooled = inner.apply_pooling(torch.zeros(1, patches, 1, device="cpu"))
-        return [video.in_frames(pooled.shape[1]) for video in videos]
+        return [in_frames(video, pooled.shape[1]) for video in videos]
 
     def num_crops(self, inner: Any, sizes: list[list[int]], given: GivenImages) -> list[int]:
         crops = super().num_crops(inner, sizes, given)
