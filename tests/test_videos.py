@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from hf_tokenprune import ConfigError, PruneConfig, UnsupportedModelError, benchmark, cost, prune, pruned, unprune
+from hf_tokenprune import ConfigError, PruneConfig, StackConfig, UnsupportedModelError, prune, pruned, unprune
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.benchmark import benchmark
+from hf_tokenprune.cost import cost
 from hf_tokenprune.methods.evs import dissimilarity
 from hf_tokenprune.methods.vidcom2 import vidcom2
 from hf_tokenprune.recording import Record, record
@@ -309,8 +311,7 @@ def test_a_method_inside_the_decoder_goes_on_from_there(pair) -> None:
     """It prunes images too, but no newline token between frames."""
     family, case = pair
     model, dense = tiny_vlm(family), tiny_vlm(family)
-    parts = case.config(dense), Case("fastv").config(dense)
-    config = PruneConfig.for_method("stack", stages=tuple(part.to_dict() for part in parts))
+    config = StackConfig((case.config(dense), Case("fastv").config(dense)))
     inputs = sample(dense, prompts(dense)[3 if "V" in family_of(dense).kinds else 0])
     prune(model, config)
     with record(model) as rec:
@@ -325,11 +326,8 @@ def test_a_method_inside_the_decoder_goes_on_from_there(pair) -> None:
 def test_nothing_may_leave_in_front_of_them(family) -> None:
     """Behind a choice in the tower a frame's tokens are no longer in the places of those of the frame before."""
     model = tiny_vlm(family)
-    parts = VIDEO_CASES[0].config(model), Case("visionzip").config(model)
-    config = PruneConfig.for_method("stack", stages=tuple(part.to_dict() for part in parts))
-    with pytest.raises(
-        UnsupportedModelError, match=r"compares the tokens of frames|cannot be chosen in the vision tower"
-    ):
+    config = StackConfig((VIDEO_CASES[0].config(model), Case("visionzip").config(model)))
+    with pytest.raises(UnsupportedModelError, match=r"compares the tokens of frames|cannot be chosen in the"):
         prune(model, config)
 
 
@@ -342,9 +340,7 @@ def test_families_without_videos_are_refused(family, case) -> None:
     model = tiny_vlm(family)
     before = snapshot(model)
     for refuses in (prune, cost):
-        with pytest.raises(
-            UnsupportedModelError, match=rf"prunes videos; this family takes .* \('{family}'\).* divprune"
-        ):
+        with pytest.raises(UnsupportedModelError, match=rf"prunes videos; this family .* \('{family}'\).* divprune"):
             refuses(model, case.config(model))
     assert snapshot(model) == before
 
@@ -363,9 +359,7 @@ def test_what_counts_an_image_says_that_it_stays_whole(pair) -> None:
         config.with_counts(adapter_of(model).shape(model), {-1: 3})
     with pytest.raises(ConfigError, match="prunes nothing"):
         prune(model, case.config(model, keep_ratio=1.0))
-    stack = PruneConfig.for_method(
-        "stack", stages=(config.to_dict(), Case("random").config(model, layers=(2,)).to_dict())
-    )
+    stack = StackConfig((config, Case("random").config(model, layers=(2,))))
     assert cost(model, stack).ratio < 1, "of an image, by the other method"
 
 
@@ -378,11 +372,11 @@ def test_unprune_copies_and_files(pair, tmp_path) -> None:
     model = tiny_vlm(family)
     inputs, before = sample(model, ONE_VIDEO), snapshot(model)
     dense = run(model, inputs).logits
-    save_pretrained(prune(model, case.config(model)), tmp_path)
-    result = run(model, inputs).logits
+    result = run(prune(model, case.config(model)), inputs).logits
     assert not torch.equal(result, dense)
-    loaded = from_pretrained(tmp_path, auto_class=type(model))
-    for same in (copy.deepcopy(model), loaded):
+    twin = copy.deepcopy(model)
+    save_pretrained(twin, tmp_path)
+    for same in (twin, from_pretrained(tmp_path, auto_class=type(model))):
         assert torch.equal(run(same, inputs).logits, result)
         assert torch.equal(run(unprune(same), inputs).logits, dense)
     assert snapshot(unprune(model)) == before
