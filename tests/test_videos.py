@@ -5,6 +5,7 @@ follows from it is the reference's word, as for all methods.
 """
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_tokenprune import ConfigError, PruneConfig, StackConfig, UnsupportedModelError, prune, pruned, unprune
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.adapters.decoder._frames import by_positions
+from hf_tokenprune.adapters.decoder._images import ImageTokens
 from hf_tokenprune.benchmark import benchmark
 from hf_tokenprune.cost import cost
 from hf_tokenprune.methods.evs import dissimilarity
@@ -33,26 +36,28 @@ from .decoder_families import (
     Case,
     Inputs,
     adapter_of,
+    built,
     collate,
     is_image,
     lengths,
+    new_cache,
     run,
     sample,
     stages_of,
     tiny_vlm,
     with_keys,
 )
-from .decoder_prompts import in_one, of_videos, types_of
-from .decoder_visuals import encoded_videos, family_of, video_features
+from .decoder_prompts import of_videos, types_of
+from .decoder_visuals import IMAGE, VIDEO, encoded_videos, family_of, video_features
 from .families import snapshot
-from .reference_decoder import newlines, reference
+from .reference_decoder import newlines, positions_of, reference
 from .test_contract_decoders import close, id_of
-from .test_generate import greedy
+from .test_generate import STEPS, continued, greedy
 from .test_images_in_prompts import takes_features, words
 from .test_packed_samples import packed
 
 ONE_VIDEO = "...V...."
-STEPS = 3
+VIDEO_FAMILIES = list(dict.fromkeys(family for family, _ in WITH_VIDEOS))
 
 every_pair = pytest.mark.parametrize("pair", WITH_VIDEOS, ids=id_of)
 each_once = pytest.mark.parametrize("pair", {case: (family, case) for family, case in WITH_VIDEOS}.values(), ids=id_of)
@@ -208,23 +213,21 @@ def test_beams_repeat_videos_with_their_frames(pair) -> None:
 
 
 @every_pair
-def test_a_kept_cache_with_a_second_video(pair) -> None:
+def test_a_second_turn_with_a_second_video(pair) -> None:
+    """Behind a kept cache, in ``generate``: its frames are compared with each other only."""
     model, dense, config = pruned_pair(*pair)
     first, second = sample(dense, "..V...", 1), sample(dense, "...V..", 2)
-    both = in_one(dense, [first, second])
+    stages, cache = stages_of(dense, config), new_cache(dense)
     with record(model) as rec:
-        cache = run(model, first, use_cache=True)[CACHE_NAME]
-    told = reference(dense, first, stages_of(dense, config), rec)
-    more = {name: both[name] for name in ("attention_mask",)}
-    if get_adapter(pair[0]).position_axes > 1:
-        before = first["input_ids"].shape[1]
-        whole = reference(dense, both).positions[:, None, before:]
-        more |= {"position_ids": whole}
+        output = greedy(model, first, **{CACHE_NAME: cache})
+    told = reference(dense, first, stages, rec).then(output.sequences[0, first["input_ids"].shape[1] :].tolist())
+    whole = continued(told, second)
     with record(model) as rec:
-        output = run(model, {**second, **more}, **{CACHE_NAME: cache})
+        output = greedy(model, whole, **{CACHE_NAME: cache})
     assert kept_in(rec) == expected_of(dense, config, "V", second)
-    told = told.then_prompt(reference(dense, second, stages_of(dense, config), rec))
-    close(output.logits[0], told.forward().logits[-second["input_ids"].shape[1] :])
+    tokens, logits = told.then_prompt(reference(dense, second, stages, rec)).generate(STEPS)
+    assert output.sequences[0, whole["input_ids"].shape[1] :].tolist() == tokens
+    close(torch.cat(output.logits), logits)
 
 
 @every_pair
@@ -238,6 +241,31 @@ def test_samples_packed_in_a_row(pair) -> None:
     expected = [expected_of(dense, config, parts, inputs) for parts, inputs in zip(kinds, alone, strict=True)]
     assert [kept_in(rec, number) for number in range(3)] == expected
     close(logits, torch.cat([run(model, inputs).logits[0] for inputs in alone]))
+
+
+GRIDS = [(1, 1, 1), (4, 1, 1), (2, 3, 3), (3, 3, 2), (5, 1, 4), (3, 4, 1), (1, 2, 5)]
+"""(frames, rows, columns) in tokens."""
+
+
+@pytest.mark.parametrize("seconds", [0.01, 1.0, 3.0])
+@pytest.mark.parametrize("family", [name for name in VIDEO_FAMILIES if get_adapter(name).position_axes > 1])
+def test_positions_tell_frames(family, seconds) -> None:
+    """Those that the stock model makes, also where frames are of the same time, or have a single row or token."""
+    dense = built(family)
+    merge = dense.config.vision_config.spatial_merge_size
+    pieces = [family_of(dense).video_ids(math.prod(grid), grid[0]) for grid in GRIDS]
+    ids = torch.tensor([[1, *(token for piece in pieces for token in piece), 2, 3]])
+    here = (ids == IMAGE) | (ids == VIDEO)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": 2 * here.long(),
+        "video_grid_thw": torch.tensor([(frames, merge * rows, merge * columns) for frames, rows, columns in GRIDS]),
+        "second_per_grid_ts": torch.full((len(GRIDS),), seconds),
+    }
+    videos = [ImageTokens(math.prod(grid)) for grid in GRIDS]
+    told = by_positions(videos, here, positions_of(dense, inputs)[:, None])
+    assert [video.frames for video in told] == [frames for frames, _, _ in GRIDS]
 
 
 # -- features of the caller ------------------------------------------------------------------------------------------
@@ -322,7 +350,7 @@ def test_a_method_inside_the_decoder_goes_on_from_there(pair) -> None:
     close(output.logits[0], told.logits)
 
 
-@pytest.mark.parametrize("family", dict.fromkeys(family for family, _ in WITH_VIDEOS))
+@pytest.mark.parametrize("family", VIDEO_FAMILIES)
 def test_nothing_may_leave_in_front_of_them(family) -> None:
     """Behind a choice in the tower a frame's tokens are no longer in the places of those of the frame before."""
     model = tiny_vlm(family)
