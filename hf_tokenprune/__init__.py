@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .methods.dart import DARTConfig
     from .methods.divprune import DivPruneConfig
     from .methods.evit import EViTConfig
+    from .methods.evs import EvsConfig
     from .methods.exact import ExactConfig
     from .methods.fastv import FastVConfig
     from .methods.hiprune import HiPruneConfig
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .methods.tome import ToMeConfig
     from .methods.transprune import TransPruneConfig
     from .methods.uniform import UniformConfig
+    from .methods.vidcom2 import VidCom2Config
     from .methods.visionzip import VisionZipConfig
     from .methods.vispruner import VisPrunerConfig
     from .methods.zero_tprune import ZeroTPruneConfig
@@ -53,6 +55,7 @@ __all__ = [
     "DARTConfig",
     "DivPruneConfig",
     "EViTConfig",
+    "EvsConfig",
     "ExactConfig",
     "FastVConfig",
     "HiPruneConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "TransPruneConfig",
     "UniformConfig",
     "UnsupportedModelError",
+    "VidCom2Config",
     "VisPrunerConfig",
     "VisionZipConfig",
     "ZeroTPruneConfig",
@@ -101,6 +105,7 @@ _NAMES = {
     "methods.dart": ("DARTConfig",),
     "methods.divprune": ("DivPruneConfig",),
     "methods.evit": ("EViTConfig",),
+    "methods.evs": ("EvsConfig",),
     "methods.exact": ("ExactConfig",),
     "methods.fastv": ("FastVConfig",),
     "methods.mmtok": ("MMTokConfig",),
@@ -115,6 +120,7 @@ _NAMES = {
     "methods.tome": ("ToMeConfig",),
     "methods.transprune": ("TransPruneConfig",),
     "methods.uniform": ("UniformConfig",),
+    "methods.vidcom2": ("VidCom2Config",),
     "methods.visionzip": ("VisionZipConfig",),
     "methods.vispruner": ("VisPrunerConfig",),
     "methods.zero_tprune": ("ZeroTPruneConfig",),

@@ -191,7 +191,9 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
             f"{config} prunes in {noun} {layers}: expected ascending ones of 0..{shape.depth - 1 - followed}"
             f"{', each with a layer behind it' if followed else ''}, this model has {shape.depth} {noun}"
         )
-    effective = [stage for stage, entering, n_keep in counts(stages, shape) if n_keep < entering]
+    effective = [
+        stage for stage, entering, n_keep in counts(stages, shape) if n_keep < entering or drops_of_video(stage)
+    ]
     if options(config).get("exact_last_block"):  # which reads all tokens, and gives none of them on
         return tuple(stage for stage in effective if stage.layer < shape.depth - 1)
     if not effective:
@@ -205,15 +207,26 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
     return tuple(effective)
 
 
+def drops_of_video(stage: Stage, tokens: int = 100) -> bool:
+    """Whether a stage that leaves images whole takes tokens of a video of two frames, of so many ``tokens`` each."""
+    return stage.videos_only and stage.num_kept_of(2 * tokens, 2) < 2 * tokens
+
+
 def plan_on(model: nn.Module, config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
-    """:func:`plan`, where :func:`prune` would take it too; ``model`` is not changed.
+    """:func:`plan`, where :func:`prune` would take it too, and an image loses tokens; ``model`` is not changed.
 
     Raises:
+        ConfigError: the config prunes videos only, and what is counted or timed is a prompt with one image.
         UnsupportedModelError: the adapter refuses it.
     """
     stages, adapter = plan(config, shape), find_adapter(model)
     if not adapter.states(model):  # blocks of a pruned model are no stock ones, which a check would refuse
         adapter.check(model, stages, **options(config))
+    if stages and all(stage.videos_only for stage in stages):
+        raise ConfigError(
+            f"{config} prunes videos only, and what is counted or timed is a prompt with one image, of which nothing "
+            "leaves. Give a method that prunes images, or time prompts of your own with pruned(model, config)"
+        )
     return stages
 
 
@@ -225,7 +238,7 @@ def options(config: PruneConfig) -> dict[str, bool]:
 def counts(stages: Iterable[Stage], shape: Shape, num_prunable: int | None = None) -> Iterator[tuple[Stage, int, int]]:
     """(stage, image tokens that enter it, image tokens it leaves) for one image; None: of the checkpoint's own size.
 
-    Protected newline tokens are image tokens here, which every stage leaves.
+    Protected newline tokens are image tokens here, which every stage leaves; one that prunes videos only leaves all.
     """
     stages = tuple(stages)
     newlines = shape.newline_tokens if isinstance(shape, DecoderShape) else 0
@@ -236,6 +249,8 @@ def counts(stages: Iterable[Stage], shape: Shape, num_prunable: int | None = Non
             assert isinstance(shape, DecoderShape)
             kept = stage.num_kept(shape.tower_tokens)
             n_keep = shape.tower_images * kept if kept < shape.tower_tokens else entering
+        elif stage.videos_only:
+            n_keep = entering
         else:
             n_keep = stage.num_kept(original if stage.counts_from == "original" else entering)
         n_keep = min(n_keep, entering)

@@ -226,10 +226,16 @@ class Case:
         return config_class(**{name: value for name, value in {**tiny, **fields}.items() if name in defaults})
 
 
+def prunes_videos_only(method: str) -> bool:
+    """Whether images stay whole: by the stages of its default config, in a decoder of 32 layers."""
+    shape = dataclasses.replace(adapter_of(built("llava")).shape(built("llava")), depth=32)
+    return all(stage.videos_only for stage in get_method(method)().stages_for(shape))
+
+
 def cases() -> list[Case]:
-    """Every method that prunes decoders; those that choose their layers by depth, also with layers of one's own; and
+    """Every method that prunes images; those that choose their layers by depth, also with layers of one's own; and
     with each choice by which they read something else, or elsewhere."""
-    default = [Case(name) for name in methods_for("decoder")]
+    default = [Case(name) for name in methods_for("decoder") if not prunes_videos_only(name)]
     free = [case.method for case in default if any(_is_free(f) for f in dataclasses.fields(get_method(case.method)))]
     chosen = [Case(case.method, choice=choice) for case in default if case.parts is None for choice in choices(case)]
     return [*default, *(Case(name, in_layers=True) for name in free), *chosen]
@@ -280,6 +286,8 @@ def closed_places(model: PreTrainedModel) -> set[str]:
 
 
 CASES = cases()
+VIDEO_CASES = [Case(name) for name in methods_for("decoder") if prunes_videos_only(name)]
+"""Every method that prunes videos and leaves images whole."""
 
 
 def may_renumber(family: str) -> bool:
@@ -313,6 +321,9 @@ where there is none: for what depends on neither the family nor on pairs."""
 
 ONCE_WITH_KEYS = [(family, case) for family, case in ONCE if not is_recurrent(built(family))]
 """Of these, the families whose caches can be cut and taken apart."""
+
+WITH_VIDEOS = [(family, case) for family in FAMILIES if not get_adapter(family).no_videos for case in VIDEO_CASES]
+"""Every method of ``VIDEO_CASES`` on every family that tells videos from images."""
 
 REFUSED = [(family, case) for family in FAMILIES for case in CASES if is_refused(family, case)]
 

@@ -15,7 +15,8 @@ def sample(model: PreTrainedModel, parts: str, seed: int = 0) -> Inputs:
     """Inputs of one prompt, without padding.
 
     Args:
-        parts: "." a token of text, "I" an image, "i" an image of another size where the family has them, "V" a video.
+        parts: "." a token of text, "I" an image, "i" an image of another size where the family has them, "V" a video,
+            "v" one of other frames.
         seed: of words and pixels.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -28,11 +29,11 @@ def sample(model: PreTrainedModel, parts: str, seed: int = 0) -> Inputs:
     types: list[int] = []
     tensors: dict[str, list[Tensor]] = {}
     for part in parts:
-        assert part in ".IiV", part
+        assert part in ".IiVv", part
         if part == ".":
             visual = Visual([int(torch.randint(1, VIDEO_START, (), generator=generator))], {})
         else:
-            visual = family.video(model, draw) if part == "V" else family.image(model, part, draw)
+            visual = family.video(model, part, draw) if part in "Vv" else family.image(model, part, draw)
         ids += visual.ids
         types += [visual.kind if token in (IMAGE, VIDEO) else 0 for token in visual.ids]
         for name, tensor in visual.tensors.items():

@@ -90,6 +90,10 @@ class Family:
 
     kinds: ClassVar[str] = "Ii"
     """What one call may hold beside each other: images "I", images of another size "i", videos "V"."""
+    videos: ClassVar[str] = ""
+    """Which videos one call may hold, perhaps without images: "V", and "v" of other frames."""
+    frames: ClassVar[dict[str, int]] = {}
+    """Of how many frames a video is."""
     typed: ClassVar[bool] = False
     """Whether the model wants ``mm_token_type_ids``."""
     axis: ClassVar[int] = 0
@@ -104,7 +108,7 @@ class Family:
         pixels = draw(1, 3, *self.size(model, part))
         return Visual([IMAGE] * len(image_features(model, pixels)), {"pixel_values": pixels})
 
-    def video(self, model: PreTrainedModel, draw: Draw) -> Visual:
+    def video(self, model: PreTrainedModel, part: str, draw: Draw) -> Visual:
         raise NotImplementedError
 
 
@@ -127,10 +131,12 @@ class CropsAndVideo(Crops):
     """LLaVA-NeXT-Video and LLaVA-OneVision: frames are pooled."""
 
     kinds = "IiV"
+    videos = "V"
+    frames: ClassVar = {"V": 4, "v": 2}
 
-    def video(self, model: PreTrainedModel, draw: Draw) -> Visual:
+    def video(self, model: PreTrainedModel, part: str, draw: Draw) -> Visual:
         side = model.config.vision_config.image_size
-        pixels = draw(1, 4, 3, side, side)
+        pixels = draw(1, self.frames[part], 3, side, side)
         return Visual([VIDEO] * len(video_features(model, pixels)), {"pixel_values_videos": pixels}, kind=2)
 
 
@@ -192,8 +198,9 @@ class Patches(Family):
     """Qwen2-VL and Qwen2.5-VL: patches of images of any size one behind the other, their grids beside them."""
 
     kinds = "IiV"
+    videos = "Vv"
+    frames: ClassVar = {"V": 3, "v": 2}
     typed = True
-    num_frames: ClassVar[int] = 3
 
     def size(self, model: PreTrainedModel, part: str) -> tuple[int, int]:
         config = model.config.vision_config
@@ -205,11 +212,12 @@ class Patches(Family):
         pixels, grid, length = self.patches(model, 1, grid_of(part), draw)
         return Visual([START, *[IMAGE] * length, END], {"pixel_values": pixels, "image_grid_thw": grid})
 
-    def video(self, model: PreTrainedModel, draw: Draw) -> Visual:
-        pixels, grid, length = self.patches(model, self.num_frames, grid_of("i"), draw)
-        return Visual(self.video_ids(length), self.video_tensors(pixels, grid), kind=2)
+    def video(self, model: PreTrainedModel, part: str, draw: Draw) -> Visual:
+        frames = self.frames[part]
+        pixels, grid, length = self.patches(model, frames, grid_of(part), draw)
+        return Visual(self.video_ids(length, frames), self.video_tensors(pixels, grid), kind=2)
 
-    def video_ids(self, length: int) -> list[int]:
+    def video_ids(self, length: int, frames: int) -> list[int]:
         return [START, *[VIDEO] * length, END]
 
     def video_tensors(self, pixels: Tensor, grid: Tensor) -> Inputs:
@@ -234,9 +242,9 @@ class TimedPatches(Patches):
 class Frames(Patches):
     """Qwen3-VL and Qwen3.5: text between the frames of a video."""
 
-    def video_ids(self, length: int) -> list[int]:
-        of_frame = length // self.num_frames
-        return [token for frame in range(self.num_frames) for token in (1 + frame, START, *[VIDEO] * of_frame, END)]
+    def video_ids(self, length: int, frames: int) -> list[int]:
+        of_frame = length // frames
+        return [token for frame in range(frames) for token in (1 + frame, START, *[VIDEO] * of_frame, END)]
 
 
 class FramesAsImages(Patches):
@@ -244,15 +252,15 @@ class FramesAsImages(Patches):
 
     kinds = "Ii"
 
-    def video_ids(self, length: int) -> list[int]:
-        of_frame = length // self.num_frames
-        frames = [token for frame in range(self.num_frames) for token in (START, *[IMAGE] * of_frame, END, 1 + frame)]
-        return [VIDEO_START, *frames, END]
+    def video_ids(self, length: int, frames: int) -> list[int]:
+        of_frame = length // frames
+        told = [token for frame in range(frames) for token in (START, *[IMAGE] * of_frame, END, 1 + frame)]
+        return [VIDEO_START, *told, END]
 
 
 def grid_of(part: str) -> tuple[int, int]:
-    """Rows and columns of tokens, of an image of any size."""
-    return (4, 6) if part == "I" else (3, 2)
+    """Rows and columns of tokens, of an image of any size or a frame: of "V" and "v" as many in all."""
+    return {"I": (4, 6), "v": (3, 3)}.get(part, (3, 2))
 
 
 CROPS = {"image_size": 9, "patch_size": 3}
@@ -273,7 +281,7 @@ FAMILIES: dict[str, Family] = {
     "llava": Family(),
     "llava+pixtral": Rows(vision=PIXTRAL, fields=WHOLE),
     "llava_next": Crops(vision=CROPS),
-    "llava_next_video": CropsAndVideo(vision=CROPS),
+    "llava_next_video": CropsAndVideo(vision=CROPS, fields={"spatial_pool_stride": 1}),
     "llava_onevision": CropsAndVideo(vision=CROPS),
     "internvl": Tiles(vision=TILES),
     "idefics3": TilesInText(vision=TILES),

@@ -261,10 +261,13 @@ def reference(
         for layer, rows in enumerate(deepstack(encoded_videos(maker, **of_videos(inputs)))):
             added.setdefault(layer, torch.zeros_like(embeds))[types == 2] = rows
     image = types > 0
+    of_video = (types[image] == 2) & any(stage.videos_only for stage in stages)  # then its newlines stay everywhere
     leaving = []
     for stage in stages:
         assert rec is not None
-        always = newlines(dense, embeds[image]) if stage.newlines == "protect" else frozenset()
+        always = newlines(dense, embeds[image])
+        if stage.newlines != "protect":
+            always = frozenset(number for number in always if of_video[number])
         kept = frozenset(number for number in rec.kept[stage.name][row].tolist() if number >= 0)
         leaving.append(Leaving(stage.layer, kept | always, stage.positions == "contiguous"))
     return Reference(dense, inputs, embeds, tuple(added.values()), positions_of(dense, inputs), image, tuple(leaving))

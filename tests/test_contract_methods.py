@@ -107,6 +107,15 @@ def make_signals(batch: int, num_prunable: int, num_protected: int = 1, seed: in
     return Signals(tokens, inputs, num_protected, has_cls, pieces, queries, keys, values, sizes=sizes, **rows)
 
 
+def frames_of(stage: Stage, num_prunable: int) -> int:
+    """Of how many frames tokens are shown to a stage: several where it prunes videos and they can be equally long."""
+    return next(f for f in (5, 3, 1) if num_prunable % f == 0) if stage.videos_only else 1
+
+
+def num_kept(stage: Stage, num_prunable: int) -> int:
+    return stage.num_kept_of(num_prunable, frames_of(stage, num_prunable))
+
+
 def make_decoder_signals(stage: Stage, batch: int, num_prunable: int, seed: int = 0, dtype=torch.float32) -> Signals:
     """What a decoder offers this stage: the signals it needs and no more."""
     if stage.where == "vision_tower":
@@ -119,7 +128,7 @@ def make_decoder_signals(stage: Stage, batch: int, num_prunable: int, seed: int 
         return replace(signals, **dict.fromkeys(unasked))
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(batch, num_prunable, DECODER_SHAPE.width, generator=generator).to(dtype)
-    signals = Signals(tokens, tokens, num_protected=0, has_cls=False)
+    signals = Signals(tokens, tokens, num_protected=0, has_cls=False, frames=frames_of(stage, num_prunable))
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(batch, *shape, generator=generator)
@@ -174,7 +183,7 @@ def mapped(signals: Signals, function) -> Signals:
 
 def keep_of(stage: Stage, signals: Signals) -> torch.Tensor:
     num_prunable = signals.tokens.shape[1] - signals.num_protected
-    return stage.reduce(signals, stage.num_kept(num_prunable)).keep
+    return stage.reduce(signals, num_kept(stage, num_prunable)).keep
 
 
 def stage_id(stage: Stage) -> str:
@@ -200,10 +209,10 @@ def test_counts_order_and_range(stage: Stage, num_prunable: int, num_protected: 
         signals = make_decoder_signals(stage, 3, num_prunable)
     else:
         signals = make_signals(3, num_prunable, num_protected)
-    reduction = stage.reduce(signals, stage.num_kept(num_prunable))
+    reduction = stage.reduce(signals, num_kept(stage, num_prunable))
     keep = reduction.keep
     assert keep.dtype == torch.int64
-    assert keep.shape == (3, stage.num_kept(num_prunable))
+    assert keep.shape == (3, num_kept(stage, num_prunable))
     assert 1 <= keep.shape[1] <= num_prunable
     ascending = keep.sort(dim=1).values
     assert ascending.diff(dim=1).gt(0).all(), "unique"
@@ -253,7 +262,7 @@ def test_counts_grow_with_the_tokens_that_enter(stage: Stage) -> None:
 
 def test_a_batch_is_its_samples_alone(stage: Stage) -> None:
     signals = signals_for(stage)
-    n_keep = stage.num_kept(signals.tokens.shape[1] - signals.num_protected)
+    n_keep = num_kept(stage, signals.tokens.shape[1] - signals.num_protected)
     together = stage.reduce(signals, n_keep)
     alone = [stage.reduce(select(signals, rows=slice(i, i + 1)), n_keep) for i in range(4)]
     assert torch.equal(together.keep, torch.cat([one.keep for one in alone]))
@@ -268,13 +277,16 @@ def test_a_batch_is_its_samples_alone(stage: Stage) -> None:
 def test_follows_a_permutation_or_ignores_the_content(stage: Stage) -> None:
     """A method sees tokens as a set; one that goes by position must not look at the content at all.
 
-    The first stays where it is: by some scores all tokens are equal before one is chosen.
+    The first stays where it is: by some scores all tokens are equal before one is chosen. One that compares frames goes
+    by the places in them: these are permuted in all frames alike.
     """
     signals = signals_for(stage)
     num_prunable = signals.tokens.shape[1] - signals.num_protected
-    permutation = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(num_prunable - 1)])
+    places = torch.arange(num_prunable).view(signals.frames, -1)
+    order_in_frame = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(places.shape[1] - 1)])
+    permutation = places[:, order_in_frame].flatten()
     order = torch.cat([torch.arange(signals.num_protected), permutation + signals.num_protected])
-    reduction = stage.reduce(signals, stage.num_kept(num_prunable))
+    reduction = stage.reduce(signals, num_kept(stage, num_prunable))
     keep = reduction.keep
     if reduction.tokens is not None or reduction.merged is not None:
         return  # what is merged into what may go by position
@@ -296,7 +308,7 @@ def test_half_precision_chooses_what_its_float32_copy_does(stage: Stage, dtype: 
     half = signals_for(stage, 2, dtype=dtype)
     full = mapped(half, torch.Tensor.float)
     assert torch.equal(keep_of(stage, half), keep_of(stage, full))
-    reduction = stage.reduce(half, stage.num_kept(half.tokens.shape[1] - half.num_protected))
+    reduction = stage.reduce(half, num_kept(stage, half.tokens.shape[1] - half.num_protected))
     if reduction.tokens is not None:
         assert reduction.tokens.dtype == dtype and reduction.tokens.isfinite().all()
 
@@ -313,9 +325,9 @@ def test_identical_tokens_and_zero_vectors_are_survived(stage: Stage) -> None:
     for name in ("text_attention", "text_scores", "layer_scores"):
         if getattr(signals, name) is not None:
             signals = replace(signals, **{name: torch.zeros_like(getattr(signals, name))})
-    reduction = stage.reduce(signals, stage.num_kept(num_prunable))
+    reduction = stage.reduce(signals, num_kept(stage, num_prunable))
     keep = reduction.keep
-    assert keep.shape == (2, stage.num_kept(num_prunable)) and keep.sort(dim=1).values.diff(dim=1).gt(0).all()
+    assert keep.shape == (2, num_kept(stage, num_prunable)) and keep.sort(dim=1).values.diff(dim=1).gt(0).all()
     assert reduction.tokens is None or reduction.tokens.isfinite().all()
     assert reduction.weights is None or reduction.weights.isfinite().all()
 
@@ -401,7 +413,7 @@ def left_after(config: PruneConfig, shape: Shape) -> int:
     remaining = shape.num_prunable
     for stage in config.stages_for(shape):
         counted = shape.num_prunable if stage.counts_from == "original" else remaining
-        remaining = min(remaining, stage.num_kept(counted))
+        remaining = min(remaining, num_kept(stage, counted))
     return remaining
 
 

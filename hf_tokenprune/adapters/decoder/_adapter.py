@@ -64,6 +64,8 @@ class DecoderAdapter(DecoderParts):
     full_grid_heads: ClassVar[dict[type[PreTrainedModel], str]] = {}
     placeholders: ClassVar[dict[str, str]] = {"image": "image_token_id"}
     """Kinds of visual input, and the field of the model's config that names their placeholder token."""
+    no_videos: ClassVar[str] = "this family takes no videos"
+    """Why videos cannot be told from images in this family; empty where they can, and their frames too."""
     tower_grid: ClassVar[str] = ""
     """Why tokens cannot be chosen in the vision tower of this family; empty where they can."""
 
@@ -116,6 +118,16 @@ class DecoderAdapter(DecoderParts):
             )
         for stage in stages:
             in_tower = stage.where == "vision_tower"
+            if stage.videos_only and self.no_videos:
+                raise UnsupportedModelError(
+                    f"{type(stage).__name__} prunes videos; {self.no_videos} ({model.config.model_type!r}). Use a "
+                    "method that prunes images, such as divprune"
+                )
+            if stage.videos_only and stages[0].where == "vision_tower":
+                raise UnsupportedModelError(
+                    f"{type(stage).__name__} compares the tokens of frames, and {type(stages[0]).__name__} leaves "
+                    "others in each. Use it without a method that prunes at the vision tower"
+                )
             if in_tower and self.tower_grid:
                 raise UnsupportedModelError(
                     f"tokens cannot be chosen in the vision tower of {model.config.model_type!r}: {self.tower_grid}. "

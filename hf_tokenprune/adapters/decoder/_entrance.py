@@ -185,10 +185,11 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
     everything = forward.views[0]
     marks = read_marks(everything.valid, embeds, images, tower is not None)
     newline = NEWLINE if state.stages[0].newlines == "protect" else IMAGE if tower is None else DROPPED
+    with_frames = any(stage.videos_only for stage in state.stages)
     told: list[ImageTokens] = []
 
     def tell(number: int, runs: tuple[int, ...]) -> list[ImageTokens]:
-        found = images.tell(number, runs, with_newlines=newline != IMAGE)
+        found = images.tell(number, runs, with_newlines=newline != IMAGE, with_frames=with_frames)
         told.extend(found)
         return found
 

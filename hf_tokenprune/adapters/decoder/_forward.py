@@ -230,7 +230,7 @@ class Forward:
     def select(self, stage: Stage, states: Tensor) -> View:
         """Decide who stays of the tokens of the newest view, whose ``states`` are (B, L, D)."""
         assert self.layout is not None
-        layout, count, text = self.layout, self.counter(stage), self.text
+        layout, text, count = self.layout, self.text, self.counter(stage, self.layout)
         keep, self.text = ~layout.is_image, None
         merged: list[tuple[Tensor, Tensor, Tensor]] = []
         scores = [self.observed[layer] for layer in stage.observes] if "layer_scores" in stage.needs else []
@@ -245,6 +245,7 @@ class Forward:
                     num_protected=0,
                     has_cls=False,
                     layer_scores=torch.stack([score[rows, index] for score in scores], 1) if scores else None,
+                    frames=max(group.frames, 1),
                     text_scores=None if self.text_scores is None else self.text_scores[rows[:, 0]],
                     **({} if text is None else text.signals(stage, states, rows[:, 0], index)),
                 )
@@ -269,10 +270,13 @@ class Forward:
             with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
                 self.text_scores[rows] = stage.rate_text(images, words, text.mask[rows])
 
-    def counter(self, stage: Stage) -> Callable[[int, int, int], int]:
+    def counter(self, stage: Stage, layout: Layout) -> Callable[[int, int, int], int]:
         """The function (sample, image or -1 for all, tokens) -> tokens that stay."""
 
         def num_kept(row: int, image: int, entering: int) -> int:
+            if stage.videos_only:
+                frames = layout.frames[row][image]
+                return min(entering, stage.num_kept_of(entering, frames)) if frames else entering
             if stage.counts_from == "entering":
                 return min(entering, stage.num_kept(entering))
             original = sum(self.originals[row]) if image < 0 else self.originals[row][image]

@@ -16,7 +16,8 @@ from ...errors import UnsupportedModelError
 from ...signals import ModelShape, Stage
 from .._sizes import as_pair, mlp_matrices
 from ._adapter import DecoderAdapter
-from ._images import GivenImages, ImageTokens, given_kinds, without_pixels
+from ._frames import by_positions
+from ._images import GivenImages, ImageTokens, given_kinds, is_token, without_pixels
 from ._tower import Choice, ChooseMerged, Squares, tower_blocks
 
 USUAL_SIDE = 32
@@ -30,6 +31,7 @@ class GridAdapter(DecoderAdapter):
     connector_name = "visual.merger"
     position_axes = 3
     placeholders: ClassVar = {"image": "image_token_id", "video": "video_token_id"}
+    no_videos = ""
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         if given.call.get("mm_token_type_ids") is None:
@@ -39,13 +41,27 @@ class GridAdapter(DecoderAdapter):
             )
         if given.kind not in given_kinds(given.call):
             raise UnsupportedModelError(without_pixels(given.kind))
-        grids = given.call.get(f"{given.kind}_grid_thw")
+        grids, of_frames = given.call.get(f"{given.kind}_grid_thw"), given.kind == "video" and given.with_frames
         if grids is None:
-            return given.as_encoded()
+            images = given.as_encoded()
+            return self.in_frames(inner, given, images) if of_frames else images
         merged = self.tower(inner).spatial_merge_size ** 2
         return [
-            ImageTokens(frames * rows * columns // merged, parts=frames) for frames, rows, columns in grids.tolist()
+            ImageTokens(frames * rows * columns // merged, parts=frames, frames=frames if of_frames else 0)
+            for frames, rows, columns in grids.tolist()
         ]
+
+    def in_frames(self, inner: Any, given: GivenImages, videos: list[ImageTokens]) -> list[ImageTokens]:
+        """The ``videos``, which were encoded before the forward, as ones of frames.
+
+        Raises:
+            UnsupportedModelError: nothing tells these.
+        """
+        ids = given.call.get("input_ids")
+        tokens: Tensor = given.call["inputs_embeds"] if ids is None else ids
+        name = self.placeholders.get(given.kind, self.placeholders["image"])
+        here = is_token(inner, tokens, getattr(inner.config, name))
+        return by_positions(videos, here, given.call.get("position_ids"))
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         return 1, self.tower_shape(model, image_size).num_patches // self.squares(model).side ** 2, 0

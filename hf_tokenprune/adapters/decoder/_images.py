@@ -40,11 +40,13 @@ class ImageTokens:
         length: its tokens, newlines among them.
         newlines: which of these are newlines, counted from 0, ascending.
         parts: in how many parts of equal length the tower encodes it, where its length does not say: frames.
+        frames: of a video, in which all but its newlines are equally many tokens each; 0: an image, or nobody asks.
     """
 
     length: int
     newlines: tuple[int, ...] = ()
     parts: int = 1
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class GivenImages:
         runs: how many placeholders stand together, one run after the other, sample by sample.
         call: keyword arguments of the forward: pixel_values, image_sizes, ...
         with_newlines: False: nobody asks which tokens are newlines.
+        with_frames: False: nobody asks of how many frames a video is.
         as_one: the features may be those of several whole images, put together by ``generate``.
     """
 
@@ -63,6 +66,7 @@ class GivenImages:
     runs: tuple[int, ...]
     call: Mapping[str, Any]
     with_newlines: bool
+    with_frames: bool = False
     as_one: bool = False
 
     @property
@@ -157,17 +161,18 @@ class Images:
     def unpacked(self, packed: Packed) -> Images:
         """The same for samples that have a row each."""
         ids = self.call["input_ids"]
-        call = {**self.call, "input_ids": None if ids is None else packed.unpack(ids)}
+        ids = None if ids is None else packed.unpack(ids)
+        call = {**self.call, "input_ids": ids, "position_ids": None}  # these are of the rows that came in
         return replace(self, kinds=packed.unpack(self.kinds) * packed.valid, call=call)
 
-    def tell(self, number: int, runs: tuple[int, ...], with_newlines: bool) -> list[ImageTokens]:
+    def tell(self, number: int, runs: tuple[int, ...], with_newlines: bool, with_frames: bool) -> list[ImageTokens]:
         """The images of the ``number``-th kind, whose placeholders stand in ``runs``.
 
         Raises:
             UnsupportedModelError: they need more or fewer placeholders.
         """
         kind = list(self.family.placeholders)[number - 1]
-        given = GivenImages(kind, runs, self.call, with_newlines, may_be_a_piece(self.call, kind))
+        given = GivenImages(kind, runs, self.call, with_newlines, with_frames, may_be_a_piece(self.call, kind))
         images = self.family.images(self.inner, given)
         lengths = [image.length for image in images]
         if sum(lengths) != given.total:

@@ -23,17 +23,19 @@ PADDING, TEXT, IMAGE, DROPPED, NEWLINE = range(5)
 
 @dataclass(frozen=True)
 class Group:
-    """Images, or samples, of which equally many of equally many image tokens stay.
+    """Images, or samples, of which equally many of equally many image tokens stay; videos of equally many frames.
 
     Attributes:
         rows: (g, 1) int64, the sample of each member.
         index: (g, N) int64, positions of its image tokens in the sequence.
         n_keep: how many stay.
+        frames: of which equally many of these tokens each are; 0: they are of no video, or nobody asks.
     """
 
     rows: Tensor
     index: Tensor
     n_keep: int
+    frames: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Layout:
 
     Attributes:
         images: for each sample, the number of prunable tokens of each of its images.
+        frames: for each sample, of how many frames each of its images was at the entrance; 0: it is no video, or nobody
+            asks.
         text: for each sample, the number of its other tokens that stay; padding is not counted.
         tail: for each sample, how many tokens stand behind its last image; 0 without an image.
         aligned: every sample ends in the last column.
@@ -49,6 +53,7 @@ class Layout:
     """
 
     images: tuple[tuple[int, ...], ...]
+    frames: tuple[tuple[int, ...], ...]
     text: tuple[int, ...]
     tail: tuple[int, ...]
     aligned: bool
@@ -72,21 +77,21 @@ class Layout:
 
     def groups(self, num_kept: Callable[[int, int, int], int], budget: str) -> Iterator[Group]:
         """All images (``budget`` "image") or samples ("sample") that have image tokens, by their numbers."""
-        by_count: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        by_count: dict[tuple[int, int, int], list[tuple[int, int]]] = defaultdict(list)
         for row, counts in enumerate(self.images):
             start = 0
             for i, count in enumerate(counts if budget == "image" else (sum(counts),)):
                 if count:
-                    key = count, num_kept(row, i if budget == "image" else -1, count)
-                    by_count[key].append((row, start))
+                    image, frames = (i, self.frames[row][i]) if budget == "image" else (-1, 0)
+                    by_count[count, num_kept(row, image, count), frames].append((row, start))
                 start += count
         device = self.is_image.device
         # Positions of each sample's image tokens, in order; what is behind them is never looked at.
         positions = self.is_image.byte().argsort(dim=1, descending=True, stable=True)
-        for (count, n_keep), members in by_count.items():
+        for (count, n_keep, frames), members in by_count.items():
             table = torch.tensor(members, device=device)
             rows, starts = table[:, :1], table[:, 1:]
-            yield Group(rows, positions[rows, starts + torch.arange(count, device=device)], n_keep)
+            yield Group(rows, positions[rows, starts + torch.arange(count, device=device)], n_keep, frames)
 
 
 GONE, PAD = 64, 128
@@ -101,7 +106,7 @@ def read_layout(
     Args:
         marks: (B, T) uint8, the number of a visual kind for a placeholder, else 0; plus GONE, plus PAD.
         tell: the images of a visual kind, whose placeholders stand in runs of these lengths.
-        newline: what newline tokens are: NEWLINE, DROPPED, or IMAGE like any other.
+        newline: what newline tokens are: NEWLINE, DROPPED, or IMAGE like any other; between frames they are NEWLINE.
 
     Raises:
         UnsupportedModelError: the placeholders of an image are not together in one sample.
@@ -111,24 +116,27 @@ def read_layout(
     flat = host.flatten()
     number = flat % GONE
     kinds = torch.where(number > 0, IMAGE, TEXT).byte()
-    spans: list[tuple[int, int]] = []  # first and last token of each image, counted through all rows
+    spans: list[tuple[int, int, int]] = []  # first and last token of each image, counted through all rows; frames
     for n in number.unique().tolist():
         if n:
             places = (number == n).nonzero().flatten()
             told = tell(n, _runs(places, length))
             *begins, _ = bounds = [0, *accumulate(image.length for image in told)]
             newlines = [begin + i for begin, image in zip(begins, told, strict=True) for i in image.newlines]
-            kinds[places[newlines]] = newline
-            spans += zip(places[begins].tolist(), places[[end - 1 for end in bounds[1:]]].tolist(), strict=True)
+            frames = [image.frames for image in told]
+            kinds[places[newlines]] = NEWLINE if any(frames) else newline
+            lasts = places[[end - 1 for end in bounds[1:]]].tolist()
+            spans += zip(places[begins].tolist(), lasts, frames, strict=True)
     kinds[flat & GONE > 0] = DROPPED
     kinds[flat & PAD > 0] = PADDING
 
     spans.sort()
     before = F.pad((kinds == IMAGE).cumsum(0), (1, 0))
-    inside = before[[last + 1 for _, last in spans]] - before[[first for first, _ in spans]]
+    inside = before[[last + 1 for _, last, _ in spans]] - before[[first for first, _, _ in spans]]
     counts: list[list[int]] = [[] for _ in range(batch)]
+    of_frames: list[list[int]] = [[] for _ in range(batch)]
     ends = [row * length for row in range(batch)]
-    for (first, last), count in zip(spans, inside.tolist(), strict=True):
+    for (first, last, number_of_frames), count in zip(spans, inside.tolist(), strict=True):
         row = first // length
         if last // length != row or first < ends[row]:
             raise UnsupportedModelError(
@@ -136,6 +144,7 @@ def read_layout(
                 "are. Give every image with its own prompt, leave prefill_chunk_size out, or unprune(model)"
             )
         counts[row].append(count)
+        of_frames[row].append(number_of_frames)
         ends[row] = last + 1
     rows = kinds.view(batch, length)
     text = ((rows == TEXT) | (rows == NEWLINE)).sum(1).tolist()
@@ -144,7 +153,8 @@ def read_layout(
     tail = [own if images else 0 for own, images in zip(behind, counts, strict=True)]
     aligned = bool((rows[:, -1] != PADDING).all())
     rows = rows.to(marks.device)
-    return rows, Layout(tuple(map(tuple, counts)), tuple(text), tuple(tail), aligned, rows == IMAGE)
+    images, frames_of = tuple(map(tuple, counts)), tuple(map(tuple, of_frames))
+    return rows, Layout(images, frames_of, tuple(text), tuple(tail), aligned, rows == IMAGE)
 
 
 def _runs(places: Tensor, length: int) -> tuple[int, ...]:

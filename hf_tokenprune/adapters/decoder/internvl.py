@@ -18,6 +18,8 @@ MOST_TILES = 12
 
 @register_adapter("internvl")
 class InternVLAdapter(DecoderAdapter):
+    no_videos = "this family takes frames of a video as images of their own"
+
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """An image is what stands between ``<img>`` and ``</img>``: all its tiles, or one frame of a video."""
         if given.as_one:  # whole images, by the way they come, but nothing tells their tiles

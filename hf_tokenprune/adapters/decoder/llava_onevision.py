@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...registry import register_adapter
+from ._frames import in_frames
 from ._images import GivenImages, ImageTokens
 from .llava_next import LlavaNextAdapter, like_the_last
 
@@ -15,6 +16,7 @@ from .llava_next import LlavaNextAdapter, like_the_last
 @register_adapter("llava_onevision")
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     placeholders: ClassVar = {"image": "image_token_id", "video": "video_token_id"}
+    no_videos = ""
     tower_grid = "patches are pooled and interpolated between their neighbours, so all of them have to be there"
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
@@ -22,7 +24,12 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             return super().images(inner, given)
         features = given.features  # with one newline, behind the last frame
         is_one = features is not None and given.as_one and int(like_the_last(features[0]).sum()) == 1
-        return [ImageTokens(video.length, (video.length - 1,)) for video in given.as_encoded(is_one)]
+        videos = [ImageTokens(video.length, (video.length - 1,)) for video in given.as_encoded(is_one)]
+        if not given.with_frames:
+            return videos
+        patches = (inner.config.vision_config.image_size // inner.config.vision_config.patch_size) ** 2
+        pooled = inner.apply_pooling(torch.zeros(1, patches, 1, device="cpu"))
+        return [in_frames(video, pooled.shape[1]) for video in videos]
 
     def num_crops(self, inner: Any, sizes: list[list[int]], given: GivenImages) -> list[int]:
         crops = super().num_crops(inner, sizes, given)

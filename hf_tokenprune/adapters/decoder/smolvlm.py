@@ -6,4 +6,4 @@ from .idefics3 import Idefics3Adapter
 
 @register_adapter("smolvlm")
 class SmolVLMAdapter(Idefics3Adapter):
-    pass
+    no_videos = "this family takes frames of a video as images of their own"
