@@ -153,6 +153,7 @@ class Signals:
             ``keys`` (B, H', N, d) are those of the image tokens.
         text_scores: decoders: (B, R) float32, what ``Stage.rate_text`` returned at the entrance.
         frames: decoders: F, the frames of which ``tokens`` has equally many each, one after the other; 1: an image.
+        columns: vision towers of decoders: columns of the grid of an image's N tokens, which come row by row.
     """
 
     tokens: Tensor
@@ -175,6 +176,7 @@ class Signals:
     text_keys: Tensor | None = None
     text_scores: Tensor | None = None
     frames: int = 1
+    columns: int | None = None
 
     def need(self, name: str) -> Tensor:
         """The tensor called ``name``; it is there if ``Stage.needs`` has it."""

@@ -40,17 +40,23 @@ class Capture:
         self.found: list[dict[str, Tensor]] = []  # by call: a tower that packs its images attends to them one by one
         self.attention: list[Tensor] = []  # consecutive pieces of the batch
 
-    def store(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> None:
-        """Take what is needed of (B, H, T, d) tensors; of the queries token 0 is enough for "cls_attention"."""
+    def store(
+        self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, needs: frozenset[str] | None = None
+    ) -> None:
+        """Take what is needed of (B, H, T, d) tensors; of the queries token 0 is enough for "cls_attention".
+
+        ``needs``: what of this block, where others give the rest; None: everything.
+        """
+        needs = self.needs if needs is None else needs
         available = {"queries": queries, "keys": keys, "values": values}
-        found = {name: tensor.detach() for name, tensor in available.items() if name in self.needs}
+        found = {name: tensor.detach() for name, tensor in available.items() if name in needs}
         with torch.autocast(queries.device.type, enabled=False):
-            if "cls_attention" in self.needs:
+            if "cls_attention" in needs:
                 logits = (queries[:, :, :1].float() @ keys.float().mT) * scaling
                 attention = (logits if self.bias is None else logits + self.bias).softmax(-1)
                 found["cls_attention"] = attention.squeeze(2).detach()
-            if "received_attention" in self.needs:
-                found["received_attention"] = received_attention(queries.detach(), keys.detach(), scaling, self.bias)
+            for name in needs & {"received_attention", "earlier_attention"}:
+                found[name] = received_attention(queries.detach(), keys.detach(), scaling, self.bias)
         self.found.append(found)
 
     def signals(
@@ -142,10 +148,11 @@ def capture_attention_forward(
     implementation = config.token_prune_original._attn_implementation
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if capture is not None:
-        capture.store(query, key, value, scaling)
+        capture.store(query, key, value, scaling, config.token_prune_needs)
         if capture.bias is not None and attention_mask is None:
             attention_mask = capture.bias.to(query.dtype)
-    if capture is None or "attention" not in capture.needs:
+    needs = capture.needs if capture is not None and config.token_prune_needs is None else config.token_prune_needs
+    if capture is None or "attention" not in needs:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

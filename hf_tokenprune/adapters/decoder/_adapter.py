@@ -18,7 +18,8 @@ from ...signals import Stage
 from .._capture import disable_capture, is_captured
 from .._swap import check_swappable, swap_class
 from ._encoder import check_encoder, encoder_adapter
-from ._entrance import CountProposals, EnterDecoder, LeaveDecoder
+from ._entrance import CountProposals, EnterDecoder
+from ._exit import LeaveDecoder
 from ._images import FindImages, GivenImages, ImageTokens
 from ._layer import LAYER_CLASSES, PrunedDecoderLayer
 from ._parts import DecoderParts
@@ -55,10 +56,15 @@ class DecoderState:
 class DecoderAdapter(DecoderParts):
     """Base of the adapters of vision-language models. One instance serves all models of its family."""
 
-    provides: ClassVar[frozenset[str]] = frozenset({"text_attention", "layer_scores"})
-    tower_provides: ClassVar[frozenset[str]] = frozenset(
-        {"attention", "cls_attention", "received_attention", "queries", "keys", "values"}
-    )
+    provides: ClassVar[dict[str, frozenset[str]]] = {
+        "vision_tower": frozenset(
+            {"attention", "cls_attention", "received_attention", "queries", "keys", "values"}
+            | {"tower_features", "earlier_attention"}
+        ),
+        "entrance": frozenset({"text"}),
+        "after_block": frozenset({"text", "text_attention", "text_scores", "keys", "text_keys", "layer_scores"}),
+    }
+    """What stages may read beside the tokens, by ``Stage.where``."""
     full_grid_heads: ClassVar[dict[type[PreTrainedModel], str]] = {}
     placeholders: ClassVar[dict[str, str]] = {"image": "image_token_id"}
     """Kinds of visual input, and the field of the model's config that names their placeholder token."""
@@ -120,7 +126,7 @@ class DecoderAdapter(DecoderParts):
                     f"tokens cannot be chosen in the vision tower of {model.config.model_type!r}: {self.tower_grid}. "
                     "Use a method that works in the decoder, such as divprune"
                 )
-            provided = self.tower_provides if in_tower else self.provides
+            provided = self.provides[stage.where]
             if in_tower and self.squares(model).side > 1:
                 provided -= {"attention"}  # a map of all patches of a large image would take gigabytes
             if missing := stage.needs - provided:
@@ -130,6 +136,7 @@ class DecoderAdapter(DecoderParts):
                 )
             if in_tower:
                 scoring_attention(self.tower(inner), self.scoring_block(model))
+                self.check_earlier(model, stage)
             if stage.layer >= 0 and (others := layer_types - {"full_attention"}):
                 raise UnsupportedModelError(
                     f"{type(stage).__name__} makes tokens leave behind decoder layer {stage.layer}; layers of {kind!r} "
@@ -138,6 +145,19 @@ class DecoderAdapter(DecoderParts):
                 )
         for index, block in enumerate(self.blocks(model)):
             check_swappable(block, LAYER_CLASSES[kind].stock_class, f"decoder layer {index}")
+
+    def check_earlier(self, model: PreTrainedModel, stage: Stage) -> None:
+        """Raise UnsupportedModelError where the vision tower has no earlier block such as ``stage`` wants to read."""
+        if "earlier_attention" not in stage.needs:
+            return
+        scoring, block = self.scoring_block(model), stage.earlier_block
+        windows = self.tower_shape(model, None).windows
+        if not 0 <= block < scoring or (windows and windows[block]):
+            whole = [b for b in range(scoring) if not (windows and windows[b])]
+            raise UnsupportedModelError(
+                f"{type(stage).__name__} reads the attention of block {block} of the vision tower and of block "
+                f"{scoring}, which makes the features: expected an earlier one that attends to whole images, of {whole}"
+            )
 
     def attach(self, model: PreTrainedModel, stages: tuple[Stage, ...], *, tower: tuple[Stage, ...] = ()) -> None:
         """Make the model prune. Call :meth:`check` before."""
@@ -160,8 +180,7 @@ class DecoderAdapter(DecoderParts):
         for stage in stages:
             if stage.where == "vision_tower":
                 encoder, projector = self.tower(inner), inner.get_submodule(self.connector_name)
-                attention = scoring_attention(encoder, self.scoring_block(model))
-                state.handles += attach_tower(encoder, attention, projector, self.choice(model, stage))
+                state.handles += attach_tower(encoder, self.scoring_block(model), projector, self.choice(model, stage))
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""

@@ -1,4 +1,4 @@
-"""The hooks around a pruned language model: let tokens leave at the entrance, restore the length.
+"""The hooks in front of a pruned language model: what leaves at the entrance leaves, and layers are told of the rest.
 
 All are instances of importable classes without state of their own, so that a pruned model can be copied and pickled.
 """
@@ -14,12 +14,8 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ...errors import PruneStateError, UnsupportedModelError
 from ...signals import Stage
-from ...tokens import gather_tokens
 from ._cache import (
-    CACHE_NAME,
-    PrunedDynamicCache,
     Segment,
-    bind,
     extended,
     given_cache,
     state_of,
@@ -28,7 +24,7 @@ from ._forward import Forward
 from ._images import ARGUMENT, PROPOSED, Images, ImageTokens, check_inputs, is_decode_step
 from ._layout import DROPPED, GONE, IMAGE, NEWLINE, PAD, PADDING, Layout, read_layout
 from ._packed import read_packed, unpacked_arguments
-from ._view import View
+from ._view import View, moved
 
 
 class CountProposals:
@@ -80,28 +76,6 @@ class EnterDecoder:
             mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         kwargs |= {"attention_mask": mask, "position_ids": view.positions, ARGUMENT: forward}
         return args, kwargs
-
-
-class LeaveDecoder:
-    """Forward hook of the language model: full length again, and the cache learns what it holds."""
-
-    def __call__(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        forward: Forward | None = kwargs.get(ARGUMENT)
-        cache = output.get(CACHE_NAME)
-        if isinstance(cache, PrunedDynamicCache):
-            cache.open = False
-        if forward is None or forward.layout is None:
-            return output
-        output.last_hidden_state = forward.restored(output.last_hidden_state, forward.views[-1])
-        if output.hidden_states is not None:
-            restored = [
-                None if states is None else forward.restored_input(states, layer)
-                for layer, states in enumerate(output.hidden_states[:-1])
-            ]
-            output.hidden_states = (*restored, output.last_hidden_state)
-        if cache is not None and cache.get_seq_length():
-            bind(cache, forward.cache_state())
-        return output
 
 
 def check_attention(decoder: Any) -> None:
@@ -180,11 +154,12 @@ def with_images(
     packed = read_packed(kwargs, given_cache(kwargs), use_cache, embeds)
     kwargs = unpacked_arguments(packed, kwargs)
     if packed is not None:
-        embeds, images = packed.unpack(embeds), replace(images, kinds=packed.unpack(images.kinds) * packed.valid)
+        embeds, images = packed.unpack(embeds), images.unpacked(packed)
         side_inputs = None if side_inputs is None else side_inputs.unpacked(packed)
     forward = begin(decoder, starts, embeds, kwargs, past)
     forward.stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
     forward.recorder, forward.packed, forward.proposed = state.recorder, packed, images.proposed
+    forward.placeholders = images.mask.to(embeds.device)
     tokens = let_leave(forward, embeds, images, state)
     check_recurrent(decoder, forward)
     forward.side_inputs = None if side_inputs is None else side_inputs.of(forward.views[0].slots)
@@ -230,15 +205,18 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
         everything.key_valid = extended(forward.past[0].valid, forward.held[0], None, kinds.shape[1], kinds)
     if tower is not None or not forward.layout.aligned:
         forward.views = [forward.leave((kinds != PADDING) & (kinds != DROPPED), tower)]
-    if "entrance" in stages:
-        forward.views = [forward.select(stages["entrance"], taken(embeds, forward.views[0], everything))]
+    tokens = embeds if forward.views[0] is everything else forward.views[0].taken(embeds)
+    if (stage := stages.get("entrance")) is not None:
+        if stage.text_rows is not None:
+            special = moved(images.special, tokens.device) if stage.text_rows.rows == "question" else None
+            forward.text = forward.find_text(stage, special)
+        forward.views = [forward.select(stage, tokens.detach())]
+        tokens = forward.views[0].taken(tokens)
     forward.originals = forward.layout.images
-    return taken(embeds, forward.views[0], everything)
-
-
-def taken(embeds: Tensor, view: View, everything: View) -> Tensor:
-    """(B, T, D) at the tokens of ``view``, without a copy where these are all."""
-    return embeds if view is everything else gather_tokens(embeds, view.slots)
+    for stage in forward.stages.values():
+        if "text_scores" in stage.needs and forward.text_scores is None:
+            forward.rate_text(stage, tokens.detach())
+    return tokens
 
 
 def read_marks(valid: Tensor | None, embeds: Tensor, images: Images, in_tower: bool) -> Tensor:

@@ -19,11 +19,12 @@ from transformers import Cache
 
 from ...signals import Signals, Stage, Transition
 from ...tokens import gather_tokens
-from ._cache import CacheState, Segment, extended
+from ._cache import Segment, extended
 from ._layout import Layout
 from ._packed import Packed
 from ._side_inputs import SideInputs
-from ._text_rows import text_attention
+from ._text import Text, text_rows
+from ._text_rows import all_keys, text_attention
 from ._view import View, moved
 
 
@@ -50,7 +51,9 @@ class Forward:
         packed: how several samples stood in one row; None: they did not.
         side_inputs: what is added to the tokens of the first segment, and to those of them that are left later.
         observed: (B, L) float32 scores of the layers observed so far, of the tokens of the newest view.
-        text: what the next stage reads of the text's attention, see :meth:`text_attention`.
+        text: what the next stage reads of the text.
+        text_scores: (B, R) float32, how the stage that wants it rated the text at the entrance; None: no stage does.
+        placeholders: (B, T) bool, tokens of images.
     """
 
     def __init__(
@@ -80,7 +83,9 @@ class Forward:
         self.packed: Packed | None = None
         self.side_inputs: SideInputs | None = None
         self.observed: dict[int, Tensor] = {}
-        self.text: tuple[Tensor, Tensor] | None = None
+        self.text: Text | None = None
+        self.text_scores: Tensor | None = None
+        self.placeholders: Tensor | None = None
 
     def segment(self, layer: int) -> int:
         """Index of the segment that a layer belongs to."""
@@ -123,10 +128,9 @@ class Forward:
                 self.follow(states.device)
                 if reads_text(stage, "next"):
                     rotary = self.layer_inputs(layer - 1, states, stock)["position_embeddings"]
-                    self.text = self.text_attention(stage, block, layer, states, rotary)
+                    self.text = self.read_text(stage, block, layer, states, rotary)
                 self.views.append(self.select(stage, states.detach()))
-                self.text = None
-        return gather_tokens(states, self.view(index, states.device).take)
+        return self.view(index, states.device).taken(states)
 
     def with_side_inputs(self, layer: int, states: Tensor) -> Tensor:
         """What a decoder layer gave, (B, L, D), with what the family adds behind it."""
@@ -148,7 +152,7 @@ class Forward:
             return
         with torch.no_grad():
             self.follow(states.device)
-            self.text = self.text_attention(stage, block, layer, states, given["position_embeddings"])
+            self.text = self.read_text(stage, block, layer, states, given["position_embeddings"])
 
     def observers(self, layer: int) -> Stage | None:
         """The stage that wants a score of this layer's transition, if one does."""
@@ -176,44 +180,58 @@ class Forward:
         self.layout = replace(self.layout, is_image=self.layout.is_image.to(device))
         self.image_rank = moved(self.image_rank, device)
         self.observed = {layer: score.to(device) for layer, score in self.observed.items()}
-        self.text = moved(self.text, device)
+        self.text = None if self.text is None else self.text.on(device)
+        self.text_scores = moved(self.text_scores, device)
         self.past = [past.on(device) for past in self.past]
         self.views[-1] = self.views[-1].on(device)
 
-    def text_attention(
-        self, stage: Stage, block: Any, layer: int, states: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Attention (B, H, R, L) float32 of the rows that ``stage.text_rows`` names, and which are text, (B, R) bool.
+    def read_text(self, stage: Stage, block: Any, layer: int, states: Tensor, rotary: tuple[Tensor, Tensor]) -> Text:
+        """What ``stage`` reads of the text, and of its attention in a layer.
 
         Args:
             block: the decoder layer whose attention is read, the one called ``layer``.
             states: (B, L, D) what enters it.
             rotary: cos and sin, (B or 1, L, d), of these tokens.
         """
-        assert stage.text_rows is not None and self.layout is not None
-        behind = [max(tail - self.proposed, 1) for tail in self.layout.tail]
-        num_rows = 1 if stage.text_rows.rows == "last" else max(behind)
-        tails = torch.tensor(behind, device=states.device)
-        is_text = torch.arange(num_rows, 0, -1, device=states.device) <= tails[:, None]
+        text = self.find_text(stage)
+        normed = block.input_layernorm(states)
+        if "text_attention" in stage.needs:
+            text = replace(text, attention=self.text_attention(text, block, layer, normed, rotary))
+        if "keys" in stage.needs:
+            text = replace(text, keys=all_keys(block.self_attn, normed, rotary))
+        return text
 
-        segment = self.segment(layer)
+    def find_text(self, stage: Stage, special: Tensor | None = None) -> Text:
+        """Where the text stands that ``stage`` reads, in the newest view; ``special`` (B, T) bool: what is no word."""
+        assert stage.text_rows is not None and self.layout is not None and self.placeholders is not None
+        view = self.views[-1]
+        placeholders = self.placeholders.to(view.slots.device).gather(1, view.slots)
+        special = None if special is None else special.gather(1, view.slots)
+        return text_rows(stage.text_rows.rows, self.layout, view.valid, placeholders, special, self.proposed)
+
+    def text_attention(
+        self, text: Text, block: Any, layer: int, normed: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Attention (B, H, R, L) float32 of rows of ``text``, which are the last ones, in the layer called ``layer``,
+        whose normed input is ``normed`` (B, L, D)."""
+        segment, num_rows = self.segment(layer), text.index.shape[1]
         held, cached = self.held[segment], None
         if self.cache is not None and held:
             keys: Any = self.cache.layers[layer].keys
             cached = keys[:, :, :held]
-        length = states.shape[1] - self.proposed  # no row of text sees what stands behind it
-        key_valid = extended(self.past[segment].valid, held, self.views[-1].valid, states.shape[1], states)
+        length = normed.shape[1] - self.proposed  # no row of text sees what stands behind it
+        key_valid = extended(self.past[segment].valid, held, self.views[-1].valid, normed.shape[1], normed)
         key_valid = None if key_valid is None else key_valid[:, : held + length]
         cos, sin = (part[:, :length] for part in rotary)
-        normed = block.input_layernorm(states[:, :length])
         scale = block.query_scale(self.views[-1].positions[..., length - num_rows : length])
-        return text_attention(block.self_attn, normed, num_rows, (cos, sin), cached, key_valid, scale), is_text
+        return text_attention(block.self_attn, normed[:, :length], num_rows, (cos, sin), cached, key_valid, scale)
 
     def select(self, stage: Stage, states: Tensor) -> View:
         """Decide who stays of the tokens of the newest view, whose ``states`` are (B, L, D)."""
         assert self.layout is not None
         layout, count, text = self.layout, self.counter(stage), self.text
-        keep = ~layout.is_image
+        keep, self.text = ~layout.is_image, None
+        merged: list[tuple[Tensor, Tensor, Tensor]] = []
         scores = [self.observed[layer] for layer in stage.observes] if "layer_scores" in stage.needs else []
         for group in layout.groups(count, stage.budget):
             rows, index = group.rows, group.index
@@ -225,15 +243,30 @@ class Forward:
                     tokens,
                     num_protected=0,
                     has_cls=False,
-                    text_attention=None if text is None else _columns(text[0][rows[:, 0]], index),
-                    text_mask=None if text is None else text[1][rows[:, 0]],
                     layer_scores=torch.stack([score[rows, index] for score in scores], 1) if scores else None,
+                    text_scores=None if self.text_scores is None else self.text_scores[rows[:, 0]],
+                    **({} if text is None else text.signals(stage, states, rows[:, 0], index)),
                 )
                 with torch.autocast(tokens.device.type, enabled=False):
-                    chosen = index.gather(1, stage.reduce(signals, group.n_keep).keep)
+                    reduction = stage.reduce(signals, group.n_keep)
+                chosen = index.gather(1, reduction.keep)
+                if reduction.tokens is not None:
+                    merged.append((rows, chosen, reduction.tokens))
             keep[rows, chosen] = True
         self.layout = layout.after(count, stage.budget)
-        return self.leave(keep, stage)
+        view = self.leave(keep, stage)
+        return view.with_states(states, merged) if merged else view
+
+    def rate_text(self, stage: Stage, tokens: Tensor) -> None:
+        """Let ``stage`` rate the text by the ``tokens`` (B, L, D) that enter the first layer."""
+        assert self.layout is not None
+        text = self.find_text(stage)
+        self.text_scores = tokens.new_zeros(text.index.shape, dtype=torch.float32)
+        for group in self.layout.groups(lambda row, image, entering: entering, "sample"):
+            rows = group.rows[:, 0]
+            images, words = (gather_tokens(tokens[rows], index) for index in (group.index, text.index[rows]))
+            with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+                self.text_scores[rows] = stage.rate_text(images, words, text.mask[rows])
 
     def counter(self, stage: Stage) -> Callable[[int, int, int], int]:
         """The function (sample, image or -1 for all, tokens) -> tokens that stay."""
@@ -299,47 +332,7 @@ class Forward:
         kept = rank.sort(dim=1).values[:, :most]
         self.recorder.on_kept(name, torch.where(kept == torch.iinfo(kept.dtype).max, -1, kept))
 
-    # -- the end -----------------------------------------------------------------------------------------------------
-
-    def restored(self, states: Tensor, view: View) -> Tensor:
-        """(B, L, D) as (B, T, D): where a token left, the state of the last one before it that stayed.
-
-        So logits, labels and losses keep their places.
-        """
-        view = view.on(states.device)
-        batch, length = view.slots.shape
-        present = torch.zeros(batch, self.length, dtype=torch.long, device=states.device)
-        ones = torch.ones_like(view.slots) if view.valid is None else view.valid.long()
-        number = present.scatter_add_(1, view.slots, ones).cumsum(1)
-        first = length - number[:, -1:]
-        full = gather_tokens(states, first + (number - 1).clamp(min=0))
-        return full if self.packed is None else self.packed.pack(full)
-
-    def restored_input(self, states: Tensor, layer: int) -> Tensor:
-        """:meth:`restored` for what the layer before ``layer`` gave: without the tokens that leave in this one."""
-        index = self.segment(layer)
-        view = self.views[index].on(states.device)
-        arriving = layer > 0 and layer == self.starts[index]
-        return self.restored(gather_tokens(states, view.take) if arriving else states, view)
-
-    def cache_state(self) -> CacheState:
-        """What the next forward with this cache must know."""
-        lengths = [held + view.slots.shape[1] for held, view in zip(self.held, self.views, strict=True)]
-        segments = [Segment(first, v.key_valid, v.shift) for first, v in zip(self.starts, self.views, strict=True)]
-        assert self.layout is not None
-        layout = self.layout
-        tail = min(
-            tail if any(images) else length
-            for tail, images, length in zip(layout.tail, layout.images, layout.lengths, strict=True)
-        )
-        return CacheState(self.seen + self.length, segments, lengths, tail)
-
-
-def _columns(attention: Tensor, index: Tensor) -> Tensor:
-    """(g, H, R, L) at the columns ``index`` (g, N): (g, H, R, N)."""
-    return attention.gather(3, index[:, None, None].expand(-1, attention.shape[1], attention.shape[2], -1))
-
 
 def reads_text(stage: Stage, layer: str) -> bool:
-    """Whether a stage reads the text's attention of its "own" layer, or of the "next" one."""
-    return "text_attention" in stage.needs and stage.text_rows is not None and stage.text_rows.layer == layer
+    """Whether a stage reads text, and of its attention that of its "own" layer, or of the "next" one."""
+    return stage.text_rows is not None and stage.text_rows.layer == layer

@@ -6,15 +6,18 @@ other tokens may cut one into rows.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ...errors import UnsupportedModelError
-from ._cache import check_cache, given_cache
+from ...signals import Stage
+from ._cache import PrunedDynamicCache, check_cache, given_cache
+from ._packed import Packed
 from ._side_inputs import SideInputs
 
 ARGUMENT = "token_prune"
@@ -142,6 +145,21 @@ class Images:
         """(B, T) bool: placeholders."""
         return self.kinds > 0
 
+    @property
+    def special(self) -> Tensor | None:
+        """(B, T) bool: tokens that the model's config gives a meaning of their own, such as those that end a turn.
+
+        None: the model was called with embeddings.
+        """
+        ids: Tensor | None = self.call["input_ids"]
+        return None if ids is None else torch.isin(ids, torch.tensor(special_ids(self.inner.config), device=ids.device))
+
+    def unpacked(self, packed: Packed) -> Images:
+        """The same for samples that have a row each."""
+        ids = self.call["input_ids"]
+        call = {**self.call, "input_ids": None if ids is None else packed.unpack(ids)}
+        return replace(self, kinds=packed.unpack(self.kinds) * packed.valid, call=call)
+
     def tell(self, number: int, runs: tuple[int, ...], with_newlines: bool) -> list[ImageTokens]:
         """The images of the ``number``-th kind, whose placeholders stand in ``runs``.
 
@@ -170,6 +188,8 @@ class FindImages:
         proposed = kwargs.pop(PROPOSED, 0)
         input_ids = args[0] if args else kwargs.get("input_ids")
         kinds = self.placeholders(module, input_ids, kwargs)
+        if not proposed:
+            self.warn_of_turn(module, input_ids, kwargs)
         if kinds is None:
             return args, {**kwargs, ARGUMENT: None}
         check_inputs(kwargs)  # before stock code reads positions from the mask
@@ -186,8 +206,26 @@ class FindImages:
         Its images must be whole: where one is cut, a placeholder is the last token. And what stays of an image must not
         depend on what stands around it.
         """
-        stages = (stage for state in self.family.states(module) for stage in state.stages)
-        return all(stage.budget == "image" for stage in stages) and not bool((kinds[:, -1] > 0).any())
+        alone = all(stage.budget == "image" and not stage.reads_question for stage in self.stages(module))
+        return alone and not bool((kinds[:, -1] > 0).any())
+
+    def stages(self, module: Any) -> list[Stage]:
+        """Those of the language model of ``module``, in order."""
+        return [stage for state in self.family.states(module) for stage in state.stages]
+
+    def warn_of_turn(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Say where a turn comes behind image tokens that were chosen for the question of a former one."""
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        cache = given_cache(kwargs)
+        if tokens is None or not isinstance(cache, PrunedDynamicCache) or is_decode_step(tokens, cache):
+            return
+        if readers := [type(stage).__name__ for stage in self.stages(module) if stage.reads_question]:
+            warnings.warn(
+                f"{', '.join(dict.fromkeys(readers))} chose image tokens by the question of the first turn, and the "
+                "cache holds only those: later questions may need others. Start each question with a new cache, or use "
+                "a method that does not read it, such as divprune",
+                stacklevel=2,
+            )
 
     def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, T) uint8 as in :class:`Images`; None: no image in this input."""
@@ -217,6 +255,16 @@ class FindImages:
                 "tokenizer uses; with a kept cache pass only images that are new"
             )
         return None
+
+
+def special_ids(config: Any) -> list[int]:
+    """Ids that fields of a model's config are called after: ``eos_token_id``, ``image_token_id``, ..."""
+    found: set[int] = set()
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if name.endswith("_token_id"):
+                found.update(ids for ids in (value if isinstance(value, (list, tuple)) else [value]) if ids is not None)
+    return sorted(found)
 
 
 def check_inputs(call: dict[str, Any]) -> None:

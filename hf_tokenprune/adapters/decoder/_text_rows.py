@@ -59,6 +59,14 @@ def text_attention(
     return all_heads(probabilities.flatten(1, 2)[..., num_keys - normed.shape[1] :], attention)
 
 
+def all_keys(attention: Any, normed: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Keys (B, H', L, d) of all key heads for (B, L, D) inputs of the attention, rotated as it does."""
+    cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rotary)
+    with _same_randomness(attention, normed.device):
+        keys = _heads(attention, "k", normed, cos, sin)
+    return all_heads(keys, attention, "k")
+
+
 def _same_randomness(attention: nn.Module, device: torch.device) -> AbstractContextManager[None]:
     """Within: random numbers that projections draw (LoRA with dropout) are drawn again by the layer itself.
 
@@ -71,27 +79,30 @@ def _same_randomness(attention: nn.Module, device: torch.device) -> AbstractCont
     return torch.random.fork_rng(devices=(device,), device_type=device.type)
 
 
-def all_heads(attention_of_mine: Tensor, attention: Any) -> Tensor:
-    """(B, h, R, L) of the heads of this process as (B, H, R, L) of all: ranks must not choose by different heads.
+def all_heads(of_mine: Tensor, attention: Any, which: str = "q") -> Tensor:
+    """(B, h, ...) of the heads of this process as (B, H, ...) of all: ranks must not choose by different heads.
+
+    ``which`` heads: those of queries ("q"), or of keys ("k").
 
     Raises:
         UnsupportedModelError: nothing tells which processes have the others.
     """
-    num_heads = attention.config.num_attention_heads
-    if attention_of_mine.shape[1] == num_heads:
-        return attention_of_mine
-    weight: Any = getattr(attention.q_proj, "weight", None)  # quantised layers may have none of this name
+    config = attention.config
+    num_heads = config.num_attention_heads if which == "q" else config.num_key_value_heads
+    if of_mine.shape[1] == num_heads:
+        return of_mine
+    weight: Any = getattr(getattr(attention, f"{which}_proj"), "weight", None)  # quantised layers may have none
     if not hasattr(weight, "device_mesh"):
         raise UnsupportedModelError(
-            f"q_proj gives {attention_of_mine.shape[1]} of {num_heads} heads and its weight is no DTensor: a method "
+            f"{which}_proj gives {of_mine.shape[1]} of {num_heads} heads and its weight is no DTensor: a method "
             "that reads attention cannot tell which processes have the others. Use one that does not, such as divprune"
         )
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    batch, _, rows, length = attention_of_mine.shape
+    batch, _, rows, length = of_mine.shape
     placements = [Shard(1) if placement.is_shard() else Replicate() for placement in weight.placements]
     shape, stride = torch.Size((batch, num_heads, rows, length)), (num_heads * rows * length, rows * length, length, 1)
-    mine = attention_of_mine.contiguous()
+    mine = of_mine.contiguous()
     split = DTensor.from_local(mine, weight.device_mesh, placements, run_check=False, shape=shape, stride=stride)
     return split.full_tensor()
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -154,8 +154,12 @@ class ChooseStates(Choice):
         first, side = self.num_protected, self.squares.side
         patches = self.squares.split(selected[:, first:], 1)  # (I, n, s², D)
         tokens = torch.cat([selected[:, :first].repeat(1, 1, side**2), patches.flatten(2)], 1)
-        capture.found[-1] = self.squares.of_signals(capture.found[-1], first)
-        tokens = self.marked(capture.signals(tokens, tokens, first, self.has_cls))
+        found = self.squares.of_signals({name: of for block in capture.found for name, of in block.items()}, first)
+        if "tower_features" in self.stage.needs:
+            found["tower_features"] = patches.detach().float().mean(2)
+        capture.found = [found]
+        signals = capture.signals(tokens, tokens, first, self.has_cls)
+        tokens = self.marked(replace(signals, columns=math.isqrt(patches.shape[1])))
         patches = self.squares.join(tokens[:, first:].unflatten(2, (side**2, -1)))
         states = torch.cat([tokens[:, :first, : selected.shape[2]], patches], 1)
         if self.layer is None:
@@ -183,22 +187,33 @@ class ChooseMerged(Choice):
 
     def choose(self, capture: Capture, call: dict[str, Any], output: Any) -> None:
         features = output.pooler_output  # (n of all images, D)
-        packed = {name: torch.cat([found[name] for found in capture.found], 2) for name in capture.found[0]}
+        pieces_of = defaultdict(list)
+        for found in capture.found:  # of each block, image by image
+            for name, piece in found.items():
+                pieces_of[name].append(piece)
+        packed = {name: torch.cat(pieces, 2) for name, pieces in pieces_of.items()}
         signals = {name: of_tokens.to(features.device) for name, of_tokens in self.squares.of_signals(packed).items()}
+        if "tower_features" in self.stage.needs:
+            patches = output.last_hidden_state.detach().float()
+            signals["tower_features"] = patches.unflatten(0, (len(features), -1)).mean(1)[None, None]
         if self.raster is not None:
             order = self.raster(call).to(features.device)
             signals = {name: of_tokens.index_select(2, order) for name, of_tokens in signals.items()}
         grids = call["grid_thw"].tolist()  # every frame is attended by itself
-        lengths = [rows * columns // self.squares.side**2 for frames, rows, columns in grids for _ in range(frames)]
+        side = self.squares.side
+        shapes = [(rows // side, columns // side) for frames, rows, columns in grids for _ in range(frames)]
+        lengths = [math.prod(shape) for shape in shapes]
         images = list(features.split(lengths))
         pieces = {name: of_tokens.split(lengths, 2) for name, of_tokens in signals.items()}
         alike = defaultdict(list)
-        for i, length in enumerate(lengths):
-            alike[length].append(i)
-        for members in alike.values():
+        for i, shape in enumerate(shapes):
+            alike[shape].append(i)
+        for (_, columns), members in alike.items():
             tokens = torch.stack([images[i] for i in members])
             of_these: dict[str, Any] = {name: torch.cat([each[i] for i in members]) for name, each in pieces.items()}
-            marked = self.marked(Signals(tokens, tokens, 0, False, **of_these))
+            if "tower_features" in of_these:
+                of_these["tower_features"] = of_these["tower_features"].squeeze(1)
+            marked = self.marked(Signals(tokens, tokens, 0, False, columns=columns, **of_these))
             for i, states in zip(members, marked, strict=True):
                 images[i] = states
         output.pooler_output = torch.cat(images)
@@ -270,9 +285,13 @@ def feature_block(tower: PreTrainedModel, feature_layer: int | list[int] | None)
     return feature_layer - 1 if feature_layer > 0 else feature_layer + depth
 
 
-def attach_tower(tower: PreTrainedModel, attention: nn.Module, projector: nn.Module, choice: Choice) -> list[Any]:
-    """Make the tower choose by ``attention``, of one of its blocks; returns handles of the hooks."""
-    enable_capture(attention, choice.stage.needs)
+def attach_tower(tower: PreTrainedModel, block: int, projector: nn.Module, choice: Choice) -> list[Any]:
+    """Make the tower choose by the attention of a ``block``, as far as it needs any; returns handles of the hooks."""
+    stage = choice.stage
+    if own := stage.needs - {"tower_features", "earlier_attention"}:
+        enable_capture(scoring_attention(tower, block), own)
+    if "earlier_attention" in stage.needs:
+        enable_capture(scoring_attention(tower, stage.earlier_block), frozenset({"earlier_attention"}))
     handles = [
         tower.register_forward_pre_hook(StartCapture(choice.stage)),
         tower.register_forward_hook(choice, with_kwargs=True, always_call=True),

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
+from ...tokens import gather_tokens
 from ._cache import CACHE_NAME
 
 
@@ -26,6 +27,7 @@ class View:
         renumbered: their positions are others than in the first segment.
         shift: (B, 1) int64, how far positions behind them move down; None: not at all.
         key_valid: (B, K + L) bool, ``valid`` with that of the K keys in the cache before it; None: no padding.
+        merged: (B, L, D) states where ``is_merged`` (B, L) bool: others were merged into these tokens; None: into none.
         rotary, mask: what the layers of the segment are given, unless it is the first one, which is given what stock
             Transformers made; made when the first of them asks.
     """
@@ -38,6 +40,8 @@ class View:
     renumbered: bool
     shift: Tensor | None
     key_valid: Tensor | None
+    merged: Tensor | None = None
+    is_merged: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     mask: Any = None
 
@@ -47,6 +51,25 @@ class View:
             return self
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "renumbered"}
         return replace(self, **{name: moved(value, device) for name, value in tensors.items()})
+
+    def with_states(self, states: Tensor, merged: list[tuple[Tensor, Tensor, Tensor]]) -> View:
+        """This view with new states of some tokens.
+
+        Args:
+            states: (B, L, D) of the view before.
+            merged: samples (g, 1), places (g, n) in the view before, states (g, n, D).
+        """
+        states, is_merged = states.clone(), torch.zeros_like(states[..., 0], dtype=torch.bool)
+        for rows, places, new in merged:
+            states[rows, places], is_merged[rows, places] = new.to(states.dtype), True
+        return replace(self, merged=gather_tokens(states, self.take), is_merged=is_merged.gather(1, self.take))
+
+    def taken(self, states: Tensor) -> Tensor:
+        """``states`` of the view before as (B, L, D) of this one."""
+        states = gather_tokens(states, self.take)
+        if self.merged is None or self.is_merged is None:
+            return states
+        return torch.where(self.is_merged.unsqueeze(-1), self.merged, states)
 
     def make_rotary(self, decoder: Any, states: Tensor, first: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Cos and sin (B, L, d), taken from those of the ``first`` segment unless tokens have been renumbered since.
