@@ -109,11 +109,11 @@ def fits(family: str, kind: str, method: str) -> bool:
 
 
 def runs(family: str, kind: str, layer: str) -> bool:
-    """Whether the dense model takes these features: with CLS among them, crops cannot be put together."""
+    """Whether the dense model takes these features: crops cannot be put together with CLS, or without a patch."""
     model = tiny(family, kind, **FEATURES[layer])
     try:
         run(model, sample(model, "..I.."))
-    except ValueError:
+    except (ValueError, RuntimeError):
         return False
     return True
 
@@ -366,11 +366,12 @@ def test_a_tower_that_was_pruned_by_itself(kind: str) -> None:
 @pytest.mark.parametrize(("family", "kind"), TOWERS)
 def test_unprune_is_exact_and_so_are_copies(family: str, kind: str) -> None:
     model = tiny(family, kind)
-    inputs, before = prompts(model), snapshot(model)
-    dense = run(model, inputs).logits
+    pickled = pickle.dumps(prune(copy.deepcopy(model), stack("salience_merge")))  # none can be that has run
+    inputs = prompts(model)
+    dense, before = run(model, inputs).logits, snapshot(model)
     prune(model, stack("salience_merge"))
     found = run(model, inputs).logits
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for copied in (copy.deepcopy(model), pickle.loads(pickled)):
         assert torch.equal(run(copied, inputs).logits, found)
         assert torch.equal(run(unprune(copied), inputs).logits, dense)
     assert torch.equal(run(model, inputs).logits, found)
@@ -391,8 +392,8 @@ def test_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failing", ["tower", "decoder", "hook"])
 def test_a_prune_that_fails_half_way_leaves_the_model_as_it_was(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llava")
-    inputs, before = prompts(model), snapshot(model)
-    dense = run(model, inputs).logits
+    inputs = prompts(model)
+    dense, before = run(model, inputs).logits, snapshot(model)
     calls = iter(range(100))
     module = {
         "tower": "hf_tokenprune.adapters.vision._adapter",
@@ -517,6 +518,7 @@ def test_budgets_scale_both_parts() -> None:
 @pytest.mark.parametrize(("family", "kind"), TOWERS)
 def test_benchmark(family: str, kind: str) -> None:
     model, config = tiny(family, kind), stack("salience_merge")
+    run(model, sample(model, "..I.."))  # which installs what stock code captures states with
     before = snapshot(model)
     report = benchmark(model, config, batch_sizes=(2,), rounds=1, warmup=0, text_tokens=6, new_tokens=3)
     assert report.macs == cost(model, config, text_tokens=6, new_tokens=3)
@@ -525,9 +527,6 @@ def test_benchmark(family: str, kind: str) -> None:
 
     def tokens() -> list[int]:
         blocks = tower_blocks(tower_of(model))
-        assert all(
-            isinstance(stage, GivenStage) == (arm == "given") for stage in adapter_of(model).states(model)[0].tower
-        )
         lengths: list[int] = []
         handles = [b.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1])) for b in blocks]
         run(model, inputs)
