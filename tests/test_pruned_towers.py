@@ -10,6 +10,7 @@ import functools
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from hf_tokenprune import (
@@ -84,6 +86,10 @@ def tiny(family: str, kind: str | None = None, attention: str = "sdpa", **fields
     return tiny_vlm(family, attention=attention, vision_config=vision, **fields)
 
 
+look_at = functools.cache(tiny)
+"""One model for all tests, to be looked at and never changed."""
+
+
 def part_of(method: str) -> PruneConfig:
     """A method for vision encoders that takes tokens out of a tower of few blocks."""
     fields: dict[str, Any] = {"exact_last_block": False} if hasattr(get_method(method)(), "exact_last_block") else {}
@@ -99,7 +105,7 @@ def stack(method: str | dict[str, Any] | PruneConfig, *decoder: PruneConfig) -> 
 @functools.cache
 def fits(family: str, kind: str, method: str) -> bool:
     """Whether the tower gives the method what it needs: an attention of CLS, for some."""
-    model, config = tiny(family, kind), stack(method)
+    model, config = look_at(family, kind), stack(method)
     shape = adapter_of(model).shape(model)
     try:
         adapter_of(model).check(model, plan(config, shape), **options(config, shape))
@@ -502,6 +508,29 @@ def test_records_tell_both(family: str, kind: str) -> None:
     assert rec.summary().startswith("vision tower\nblock") and "\ndecoder\n" in rec.summary()
     with record(prune(tiny(family), DECODER)) as rec:
         assert rec.tower is None
+
+
+@pytest.mark.parametrize("method", ["salience_merge", "tome", "evit"])
+@pytest.mark.parametrize(("family", "kind"), TOWERS)
+def test_cost_is_what_pytorch_counts(family: str, kind: str, method: str) -> None:
+    """Of a tower that drops as many tokens without products of its own; the choice is not counted."""
+    model, part = tiny(family, kind, "eager"), part_of(method if fits(family, kind, method) else "tome")
+    config = stack(replace(part, where="mid_block"))  # "queries" projects the query of one token more, to choose
+    report, alone = cost(model, config), cost(model, DECODER)
+    shape, tower = adapter_of(model).shape(model), tower_of(model)
+    pixels = torch.randn(shape.tower_images, 3, *shape.tower.image_size)
+
+    def measured() -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            tower(pixels, output_hidden_states=True)
+        return counter.get_total_flops() // 2
+
+    arms = Arms(model, config)
+    dense, given, chosen = (arms.run(arm, measured) for arm in ("dense", "given", "pruned"))
+    assert report.dense.vision_tower - report.pruned.vision_tower == dense - given > 0
+    assert chosen >= given
+    assert replace(report.pruned, vision_tower=0) == replace(alone.pruned, vision_tower=0)
+    assert report.to_dict()["pruned_tower_macs"] == report.pruned.vision_tower
 
 
 def test_budgets_scale_both_parts() -> None:
