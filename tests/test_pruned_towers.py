@@ -307,6 +307,15 @@ def test_half_precision(kind: str, autocast: bool) -> None:
     assert rec.tower.tokens["2"] < rec.tower.tokens["0"]
 
 
+def test_an_attention_that_is_chosen_later() -> None:
+    inputs = sample(look_at("llava"), "..I..")
+    for first, later in (("sdpa", "eager"), ("eager", "sdpa")):
+        expected = run(prune(tiny("llava", attention=later), stack("salience_merge")), inputs).logits
+        model = prune(tiny("llava", attention=first), stack("salience_merge"))
+        model.set_attn_implementation(later)
+        assert torch.equal(run(model, inputs).logits, expected)
+
+
 def test_training_with_gradient_checkpointing() -> None:
     model = prune(tiny("llava"), stack("tome")).train()
     inputs = sample(model, "..I..")
