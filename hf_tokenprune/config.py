@@ -69,6 +69,11 @@ class PruneConfig:
         """
         raise NotImplementedError
 
+    @property
+    def tower_part(self) -> PruneConfig | None:
+        """Of a config for vision-language models: what prunes the blocks of the vision tower, if anything does."""
+        return None
+
     def scaled(self: C, strength: float) -> C:
         """The same schedule with every removal multiplied by ``strength`` (0 removes nothing, 1 is this config)."""
         raise NotImplementedError(f"{self.method} has no schedule that could be scaled")

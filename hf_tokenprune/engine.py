@@ -49,12 +49,14 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
     """
     adapter = find_adapter(model)
     if adapter.states(model):
+        _check_own(model)
         raise PruneStateError(f"this model is already pruned by {current_config(model)}; call unprune(model) first")
     config = default_config(model) if config is None else as_config(config)
-    stages = plan(config, adapter.shape(model))
-    adapter.check(model, stages, **options(config))
+    shape = adapter.shape(model)
+    stages, asked = plan(config, shape), options(config, shape)
+    adapter.check(model, stages, **asked)
     try:
-        adapter.attach(model, stages, **options(config))
+        adapter.attach(model, stages, **asked)
         for state in adapter.states(model):
             state.config = config
     except BaseException:
@@ -73,6 +75,7 @@ def unprune(model: Model) -> Model:
     adapter = find_adapter(model)
     if not adapter.states(model):
         raise PruneStateError("this model is not pruned; call prune(model, config) first")
+    _check_own(model)
     adapter.detach(model)
     if hasattr(model.config, "prune_config"):
         del model.config.prune_config
@@ -117,7 +120,7 @@ def default_config(model: nn.Module) -> PruneConfig:
     for fields in WHAT_TO_TAKE[shape.kind]:
         config = PruneConfig.from_dict(fields)
         try:
-            adapter.check(model, plan(config, shape), **options(config))
+            adapter.check(model, plan(config, shape), **options(config, shape))
             return config
         except UnsupportedModelError as error:
             reason = error
@@ -128,6 +131,14 @@ def current_config(model: nn.Module) -> PruneConfig | None:
     """The config a model is pruned with, or None if it is dense."""
     # Not from model.config: it may be shared with another model, and anybody can write to it.
     return next((state.config for state in find_adapter(model).states(model)), None)
+
+
+def _check_own(model: nn.Module) -> None:
+    """Raise PruneStateError for a pruned model that is a part of the one that was pruned."""
+    if current_config(model) is None:
+        raise PruneStateError(
+            "this vision encoder is pruned together with the model around it; call unprune on that model instead"
+        )
 
 
 def find_adapter(model: nn.Module) -> Any:
@@ -176,6 +187,22 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
         ConfigError: the config does not fit the shape, or nothing would be dropped.
         UnsupportedModelError: the method works on another kind of model.
     """
+    effective = _effective(config, shape)
+    if getattr(config, "exact_last_block", False):  # which prunes, whatever the stages do
+        return effective
+    if not effective:
+        raise ConfigError(
+            f"{config} prunes nothing on this model: every layer keeps all {shape.num_prunable} tokens. "
+            "Keep less, or leave the model dense"
+        )
+    last = effective[-1]
+    if last.layer == shape.depth - 1 and last.where == "after_block":
+        warnings.warn(f"pruning after block {last.layer}, the last one, saves no work: no block follows", stacklevel=3)
+    return effective
+
+
+def _effective(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
+    """:func:`plan`, where nothing need be dropped."""
     if shape.kind not in config.prunes:
         works_on, this = " and ".join(KINDS[kind] for kind in sorted(config.prunes)), KINDS[shape.kind]
         usable = ", ".join(list_methods(shape.kind))
@@ -194,16 +221,8 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
     effective = [
         stage for stage, entering, n_keep in counts(stages, shape) if n_keep < entering or drops_of_video(stage)
     ]
-    if options(config).get("exact_last_block"):  # which reads all tokens, and gives none of them on
+    if getattr(config, "exact_last_block", False):  # which reads all tokens, and gives none of them on
         return tuple(stage for stage in effective if stage.layer < shape.depth - 1)
-    if not effective:
-        raise ConfigError(
-            f"{config} prunes nothing on this model: every layer keeps all {shape.num_prunable} tokens. "
-            "Keep less, or leave the model dense"
-        )
-    last = effective[-1]
-    if last.layer == shape.depth - 1 and last.where == "after_block":
-        warnings.warn(f"pruning after block {last.layer}, the last one, saves no work: no block follows", stacklevel=3)
     return tuple(effective)
 
 
@@ -221,7 +240,7 @@ def plan_on(model: nn.Module, config: PruneConfig, shape: Shape) -> tuple[Stage,
     """
     stages, adapter = plan(config, shape), find_adapter(model)
     if not adapter.states(model):  # blocks of a pruned model are no stock ones, which a check would refuse
-        adapter.check(model, stages, **options(config))
+        adapter.check(model, stages, **options(config, shape))
     if stages and all(stage.videos_only for stage in stages):
         raise ConfigError(
             f"{config} prunes videos only, and what is counted or timed is a prompt with one image, of which nothing "
@@ -230,9 +249,22 @@ def plan_on(model: nn.Module, config: PruneConfig, shape: Shape) -> tuple[Stage,
     return stages
 
 
-def options(config: PruneConfig) -> dict[str, bool]:
-    """What a config asks of the adapter besides its stages; empty for most."""
-    return {name: True for name in ("exact_last_block", "restore") if getattr(config, name, False)}
+def options(config: PruneConfig, shape: Shape) -> dict[str, Any]:
+    """What a config asks of the adapter besides its stages; empty for most.
+
+    Raises:
+        ConfigError: its part for the blocks of the vision tower does not fit them.
+    """
+    asked: dict[str, Any] = {name: True for name in ("exact_last_block", "restore") if getattr(config, name, False)}
+    part = config.tower_part
+    if part is not None and isinstance(shape, DecoderShape):
+        try:
+            tower = _effective(part, shape.encoder)
+        except ConfigError as error:
+            makes = f"{shape.encoder.depth} of {shape.tower.depth} blocks make the image tokens"
+            raise ConfigError(f"in the vision tower, of which {makes}: {error}") from error
+        asked |= {"tower": tower} if tower else {}
+    return asked
 
 
 def counts(stages: Iterable[Stage], shape: Shape, num_prunable: int | None = None) -> Iterator[tuple[Stage, int, int]]:

@@ -37,13 +37,25 @@ def _order(name: str) -> int:
 
 
 class Record:
-    """What happened in the last forward inside :func:`record` (of a decoder: the last one with an image in it)."""
+    """What happened in the last forward inside :func:`record` (of a decoder: the last one with an image in it).
+
+    Attributes:
+        depth: number of blocks, or of decoder layers.
+        tower: of a vision-language model whose tower is pruned too, the same of the blocks there: a sample is what the
+            tower encodes as one image.
+    """
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
+        self.tower: Record | None = None
         self._local: dict[str, Tensor] = {}
         self._original: dict[str, Tensor] = {}
         self._lengths: dict[str, int] = {}
+
+    def of_tower(self, depth: int) -> Record:
+        """A new record for a vision tower of so many blocks."""
+        self.tower = Record(depth)
+        return self.tower
 
     def on_start(self) -> None:
         self._local.clear()
@@ -91,7 +103,8 @@ class Record:
         rows = [f"{'block':>{width}}  {'tokens in':>9}  {'kept':>5}"]
         for name in [*before, *map(str, range(self.depth))]:
             rows.append(f"{name:>{width}}  {self._lengths.get(name, '-'):>9}  {_count(kept.get(name)):>5}")
-        return "\n".join(rows)
+        table = "\n".join(rows)
+        return table if self.tower is None else f"vision tower\n{self.tower.summary()}\ndecoder\n{table}"
 
 
 def _count(kept: Tensor | None) -> str:

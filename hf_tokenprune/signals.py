@@ -5,7 +5,7 @@ R rows of text, K layers, F frames.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -86,6 +86,7 @@ class DecoderShape:
         token_macs: multiply-adds of one token in each layer, without its products with other tokens; empty: those of
             attention and a gated MLP of these widths in all of them.
         recurrent: layers that have no attention and hold a state of fixed size instead of keys and values.
+        feature_depth: blocks of the tower whose output becomes image tokens; None: all of them.
     """
 
     depth: int
@@ -104,8 +105,14 @@ class DecoderShape:
     position_axes: int = 1
     token_macs: tuple[int, ...] = ()
     recurrent: frozenset[int] = frozenset()
+    feature_depth: int | None = None
 
     kind: ClassVar[str] = "decoder"
+
+    @property
+    def encoder(self) -> ModelShape:
+        """The tower as a method for vision encoders sees it: without blocks behind those that make the features."""
+        return self.tower if self.feature_depth is None else replace(self.tower, depth=self.feature_depth)
 
     @property
     def num_prunable(self) -> int:

@@ -113,7 +113,8 @@ def refused(model: PreTrainedModel, config: PruneConfig) -> bool:
     """Whether the family, or the head of this model, lacks what the config needs."""
     adapter = get_adapter(model.config.model_type)
     try:
-        adapter.check(model, plan(config, adapter.shape(model)), **options(config))
+        shape = adapter.shape(model)
+        adapter.check(model, plan(config, shape), **options(config, shape))
     except UnsupportedModelError:
         return True
     return False

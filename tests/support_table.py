@@ -34,8 +34,9 @@ def refusal(model: PreTrainedModel, config: PruneConfig) -> str:
     adapter = find_adapter(model)
     stages: tuple[Stage, ...] = ()
     try:
-        stages = plan(config, adapter.shape(model))
-        adapter.check(model, stages, **options(config))
+        shape = adapter.shape(model)
+        stages = plan(config, shape)
+        adapter.check(model, stages, **options(config, shape))
     except TokenPruneError as error:
         whole = re.sub(r" \([^()]*\)", "", str(error)).partition(". ")[0]
         names = {type(each).__name__ for each in (config, *stages)}

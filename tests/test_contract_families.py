@@ -75,9 +75,10 @@ def fits(family: tuple[str, type[PreTrainedModel]], config: PruneConfig) -> bool
 
 def kind_of(config: PruneConfig) -> tuple[Any, ...]:
     """What matters to the machinery around a method: where it works, what is captured for it, whether it merges."""
-    stages = plan(config, get_adapter("vit").shape(built(*FAMILIES[-1])))
+    shape = get_adapter("vit").shape(built(*FAMILIES[-1]))
+    stages = plan(config, shape)
     whole = any("attention" in stage.needs for stage in stages)
-    return stages[0].where, whole, any(stage.merges for stage in stages), options(config).keys()
+    return stages[0].where, whole, any(stage.merges for stage in stages), options(config, shape).keys()
 
 
 CONFIGS = configs()

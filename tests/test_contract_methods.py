@@ -445,4 +445,4 @@ def test_configs_say_what_they_prune_and_survive_a_file(name: str, tmp_path) -> 
 @pytest.mark.parametrize(("name", "kind"), METHODS_AND_KINDS)
 def test_defaults_prune(name: str, kind: str) -> None:
     config, shape = get_method(name)(), SHAPES[kind]
-    assert left_after(config, shape) < shape.num_prunable or options(config)
+    assert left_after(config, shape) < shape.num_prunable or options(config, shape)

@@ -14,6 +14,7 @@ from hf_tokenprune.methods.divprune import DivPruneConfig, divprune
 from hf_tokenprune.methods.fastv import FastVConfig
 from hf_tokenprune.methods.pyramiddrop import PyramidDropConfig
 from hf_tokenprune.methods.stack import StackConfig
+from hf_tokenprune.methods.tome import ToMeConfig
 from hf_tokenprune.methods.transprune import (
     TransPruneConfig,
     TransPruneStage,
@@ -580,7 +581,8 @@ DIVPRUNE, FASTV = {"method": "divprune"}, {"method": "fastv"}
         ([], r"stages=\(\).*two to 3"),
         ([DIVPRUNE], r"stages=.*two to 3"),
         ([DIVPRUNE] * 4, r"stages=.*two to 3"),
-        ([DIVPRUNE, {"method": "zero_tprune"}], r"'zero_tprune' prunes vision only"),
+        ([DIVPRUNE, *[{"method": "zero_tprune"}] * 2], r"at most one method that prunes vision encoders only, not 2"),
+        ([DIVPRUNE, {"method": "salience_merge"}], r"exact_last_block=False in the vision tower"),
         ([DIVPRUNE, {"method": "stack"}], r"no stack inside a stack"),
         ([DIVPRUNE, StackConfig()], r"no stack inside a stack"),
         ([DIVPRUNE, FASTV | {"newlines": "protect"}], r"the same newlines"),
@@ -611,7 +613,9 @@ def test_a_file_cannot_nest_stacks_without_end() -> None:
     [
         ((DivPruneConfig(), RandomConfig()), "at the decoder's entrance"),
         ((FastVConfig(), TransPruneConfig()), "inside it"),
-        ((VisionZipConfig(), ClsAttentionConfig()), "at the vision tower"),
+        ((VisionZipConfig(), ClsAttentionConfig()), "in or at the vision tower"),
+        ((VisionZipConfig(), ToMeConfig()), "in or at the vision tower"),
+        ((ToMeConfig(), ClsAttentionConfig()), "in or at the vision tower"),
     ],
 )
 def test_one_method_a_place(configs, place: str) -> None:

@@ -204,7 +204,7 @@ TINY, SMALL = deit(192), deit(384)
 
 
 def tokens_left(config: PruneConfig, shape: ModelShape) -> list[int]:
-    cost = model_cost(shape, plan(config, shape), **({"exact_last_block": True} if options(config) else {}))
+    cost = model_cost(shape, plan(config, shape), **({"exact_last_block": True} if options(config, shape) else {}))
     return [block.tokens_in for block in cost.blocks]
 
 
@@ -235,7 +235,7 @@ def test_salience_merge_starts_earlier_the_more_it_merges(r: float, first: int) 
     """At block 7 - 4 r, counted from 1; the last block is left to `exact_last_block`."""
     layers = [stage.layer + 1 for stage in SalienceMergeConfig(r=r).stages_for(TINY)]
     assert layers == list(range(first, 12))
-    assert SalienceMergeConfig().exact_last_block and options(SalienceMergeConfig()) == {"exact_last_block": True}
+    assert SalienceMergeConfig().exact_last_block and options(SalienceMergeConfig(), TINY) == {"exact_last_block": True}
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 12, 24, 32])
@@ -422,8 +422,8 @@ def test_fields_of_every_config_for_vision_encoders(name: str) -> None:
         config_class(exact_last_block=True, restore=True)
     for fields in ({"exact_last_block": True}, {"exact_last_block": False, "restore": True}):
         config = config_class(**fields)
-        assert options(config) == {key: True for key, value in fields.items() if value}
-        assert options(config.scaled(0.5)) == options(config)
+        assert options(config, TINY) == {key: True for key, value in fields.items() if value}
+        assert options(config.scaled(0.5), TINY) == options(config, TINY)
         assert PruneConfig.from_dict(config.to_dict()) == config
     with pytest.raises(TypeError):
         config_class(*[None] * 20)
@@ -440,7 +440,7 @@ def test_exact_is_a_config_without_fields() -> None:
     config = ExactConfig()
     assert config.to_dict() == {"method": "exact", "format_version": 1}
     assert PruneConfig.from_dict(config.to_dict()) == config
-    assert options(config) == {"exact_last_block": True} and plan(config, TINY) == ()
+    assert options(config, TINY) == {"exact_last_block": True} and plan(config, TINY) == ()
     with pytest.raises(ConfigError, match="no field 'exact_last_block'"):
         PruneConfig.for_method("exact", exact_last_block=True)
     with pytest.raises(UnsupportedModelError, match="works on vision encoders"):

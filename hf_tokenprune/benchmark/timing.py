@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,6 +57,11 @@ class GivenStage(Stage):
         return Reduction(keep.expand(signals.tokens.shape[0], -1))
 
 
+def given(stages: Iterable[Stage]) -> tuple[Stage, ...]:
+    """Stages that drop as many tokens in the same places without choosing."""
+    return tuple(map(GivenStage.like, stages))
+
+
 @dataclass(frozen=True)
 class Timing:
     """One duration, dense beside pruned. Seconds and the speed-up are medians over rounds.
@@ -91,15 +96,19 @@ class Arms:
 
     def __init__(self, model: Any, config: PruneConfig) -> None:
         self.model, self.adapter = model, find_adapter(model)
-        self.options = options(config)
-        stages = plan(config, self.adapter.shape(model))
-        self.adapter.check(model, stages, **self.options)
-        self.stages = {"dense": (), "pruned": stages, "given": tuple(map(GivenStage.like, stages))}
+        shape = self.adapter.shape(model)
+        stages, asked = plan(config, shape), options(config, shape)
+        self.adapter.check(model, stages, **asked)
+        self.stages = {"dense": (), "pruned": stages, "given": given(stages)}
+        self.options = {
+            "pruned": asked,
+            "given": asked | {"tower": given(asked["tower"])} if "tower" in asked else asked,
+        }
 
     def run(self, arm: str, measure: Callable[[], T]) -> T:
         """``measure()`` with one arm; attaching and detaching stay outside the measurement."""
         if arm != "dense":
-            self.adapter.attach(self.model, self.stages[arm], **self.options)
+            self.adapter.attach(self.model, self.stages[arm], **self.options[arm])
         try:
             return measure()
         finally:

@@ -41,7 +41,7 @@ def config_within(
         raise ConfigError(f"{name}={value:.4g}: expected more than {low:g} and less than {high:.4g}")
 
     def macs_of(candidate: PruneConfig) -> float:
-        return float(count(candidate.stages_for(shape), **options(candidate)).macs)
+        return float(count(candidate.stages_for(shape), **options(candidate, shape)).macs)
 
     def kept(candidate: PruneConfig) -> float:
         left = [n_keep for _, _, n_keep in counts(candidate.stages_for(shape), shape)]
@@ -104,7 +104,7 @@ def config_for_macs(
         raise ConfigError(f"macs={macs:.4g}: expected more than 0 and less than the dense model's {dense:.4g} MACs")
 
     def macs_of(candidate: PruneConfig) -> float:
-        return float(count(candidate.stages_for(shape), **options(candidate)).macs)
+        return float(count(candidate.stages_for(shape), **options(candidate, shape)).macs)
 
     return weakest(config, config.scaled, macs_of, macs, f"macs={macs:.4g}")
 

@@ -1,8 +1,9 @@
 """Multiply-adds (MACs) and cache of a vision-language model that answers a prompt with one image, from its sizes alone.
 
-Counted are matrix products only: the vision tower and the projector (all their tokens: what is chosen there leaves
-behind them), the decoder layers, and the language modelling head for each token that is generated. A decoder layer with
-n tokens before K keys, H query and h key heads of width d, model width D and MLP width M costs
+Counted are matrix products only: the vision tower (all its tokens, unless its blocks are pruned) and the projector (all
+its tokens: what is chosen in the tower leaves behind it), the decoder layers, and the language modelling head for each
+token that is generated. A decoder layer with n tokens before K keys, H query and h key heads of width d, model width D
+and MLP width M costs
 ``n·(2·D·H·d + 2·D·h·d + 3·D·M) + 2·n·K·H·d``. The prompt has n = K: its causal attention counts as a full square, like
 PyTorch's counter and the papers do. Of a layer with experts the router counts, and the experts that one token is sent
 to. A recurrent layer counts its projections, and three products of each token with its state (what it holds for a key
@@ -114,6 +115,8 @@ class GenerationCostReport:
             "pruned_macs": self.pruned.macs,
             "ratio": self.ratio,
             "ideal_speedup": self.ideal_speedup,
+            "dense_tower_macs": self.dense.vision_tower,
+            "pruned_tower_macs": self.pruned.vision_tower,
             "dense_decode_macs_per_token": self.dense.decode_macs_per_token,
             "pruned_decode_macs_per_token": self.pruned.decode_macs_per_token,
             "decode_ratio": self.decode_ratio,
@@ -162,6 +165,7 @@ def generation_cost(
     shape: DecoderShape,
     stages: tuple[Stage, ...] = (),
     *,
+    tower: tuple[Stage, ...] = (),
     text_tokens: int = TEXT_TOKENS,
     new_tokens: int = NEW_TOKENS,
     element_size: int = 2,
@@ -173,6 +177,7 @@ def generation_cost(
 
     Args:
         stages: pruning points; none for the dense model.
+        tower: those in the blocks of the vision tower, whose output has its full length again.
         text_tokens: tokens of the prompt that are not of its one image.
         new_tokens: tokens to generate, at least 2.
         element_size: bytes of one number in the cache.
@@ -196,7 +201,7 @@ def generation_cost(
     keys = steps * held + len(attends) * steps * (steps + 1) // 2  # that all decode steps see, their own token included
     per_token = sum(token_macs(shape, layer) for layer in range(shape.depth))
     return GenerationCost(
-        vision_tower=shape.tower_images * model_cost(shape.tower).macs,
+        vision_tower=shape.tower_images * model_cost(shape.tower, tower).macs,
         projector=features * shape.projector_macs,
         layers=tuple(layers),
         head=head,

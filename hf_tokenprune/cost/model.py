@@ -51,7 +51,7 @@ def cost(
     config = current_config(model) if config is None else as_config(config)
     dense = pruned = count(())
     if config is not None:
-        pruned = count(plan_on(model, config, shape), **options(config))
+        pruned = count(plan_on(model, config, shape), **options(config, shape))
     if isinstance(shape, DecoderShape):
         size = shape.tower.image_size if shape.tower_images == 1 else image_size
         tokens = (text_tokens or TEXT_TOKENS, new_tokens or NEW_TOKENS, shape.image_tokens)
@@ -113,4 +113,4 @@ def _decoder_counter(
         new_tokens=new_tokens or NEW_TOKENS,
         element_size=model.dtype.itemsize,
     )
-    return shape, lambda stages: sized(shape, stages)
+    return shape, lambda stages, **asked: sized(shape, stages, **asked)

@@ -182,6 +182,7 @@ def every_method(model: Any, budgets: Sequence[float]) -> dict[str, PruneConfig]
         ConfigError: nothing fits.
     """
     adapter, found = find_adapter(model), {}
+    shape = adapter.shape(model)
     for name in list_methods("vision"):
         config: PruneConfig = get_method(name)()
         scalable = type(config).scaled is not PruneConfig.scaled
@@ -189,7 +190,7 @@ def every_method(model: Any, budgets: Sequence[float]) -> dict[str, PruneConfig]
             label = name if budget is None else f"{name}@{budget:g}"
             try:
                 chosen = config if budget is None else config_for_macs(model, config, budget * 1e9)
-                adapter.check(model, plan(chosen, adapter.shape(model)), **options(chosen))
+                adapter.check(model, plan(chosen, shape), **options(chosen, shape))
             except TokenPruneError as error:
                 warnings.warn(f"{label} is left out: {error}", stacklevel=2)
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import PruneConfig
 from ..cost import cost
-from ..cost.decoder import NEW_TOKENS, TEXT_TOKENS, generation_cost
+from ..cost.decoder import TEXT_TOKENS, generation_cost
 from ..engine import find_adapter, pruned
 from ..errors import ConfigError
 from ..signals import DecoderShape
@@ -216,5 +216,4 @@ def _resized_macs(model: Any, small: Any, text_tokens: int | None) -> int | None
         return None
     tower = replace(tower, image_size=(plan.kept * tower.patch_size[0], tower.patch_size[1]))
     fewer = replace(shape, tower=tower, image_tokens=plan.kept, tower_tokens=plan.kept)
-    tokens: Mapping[str, int] = {"text_tokens": text_tokens or TEXT_TOKENS, "new_tokens": NEW_TOKENS}
-    return generation_cost(fewer, (), **tokens, element_size=model.dtype.itemsize).macs
+    return generation_cost(fewer, text_tokens=text_tokens or TEXT_TOKENS, element_size=model.dtype.itemsize).macs

@@ -1,4 +1,4 @@
-"""Several methods on one model: one at the vision tower, one at the entrance of the decoder, one inside it."""
+"""Several methods on one model: in the vision tower or at its output, at the entrance of the decoder, inside it."""
 
 import dataclasses
 from collections import Counter
@@ -11,7 +11,11 @@ from ..errors import ConfigError
 from ..registry import register_method
 from ..signals import DecoderShape, Stage
 
-PLACES = {"vision_tower": "at the vision tower", "entrance": "at the decoder's entrance", "after_block": "inside it"}
+PLACES = {
+    "vision_tower": "in or at the vision tower",
+    "entrance": "at the decoder's entrance",
+    "after_block": "inside it",
+}
 MAX_STAGES = len(PLACES)
 
 
@@ -29,8 +33,9 @@ class StackConfig(PruneConfig):
     """Several methods at once, each in a place of its own. The default is VisionZip, then TransPrune.
 
     Args:
-        stages: two or three configs of methods for vision-language models, in any order: at most one that prunes at
-            the vision tower, one at the entrance of the decoder and one inside it. In a file: a list of their objects.
+        stages: two or three configs, in any order: at most one method that prunes at the vision tower, one at the
+            entrance of the decoder and one inside it. Instead of the first, one method for vision encoders alone, which
+            prunes the blocks of the tower; its output gets its full length back. In a file: a list of their objects.
     """
 
     stages: tuple[PruneConfig, ...] = field(default_factory=visionzip_then_transprune)
@@ -48,15 +53,29 @@ class StackConfig(PruneConfig):
 
     def validate(self) -> None:
         self.check(2 <= len(self.stages) <= MAX_STAGES, "stages", f"two to {MAX_STAGES} prune configs")
-        for config in self.stages:
-            allowed = f"methods that prune decoders, and {config.method!r} prunes {' and '.join(config.prunes)} only"
-            self.check("decoder" in config.prunes, "stages", allowed)
-        newlines = {getattr(config, "newlines", "prune") for config in self.stages}
+        count = len(self.stages) - len(self.decoder_parts)
+        self.check(count <= 1, "stages", f"at most one method that prunes vision encoders only, not {count}")
+        exact = getattr(self.tower_part, "exact_last_block", False)
+        self.check(not exact, "stages", "exact_last_block=False in the vision tower: image tokens are made of patches")
+        newlines = {getattr(config, "newlines", "prune") for config in self.decoder_parts}
         self.check(len(newlines) == 1, "stages", "the same newlines ('prune' or 'protect') in all of them")
 
+    @property
+    def decoder_parts(self) -> tuple[PruneConfig, ...]:
+        """All but :attr:`tower_part`."""
+        return tuple(config for config in self.stages if "decoder" in config.prunes)
+
+    @property
+    def tower_part(self) -> PruneConfig | None:
+        return next((config for config in self.stages if "decoder" not in config.prunes), None)
+
     def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
-        parts = [config.stages_for(shape) for config in self.stages]
+        parts = [config.stages_for(shape) for config in self.decoder_parts]
+        if self.tower_part is not None:
+            allowed = "no method for vision encoders: the image tokens of this model are made by no block of its tower"
+            self.check(shape.encoder.depth > 0, "stages", allowed)
         count = Counter(where for part in parts for where in {stage.where for stage in part})
+        count["vision_tower"] += self.tower_part is not None  # it prunes the blocks whose attention is read there
         for where, place in PLACES.items():
             self.check(count[where] <= 1, "stages", f"at most one method that prunes {place}, not {count[where]}")
         order = list(PLACES)
@@ -66,13 +85,22 @@ class StackConfig(PruneConfig):
         return dataclasses.replace(self, stages=tuple(config.scaled(strength) for config in self.stages))
 
     def by_rule(self, strength: float, shape: DecoderShape) -> "StackConfig":
-        return dataclasses.replace(self, stages=tuple(config.by_rule(strength, shape) for config in self.stages))
+        def part(config: PruneConfig) -> PruneConfig:
+            return config.by_rule(strength, shape.encoder if config is self.tower_part else shape)
+
+        return dataclasses.replace(self, stages=tuple(map(part, self.stages)))
 
     def prunable(self, shape: DecoderShape) -> int:
-        return min(config.prunable(shape) for config in self.stages)
+        return min(config.prunable(shape) for config in self.decoder_parts)
 
     def search_places(self, shape: DecoderShape) -> tuple[int, ...]:
-        """Those of all parts; a part with a single stage leaves it where it is."""
+        """Those of all parts; a part with a single stage leaves it where it is.
+
+        Raises:
+            ConfigError: a part prunes the blocks of the vision tower.
+        """
+        allowed = "no method for vision encoders here: a search chooses counts in the decoder. Search the other parts"
+        self.check(self.tower_part is None, "stages", allowed)
         return tuple(sorted(place for config in self.stages for place in places(config, shape)))
 
     def with_counts(self, shape: DecoderShape, counts: Mapping[int, int]) -> "StackConfig":

@@ -19,8 +19,9 @@ class VisionConfig(PruneConfig):
         exact_last_block: the last block computes queries, output projection and MLP for the protected tokens only, and
             keys and values for all. Logits stay the same up to rounding; works for heads that read nothing else. No
             token leaves in the last block then.
-        restore: the last hidden state gets its full length back: a patch that was merged has the state of the token it
-            is part of, one that was dropped its own last one. Not with ``exact_last_block``.
+        restore: the last hidden state, and others that a call asks for, get their full length back: a patch that was
+            merged has the state of the token it is part of, one that was dropped its own last one. Not with
+            ``exact_last_block``.
     """
 
     exact_last_block: bool = field(default=False, kw_only=True)

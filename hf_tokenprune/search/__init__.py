@@ -146,7 +146,7 @@ def search(
     places = config.search_places(shape), config.prunable(shape)
 
     def check(candidate: PruneConfig) -> None:
-        adapter.check(model, plan(_sample(candidate, shape), shape), **options(candidate))
+        adapter.check(model, plan(_sample(candidate, shape), shape), **options(candidate, shape))
         if (candidate.search_places(shape), candidate.prunable(shape)) != places:
             raise ConfigError("schedules of this config are about other tokens or places")
 

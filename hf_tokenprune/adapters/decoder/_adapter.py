@@ -7,7 +7,7 @@ its model and how many tokens an image has.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from ...errors import UnsupportedModelError
 from ...signals import Stage
 from .._capture import disable_capture, is_captured
 from .._swap import check_swappable, swap_class
+from ._encoder import check_encoder, encoder_adapter
 from ._entrance import CountProposals, EnterDecoder
 from ._exit import LeaveDecoder
 from ._images import FindImages, GivenImages, ImageTokens
@@ -30,6 +31,7 @@ from ._tower import (
     attach_tower,
     feature_block,
     scoring_attention,
+    tower_blocks,
 )
 
 
@@ -39,11 +41,13 @@ class DecoderState:
 
     Attributes:
         stages: in the order tokens pass them.
+        tower: those in the blocks of the vision tower.
         handles: of the hooks; they follow a copy of the model.
         config: of the whole model, set by the engine.
     """
 
     stages: tuple[Stage, ...]
+    tower: tuple[Stage, ...] = ()
     handles: list[Any] = field(default_factory=list)
     config: Any = None
     recorder: Any = None
@@ -77,11 +81,6 @@ class DecoderAdapter(DecoderParts):
         """
         return feature_block(self.tower(self.inner(model)), self.feature_layer(model))
 
-    def feature_layer(self, model: PreTrainedModel) -> int | list[int] | None:
-        """Number of the hidden state of the vision tower that makes the features; None: its output."""
-        layer: int | list[int] = model.config.vision_feature_layer
-        return layer
-
     def choice(self, model: PreTrainedModel, stage: Stage) -> Choice:
         """The hook that makes the vision tower choose; for a model that :meth:`check` has passed."""
         layer = self.feature_layer(model)
@@ -99,9 +98,15 @@ class DecoderAdapter(DecoderParts):
         """What is added to tokens between layers of the language model, taken out of the arguments of its ``call``."""
         return None
 
-    def check(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> None:
-        """Raise UnsupportedModelError where image tokens cannot leave; changes nothing."""
+    def check(self, model: PreTrainedModel, stages: tuple[Stage, ...], *, tower: tuple[Stage, ...] = ()) -> None:
+        """Raise UnsupportedModelError where image tokens cannot leave; changes nothing.
+
+        Args:
+            tower: pruning points in the blocks of the vision tower, of a method for vision encoders.
+        """
         inner = self.inner(model)
+        if tower:
+            check_encoder(self.tower(inner), tower)
         text = self.decoder(inner).config
         kind = text.model_type
         if kind not in LAYER_CLASSES:
@@ -166,12 +171,15 @@ class DecoderAdapter(DecoderParts):
                 f"{scoring}, which makes the features: expected an earlier one that attends to whole images, of {whole}"
             )
 
-    def attach(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> None:
+    def attach(self, model: PreTrainedModel, stages: tuple[Stage, ...], *, tower: tuple[Stage, ...] = ()) -> None:
         """Make the model prune. Call :meth:`check` before."""
         inner = self.inner(model)
         decoder = self.decoder(inner)
-        state = DecoderState(stages)
+        state = DecoderState(stages, tower)
         decoder.__dict__["token_prune"] = state
+        if tower:
+            encoder = self.tower(inner)
+            encoder_adapter(encoder).attach(encoder, tower, restore=True)
         for block in self.blocks(model):
             swap_class(block, LAYER_CLASSES[decoder.config.model_type])
         state.handles += [
@@ -183,8 +191,8 @@ class DecoderAdapter(DecoderParts):
             state.handles.append(model.register_forward_pre_hook(CountProposals(), with_kwargs=True))
         for stage in stages:
             if stage.where == "vision_tower":
-                tower, projector = self.tower(inner), inner.get_submodule(self.connector_name)
-                state.handles += attach_tower(tower, self.scoring_block(model), projector, self.choice(model, stage))
+                encoder, projector = self.tower(inner), inner.get_submodule(self.connector_name)
+                state.handles += attach_tower(encoder, self.scoring_block(model), projector, self.choice(model, stage))
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""
@@ -194,6 +202,9 @@ class DecoderAdapter(DecoderParts):
             return
         for handle in state.handles:
             handle.remove()
+        if state.tower:
+            encoder = self.tower(inner)
+            encoder_adapter(encoder).detach(encoder)
         if any(stage.where == "vision_tower" for stage in state.stages):
             for module in self.tower(inner).modules():
                 if is_captured(module):  # of a block that the config may no longer name
@@ -211,8 +222,11 @@ class DecoderAdapter(DecoderParts):
     def recording(self, model: PreTrainedModel, recorder: Any) -> Iterator[None]:
         """Tell ``recorder`` what happens in the forwards inside a ``with`` block that have an image in them."""
         (state,) = self.states(model)
-        former, state.recorder = state.recorder, recorder
-        try:
+        with ExitStack() as undo:
+            undo.callback(setattr, state, "recorder", state.recorder)
+            state.recorder = recorder
+            if state.tower:
+                encoder = self.tower(self.inner(model))
+                of_tower = recorder.of_tower(len(tower_blocks(encoder)))
+                undo.enter_context(encoder_adapter(encoder).recording(encoder, of_tower))
             yield
-        finally:
-            state.recorder = former

@@ -65,7 +65,19 @@ class DecoderParts:
             position_axes=self.position_axes,
             token_macs=self.token_macs(model),
             recurrent=frozenset(layer for layer, kind in enumerate(kinds) if kind == "linear_attention"),
+            feature_depth=self.feature_depth(model),
         )
+
+    def feature_layer(self, model: PreTrainedModel) -> int | list[int] | None:
+        """Number of the hidden state of the vision tower that makes the features; None: its output."""
+        layer: int | list[int] | None = getattr(model.config, "vision_feature_layer", None)
+        return layer
+
+    def feature_depth(self, model: PreTrainedModel) -> int:
+        """How many blocks of the vision tower the features have passed."""
+        layer, depth = self.feature_layer(model), len(tower_blocks(self.tower(self.inner(model))))
+        layers = [depth] if layer is None else [layer] if isinstance(layer, int) else layer
+        return max(number if number >= 0 else number + depth + 1 for number in layers)
 
     def token_macs(self, model: PreTrainedModel) -> tuple[int, ...]:
         """See :class:`DecoderShape`; empty for layers of attention and a gated MLP."""

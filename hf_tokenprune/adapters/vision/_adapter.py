@@ -18,7 +18,7 @@ from ...signals import ModelShape, Stage
 from .._capture import disable_capture, enable_capture, is_captured
 from .._swap import check_swappable, swap_class
 from ._block import BlockState, PrunedVisionBlock, Recorder
-from ._carry import StartCarry, check_bias
+from ._carry import RestoreStates, StartCarry, check_bias
 
 
 class VisionAdapter:
@@ -123,12 +123,13 @@ class VisionAdapter:
 
         Args:
             exact_last_block: it computes for protected tokens only what the head reads.
-            restore: the last block gives every patch a state again.
+            restore: the last block gives every patch a state again; so do hidden states of the others.
         """
-        shape = self.shape(model)
+        shape, encoder = self.shape(model), self.encoder(model)
         by_layer = {stage.layer: stage for stage in stages}
         proportional = any(stage.proportional for stage in stages)
         carries = needs_carry(stages, exact_last_block, restore)
+        states_hook = RestoreStates(shape.num_protected) if restore else None
         # A mean or an attention over merged tokens would not count their sizes; over restored patches it does.
         restore = restore or (any(stage.merges for stage in stages) and isinstance(model, self.pooling_heads))
         # Blocks behind the first stage are told to run without the full-length mask; all of them take a carry out.
@@ -151,8 +152,9 @@ class VisionAdapter:
             if proportional or (stage is not None and stage.needs and stage.where != "queries"):
                 enable_capture(self.attention(block))
         hooks = [*self.encoder_hooks, *([StartCarry(proportional)] if carries else [])]
-        encoder = self.encoder(model)
         handles = [encoder.register_forward_pre_hook(hook, with_kwargs=True) for hook in hooks]
+        if states_hook is not None:
+            handles.append(encoder.register_forward_hook(states_hook, with_kwargs=True))
         encoder.__dict__["token_prune_handles"] = handles
 
     def detach(self, model: PreTrainedModel) -> None:

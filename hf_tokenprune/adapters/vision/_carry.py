@@ -138,15 +138,41 @@ class StartCarry:
     proportional: bool
 
     def __call__(self, encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-
-        def wants(name: str) -> bool:
-            value = kwargs.get(name, getattr(encoder.config, name, None))
-            return value is not None and value is not False
-
         if self.proportional:
             config: Any = encoder.config
             check_bias(config._attn_implementation)
-        attentions = wants("output_attentions")
+        attentions = wants(encoder, kwargs, "output_attentions")
         # The exact last block serves neither request, and in training dropout would differ.
-        exact = not (encoder.training or attentions or wants("output_hidden_states"))
+        exact = not (encoder.training or attentions or wants(encoder, kwargs, "output_hidden_states"))
         return args, {**kwargs, CARRY_ARGUMENT: Carry(exact, attentions)}
+
+
+@dataclass
+class RestoreStates:
+    """Forward hook of the encoder: all hidden states get their full length back, as the last block's has already."""
+
+    num_protected: int
+
+    def __call__(self, encoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not wants(encoder, kwargs, "output_hidden_states"):
+            return
+        if isinstance(output, tuple):
+            raise UnsupportedModelError(
+                "restore: hidden states get their full length back by their name; call the model with return_dict=True"
+            )
+        carry: Carry = kwargs[CARRY_ARGUMENT]
+        *states, last = output.hidden_states
+
+        def restored(layer: int, tokens: Tensor | None) -> Tensor | None:
+            if tokens is None:  # one that the caller has not asked for
+                return None
+            carry.on_device(layer, tokens.device)
+            return carry.restored(layer - 1, tokens, self.num_protected)
+
+        output.hidden_states = (*map(restored, range(len(states)), states), last)
+
+
+def wants(encoder: nn.Module, kwargs: dict[str, Any], name: str) -> bool:
+    """Whether a call asks for what ``name``, such as "output_attentions", stands for."""
+    value = kwargs.get(name, getattr(encoder.config, name, None))
+    return value is not None and value is not False
