@@ -6,6 +6,7 @@ of each image or video, and which tokens are of which kind.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +42,9 @@ class GridAdapter(DecoderAdapter):
             raise UnsupportedModelError(without_pixels(given.kind))
         grids = given.call.get(f"{given.kind}_grid_thw")
         if grids is None:
-            return given.as_encoded()
+            images = given.as_encoded()
+            # Nothing tells the frames of a video: parts of one token, of which none need have left in the tower.
+            return [replace(image, parts=image.length) for image in images] if given.kind == "video" else images
         merged = self.tower(inner).spatial_merge_size ** 2
         return [
             ImageTokens(frames * rows * columns // merged, parts=frames) for frames, rows, columns in grids.tolist()
