@@ -31,7 +31,8 @@ from hf_tokenprune.methods.vispruner import vispruner
 from hf_tokenprune.signals import Signals, Stage
 from hf_tokenprune.tokens import top_tokens
 
-from .decoder_families import collate, run, sample, tiny_vlm
+from .decoder_families import SUPPORTED, Case, collate, run, sample, tiny_vlm
+from .decoder_visuals import FAMILIES
 from .golden_vlm import CASES, VALUES, case_names, inputs, needs_golden
 from .reference_attention_2026 import (
     naive_clusters,
@@ -442,6 +443,19 @@ def test_vispruner_reads_the_cls_token_where_there_is_one() -> None:
     assert only_stage(VisPrunerConfig()).needs == {"cls_attention"}
     without = replace(DECODER_SHAPE, tower=replace(TOWER, has_cls=False, num_protected=0))
     assert only_stage(VisPrunerConfig(), without).needs == {"received_attention"}
+
+
+WITH_VIDEO = [family for family, case in SUPPORTED if case == Case("vispruner") and "V" in FAMILIES[family].kinds]
+
+
+@pytest.mark.parametrize("family", WITH_VIDEO)
+def test_frames_too_short_to_lose_a_token_lose_none(family: str) -> None:
+    """The ratio would take one of the whole video; ``generate`` encodes it before, and nothing tells its frames."""
+    model = tiny_vlm(family)
+    inputs = sample(model, ".V..")
+    dense = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    prune(model, VisPrunerConfig(keep_ratio=0.95))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=2, do_sample=False), dense)
 
 
 # -- all of them -----------------------------------------------------------------------------------------------------

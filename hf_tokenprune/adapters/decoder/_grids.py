@@ -6,6 +6,7 @@ of each image or video, and which tokens are of which kind.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +45,10 @@ class GridAdapter(DecoderAdapter):
         grids, of_frames = given.call.get(f"{given.kind}_grid_thw"), given.kind == "video" and given.with_frames
         if grids is None:
             images = given.as_encoded()
-            return self.in_frames(inner, given, images) if of_frames else images
+            if of_frames:
+                return self.in_frames(inner, given, images)
+            # Nothing tells the frames of a video: parts of one token, of which none need have left in the tower.
+            return [replace(image, parts=image.length) for image in images] if given.kind == "video" else images
         merged = self.tower(inner).spatial_merge_size ** 2
         return [
             ImageTokens(frames * rows * columns // merged, parts=frames, frames=frames if of_frames else 0)
