@@ -53,8 +53,8 @@ def centred(features: Tensor) -> Tensor:
     """(B, N, D) float32 less their mean over the tokens; exactly 0 where nothing but rounding is left."""
     features = features.float()
     offset = features - features.mean(1, keepdim=True)
-    size, rounding = (x.norm(dim=-1, keepdim=True) for x in (offset, NEGLIGIBLE * features))
-    return torch.where(size > rounding, offset, 0.0)
+    left, before = (states.norm(dim=-1, keepdim=True) for states in (offset, features))
+    return torch.where(left > NEGLIGIBLE * before, offset, 0.0)
 
 
 @torch.no_grad()
@@ -73,21 +73,18 @@ def maximize_coverage(similarity: Tensor, n_keep: int, saliency: Tensor | None =
     Raises:
         TokenPruneError: ``n_keep`` is out of range.
     """
-    batch, num_tokens, num_rows = similarity.shape
+    batch, num_tokens, _ = similarity.shape
     check_count(n_keep, num_tokens)
     rows = torch.arange(batch, device=similarity.device)
-    covered = similarity.new_zeros(batch, num_rows)
+    added = similarity.relu()  # by each token to the coverage of each row, beyond that of the chosen ones
     open_ = similarity.new_zeros(batch, num_tokens)  # −inf for a chosen one
-    room = torch.empty_like(similarity)  # each step's largest tensor, allocated once
     chosen: list[Tensor] = []
     for _ in range(n_keep):
-        gain = torch.sub(similarity, covered.unsqueeze(1), out=room).relu_().sum(2)
-        if saliency is not None:
-            gain = gain * saliency
-        score = gain + open_
+        gain = added.sum(2)
+        score = (gain if saliency is None else gain * saliency) + open_
         # Two tokens that improve only each other gain the same but for rounding, which must not decide.
         token = (score >= score.amax(1, keepdim=True) * (1 - SAME_GAIN)).to(torch.uint8).argmax(1)
         chosen.append(token)
         open_.scatter_(1, token.unsqueeze(1), -math.inf)
-        covered = torch.maximum(covered, similarity[rows, token])
+        added.sub_(added[rows, token].unsqueeze(1)).relu_()  # in place: nothing else here is as large
     return torch.stack(chosen, dim=1)
