@@ -156,20 +156,31 @@ def test_tiles_by_a_setting_are_refused_in_calls_that_need_two() -> None:
         made(small, "internvl", picture(300, 300), picture(100, 300))
 
 
-def test_nearer_from_below_there_is_none() -> None:
-    """Of all squares of patches, and of all smaller pictures, by trying each."""
-    side = max(n for n in range(1, 5) if n * n <= 0.6 * 16)
-    assert resized(processor_of("llava"), 0.6).plan(90, 50).kept == side**2
-    processor, (height, width) = processor_of("qwen2_vl"), (180, 240)
-    usual = resized(processor, 1).plan(height, width).usual
-    free = copy.copy(processor)
-    free.image_processor = copy.copy(processor.image_processor)
-    free.image_processor.size = {"shortest_edge": 1, "longest_edge": processor.image_processor.size["longest_edge"]}
-    sizes = [(round(height * step / 256), round(width * step / 256)) for step in range(8, 257)]
-    counts = [count("qwen2_vl", made(free, "qwen2_vl", Image.new("RGB", (w, h)))) for h, w in sizes[::4]]
-    for ratio in RATIOS:
-        kept = resized(processor, ratio).plan(height, width).kept
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_next"])
+def test_no_smaller_picture_comes_nearer_from_below(family: str) -> None:
+    """By trying them."""
+    processor, (height, width) = copy.copy(processor_of(family)), (180, 240)
+    usual = count(family, made(processor, family, Image.new("RGB", (width, height))))
+    sizes = [(round(height * step / 256), round(width * step / 256)) for step in range(256, 8, -4)]
+    if family == "qwen2_vl":  # without a least size
+        processor.image_processor = copy.copy(processor.image_processor)
+        most = processor.image_processor.size["longest_edge"]
+        processor.image_processor.size = {"shortest_edge": 1, "longest_edge": most}
+    else:  # down to a tile
+        sizes = [size for size in sizes if max(size) >= 56]
+    counts = [count(family, made(processor, family, Image.new("RGB", (w, h)))) for h, w in sizes]
+    for ratio in (0.9, 0.8, 0.7, 0.65):
+        kept = resized(processor_of(family), ratio).plan(height, width).kept
         assert kept >= max(number for number in counts if number <= ratio * usual)
+
+
+def test_no_number_of_tiles_comes_nearer_from_below() -> None:
+    processor, image = processor_of("internvl"), picture(140, 60)
+    given: dict[str, Any] = {"images": [image], "text": ["<IMG_CONTEXT>"], "return_tensors": "pt"}
+    counts = [count("internvl", dict(processor(**given, max_patches=most))) for most in range(1, 13)]
+    for ratio in (0.9, 0.7, 0.5, 0.3):
+        kept = resized(processor, ratio).plan(60, 140).kept
+        assert kept == max(number for number in counts if number <= ratio * counts[-1])
 
 
 ENCODERS = [
@@ -269,8 +280,9 @@ class Nothing:
         (Nothing(), "Nothing has no size to change"),
         (ViTImageProcessorPil(size={"height": 32, "width": 32}), "give patch_size"),
         (DeiTImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False), "crops or resizes to one size"),
+        (processor_of("internvl").image_processor, "give that of the whole model"),
     ],
-    ids=["no size", "no patches", "any size"],
+    ids=["no size", "no patches", "any size", "tiles"],
 )
 def test_processors_without_a_size_to_change(processor: Any, message: str) -> None:
     with pytest.raises(TokenPruneError, match=message):

@@ -60,8 +60,8 @@ def resized(processor: Any, keep_ratio: float, patch_size: int | tuple[int, int]
 
     The aspect of pictures is kept, so few counts can be met exactly: ``plan(height, width)`` of the copy tells, for a
     picture of so many pixels, what it gets, and ``mean_tokens()`` the ``(usual, kept)`` tokens a picture of all that it
-    has made. The processor given is not changed. A model with a table of positions
-    must run within `interpolated_positions`.
+    has made. The processor given is not changed. A model with a table of positions must run within
+    `interpolated_positions`.
 
     Args:
         processor: of a vision-language model, of a two-tower model, or an image processor.
@@ -112,24 +112,26 @@ class _Resizer:
         self.made: list[Plan] = []
 
     def plan(self, height: int, width: int) -> Plan:
-        """By the first choice with few enough tokens."""
+        """With most of those counts that are few enough; of equal ones with the largest picture."""
         if (height, width) not in self.plans:
-            least = usual = self.count(self.processor, height, width)
-            for choice in self.choices:
-                size = max(1, round(height * choice.scale)), max(1, round(width * choice.scale))
-                if choice.scale < 1 and max(size) < choice.least:
-                    continue
-                kept = self.count(with_settings(self.processor, choice.settings), *size)
-                if kept <= self.keep_ratio * usual:
-                    break
-                least = min(least, kept)
-            else:
+            usual = self.count(self.processor, height, width)
+            every = list(self._every_plan(height, width, usual))
+            few = [plan for plan in every if plan.kept <= self.keep_ratio * usual]
+            if not few:
+                least = min(plan.kept for plan in every)
                 raise TokenPruneError(
                     f"keep_ratio={self.keep_ratio}: {type(self.processor).__name__} makes at least {least} of the "
                     f"usual {usual} tokens of an image of {height}x{width} pixels; keep at least {least / usual:.3f}"
                 )
-            self.plans[height, width] = Plan(usual, kept, size, choice.settings)
+            self.plans[height, width] = max(few, key=lambda plan: plan.kept)
         return self.plans[height, width]
+
+    def _every_plan(self, height: int, width: int, usual: int) -> Iterator[Plan]:
+        for choice in self.choices:
+            size = max(1, round(height * choice.scale)), max(1, round(width * choice.scale))
+            if choice.scale == 1 or max(size) >= choice.least:
+                kept = self.count(with_settings(self.processor, choice.settings), *size)
+                yield Plan(usual, kept, size, choice.settings)
 
     def shrink(self, images: Any, plans: list[Plan]) -> Any:
         """Pictures as the processor is to be given them; adds what becomes of each."""
@@ -207,26 +209,26 @@ def _ways(processor: Any, keep_ratio: float, patch_size: int | tuple[int, int] |
     size = getattr(pictures, "size", None)
     if size is None:
         raise TokenPruneError(f"{type(pictures).__name__} has no size to change; give a processor of images")
-    if hasattr(pictures, "max_patches"):
+    crop = getattr(pictures, "crop_size", None) if getattr(pictures, "do_center_crop", False) else None
+    cropped = crop or size
+    tiles_fit, tiles_count = getattr(pictures, "image_grid_pinpoints", None), hasattr(pictures, "max_patches")
+    if not tiles_fit and not tiles_count and "height" in cropped and "width" in cropped:
+        patch = patch_size or getattr(processor, "patch_size", None)
+        if patch is None:
+            raise TokenPruneError(f"{type(processor).__name__} does not know the model's patches; give patch_size")
+        return _smaller(size, crop, (patch, patch) if isinstance(patch, int) else patch)
+    if pictures is processor:
+        raise TokenPruneError(
+            f"{type(processor).__name__} with size {dict(size)} makes images of several sizes and does not say how "
+            "many tokens they have; give that of the whole model, or one that crops or resizes to one size"
+        )
+    if tiles_count:
         numbers = range(pictures.max_patches - 1, 0, -1)
         return _tokens_of_tiles, [Choice({}), *(Choice({"max_patches": number}) for number in numbers)]
     if getattr(pictures, "max_image_size", None):
         side = pictures.max_image_size["longest_edge"]
         edges = range((size["longest_edge"] - 1) // side * side, 0, -side)
         return _tokens_of_rows, [Choice({}), *(Choice({"size": type(size)(longest_edge=edge)}) for edge in edges)]
-    crop = getattr(pictures, "crop_size", None) if getattr(pictures, "do_center_crop", False) else None
-    cropped = crop or size
-    tiles_fit = getattr(pictures, "image_grid_pinpoints", None)
-    if not tiles_fit and "height" in cropped and "width" in cropped:
-        patch = patch_size or getattr(processor, "patch_size", None)
-        if patch is None:
-            raise TokenPruneError(f"{type(processor).__name__} does not know the model's patches; give patch_size")
-        return _smaller(size, crop, (patch, patch) if isinstance(patch, int) else patch)
-    if not hasattr(processor, "_get_num_multimodal_tokens"):
-        raise TokenPruneError(
-            f"{type(processor).__name__} with size {dict(size)} makes images of several sizes and does not say how "
-            "many tokens they have; give one that crops or resizes to one size"
-        )
     settings = {}
     if keep_ratio < 1 and "shortest_edge" in size and "longest_edge" in size:  # a least size; pixels or a side
         least = max(1, int(keep_ratio * size["shortest_edge"]))
