@@ -43,9 +43,14 @@ from hf_tokenprune.evaluation.tables import markdown
 KEEP = (0.5, 0.33, 0.22, 0.11, 0.06)
 CHANCE = {"what": 1 / 10, "where": 1 / 9, "count": 1 / 5, "compare": 1 / 90, "presence": 1 / 2}
 SAME_CHOICE = {"positions", "newlines", "budget", "where", "exact_last_block", "restore", "keep_cls"}
+SAME_CHOICE |= {"text", "direction", "softmax_over"}  # there is no text but the question; details of TransPrune
 """Fields with few values that do not change what a method looks for, or not here."""
-MORE: dict[str, tuple[dict[str, Any], ...]] = {"random": ({"seed": 1}, {"seed": 2}), "dart": ({"layer": None},)}
-"""Further rows of methods, of fields with many values."""
+MORE: dict[str, tuple[dict[str, Any], ...]] = {
+    "random": ({"seed": 1}, {"seed": 2}),
+    "dart": ({"layer": None},),
+    "divprune": ({"centre": True, "features": "tower"},),
+}
+"""Further rows of methods, of fields with many values, or of several fields."""
 RESIZE = "resize"
 
 
