@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .engine import prune, pruned, unprune
     from .errors import ConfigError, PruneStateError, TokenPruneError, UnsupportedModelError
     from .methods.ats import ATSConfig
+    from .methods.cdpruner import CDPrunerConfig
     from .methods.cls_attention import ClsAttentionConfig
     from .methods.dart import DARTConfig
     from .methods.divprune import DivPruneConfig
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from .methods.exact import ExactConfig
     from .methods.fastv import FastVConfig
     from .methods.hiprune import HiPruneConfig
+    from .methods.mmtok import MMTokConfig
     from .methods.pitome import PiToMeConfig
     from .methods.pyramiddrop import PyramidDropConfig
     from .methods.random import RandomConfig
     from .methods.salience_merge import SalienceMergeConfig
+    from .methods.scope import ScopeConfig
     from .methods.sparsevlm import SparseVLMConfig
     from .methods.stack import StackConfig
     from .methods.tome import ToMeConfig
@@ -44,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATSConfig",
+    "CDPrunerConfig",
     "ClsAttentionConfig",
     "ConfigError",
     "DARTConfig",
@@ -52,6 +56,7 @@ __all__ = [
     "ExactConfig",
     "FastVConfig",
     "HiPruneConfig",
+    "MMTokConfig",
     "PiToMeConfig",
     "Preset",
     "PruneConfig",
@@ -59,6 +64,7 @@ __all__ = [
     "PyramidDropConfig",
     "RandomConfig",
     "SalienceMergeConfig",
+    "ScopeConfig",
     "SparseVLMConfig",
     "StackConfig",
     "ToMeConfig",
@@ -90,6 +96,7 @@ _NAMES = {
     "engine": ("prune", "pruned", "unprune"),
     "errors": ("ConfigError", "PruneStateError", "TokenPruneError", "UnsupportedModelError"),
     "methods.ats": ("ATSConfig",),
+    "methods.cdpruner": ("CDPrunerConfig",),
     "methods.cls_attention": ("ClsAttentionConfig",),
     "methods.dart": ("DARTConfig",),
     "methods.divprune": ("DivPruneConfig",),
@@ -97,10 +104,12 @@ _NAMES = {
     "methods.exact": ("ExactConfig",),
     "methods.fastv": ("FastVConfig",),
     "methods.hiprune": ("HiPruneConfig",),
+    "methods.mmtok": ("MMTokConfig",),
     "methods.pitome": ("PiToMeConfig",),
     "methods.pyramiddrop": ("PyramidDropConfig",),
     "methods.random": ("RandomConfig",),
     "methods.salience_merge": ("SalienceMergeConfig",),
+    "methods.scope": ("ScopeConfig",),
     "methods.sparsevlm": ("SparseVLMConfig",),
     "methods.stack": ("StackConfig",),
     "methods.tome": ("ToMeConfig",),

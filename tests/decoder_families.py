@@ -194,6 +194,12 @@ class Case:
         return f"{self.method}-in-layers" if self.in_layers else self.method + choice
 
     @property
+    def default(self) -> PruneConfig:
+        """The method's config with nothing set but the choice, if there is one."""
+        config: PruneConfig = get_method(self.method)(**dict([self.choice] if self.choice else []))
+        return config
+
+    @property
     def parts(self) -> str | None:
         """Name of the field that holds other configs, of a method that stacks them."""
         hints = get_type_hints(get_method(self.method))

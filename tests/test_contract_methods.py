@@ -152,8 +152,10 @@ def select(signals: Signals, rows: slice | None = None, order: torch.Tensor | No
     def pick(x: torch.Tensor, token_axes: tuple[int, ...]) -> torch.Tensor:
         if rows is not None:
             return x[rows]
+        assert order is not None
         for axis in token_axes:
-            x = x.index_select(axis, order)
+            missing = len(order) - x.shape[axis]  # the protected ones, where a signal has none of them
+            x = x.index_select(axis, order[missing:] - missing)
         return x
 
     picked = {}
@@ -264,10 +266,13 @@ def test_a_batch_is_its_samples_alone(stage: Stage) -> None:
 
 
 def test_follows_a_permutation_or_ignores_the_content(stage: Stage) -> None:
-    """A method sees tokens as a set; one that goes by position must not look at the content at all."""
+    """A method sees tokens as a set; one that goes by position must not look at the content at all.
+
+    The first stays where it is: by some scores all tokens are equal before one is chosen.
+    """
     signals = signals_for(stage)
     num_prunable = signals.tokens.shape[1] - signals.num_protected
-    permutation = torch.randperm(num_prunable)
+    permutation = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(num_prunable - 1)])
     order = torch.cat([torch.arange(signals.num_protected), permutation + signals.num_protected])
     reduction = stage.reduce(signals, stage.num_kept(num_prunable))
     keep = reduction.keep

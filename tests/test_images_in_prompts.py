@@ -49,7 +49,8 @@ SIZES = [(18, 18), (5, 20), (20, 7), (40, 31), (26, 9)]
 
 def looks_at_each_image_alone(family: str, case: Case) -> bool:
     model = built(family)
-    return not case.in_layers and all(stage.budget == "image" for stage in stages_of(model, case.config(model)))
+    stages = stages_of(model, case.config(model))
+    return not case.in_layers and all(stage.budget == "image" and not stage.reads_question for stage in stages)
 
 
 ALONE = [pair for pair in SUPPORTED if looks_at_each_image_alone(*pair)]
