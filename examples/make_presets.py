@@ -21,11 +21,14 @@ from transformers import (
 )
 
 from hf_tokenprune import (
+    CDPrunerConfig,
     DivPruneConfig,
     PruneConfig,
     SalienceMergeConfig,
+    StackConfig,
     ToMeConfig,
     TransPruneConfig,
+    VisionZipConfig,
     ZeroTPruneConfig,
 )
 from hf_tokenprune.cost import cost
@@ -40,7 +43,7 @@ CLIP = {
     "large-patch14-336": {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14, "image_size": 336},
 }
 ON_LLAVA = {"positions": "contiguous"}
-PUBLISHED = {  # ratios of the papers, which hold for any number of image tokens
+PUBLISHED: dict[str, tuple[PruneConfig, str]] = {  # ratios of the papers, which hold for any number of image tokens
     "divprune/llava-1.5@keep0.098": (
         DivPruneConfig(**ON_LLAVA),
         "the paper's 56 of 576 tokens (arXiv 2503.02175)",
@@ -54,6 +57,17 @@ PUBLISHED = {  # ratios of the papers, which hold for any number of image tokens
         TransPruneConfig(**ON_LLAVA),
         "the official scripts' TransPrune-High (arXiv 2507.20630)",
     ),
+}
+PUBLISHED |= {  # in front of the decoder, then inside it
+    f"stack/llava-1.5@{first.method}{tokens}-transprune{tokens // 8}": (
+        StackConfig((first, TransPruneConfig(**ON_LLAVA))),
+        f"tables 4 and 5 of arXiv 2507.20630: {tokens} tokens in front of the decoder, {tokens // 8} in the end{note}",
+    )
+    for tokens in (288, 192)
+    for first, note in (
+        (VisionZipConfig(**ON_LLAVA).with_total(tokens), ""),
+        (CDPrunerConfig(keep_ratio=tokens / 576, **ON_LLAVA), "; relevance is not CLIP's here, see the method's page"),
+    )
 }
 KEPT = (0.5, 0.33, 0.22, 0.11)  # of the image tokens
 
