@@ -329,6 +329,22 @@ def test_pooled_frames_are_counted_as_the_stock_model_pools_them(case) -> None:
         run(model, inputs)
 
 
+@takes_features
+@every_pair
+def test_a_piece_of_a_prompt_with_a_whole_video(pair) -> None:
+    """Where a newline behind the last frame tells that it is whole, and one, it is pruned; elsewhere it is refused."""
+    model, dense, _ = pruned_pair(*pair)
+    inputs = sample(dense, ONE_VIDEO)
+    whole, pieces = greedy(model, inputs), {"prefill_chunk_size": inputs["input_ids"].shape[1] - 2}
+    if hasattr(dense.model, "apply_pooling"):
+        found = greedy(model, inputs, **pieces)
+        assert torch.equal(found.sequences, whole.sequences)
+        assert lengths(found[CACHE_NAME]) == lengths(whole[CACHE_NAME])
+    else:
+        with pytest.raises(UnsupportedModelError, match="leave prefill_chunk_size out"):
+            greedy(model, inputs, **pieces)
+
+
 # -- beside other methods --------------------------------------------------------------------------------------------
 
 
