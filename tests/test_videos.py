@@ -47,7 +47,7 @@ from .decoder_families import (
     tiny_vlm,
     with_keys,
 )
-from .decoder_prompts import of_videos, types_of
+from .decoder_prompts import in_one, of_videos, types_of
 from .decoder_visuals import IMAGE, VIDEO, encoded_videos, family_of, video_features
 from .families import snapshot
 from .reference_decoder import newlines, positions_of, reference
@@ -295,6 +295,11 @@ def test_features_of_the_caller(pair) -> None:
             with pytest.raises(UnsupportedModelError, match=r"where frames begin.*Pass position_ids with axes"):
                 run(model, {**given, **positions}, mm_encoder_outputs=dict(output))
         given["position_ids"] = reference(dense, inputs).positions[:, None]
+        row = packed(dense, [inputs])
+        by_token = ("input_ids", "mm_token_type_ids", "position_ids")
+        twice = {name: torch.cat([row[name], row[name]], -1) for name in by_token}
+        with pytest.raises(UnsupportedModelError, match="do not tell where frames begin"):
+            run(model, twice, use_cache=False, mm_encoder_outputs=features_alone(dense, in_one(dense, [inputs] * 2), 4))
     with record(model) as rec:
         logits = run(model, given, mm_encoder_outputs=output).logits
     assert kept_in(rec) == expected_of(dense, config, "VV", inputs)
