@@ -152,7 +152,8 @@ class Signals:
         text_keys: decoders: (B, H', R, d) keys of these rows in the attention that ``Stage.text_rows`` names, rotated
             by positions counted from the sample's first token; ``keys`` (B, H', N, d) are those of the image tokens.
         text_scores: decoders: (B, R) float32, what ``Stage.rate_text`` returned at the entrance.
-        frames: decoders: F, the frames of which ``tokens`` has equally many each, one after the other; 1: an image.
+        frames: decoders: F, the frames of which ``tokens`` has equally many each, one after the other, for a stage that
+            prunes ``videos_only``; else 1.
         columns: vision towers of decoders: columns of the grid of an image's N tokens, which come row by row.
     """
 

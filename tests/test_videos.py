@@ -47,7 +47,7 @@ from .decoder_families import (
     tiny_vlm,
     with_keys,
 )
-from .decoder_prompts import of_videos, types_of
+from .decoder_prompts import in_one, of_videos, types_of
 from .decoder_visuals import IMAGE, VIDEO, encoded_videos, family_of, video_features
 from .families import snapshot
 from .reference_decoder import newlines, positions_of, reference
@@ -295,6 +295,11 @@ def test_features_of_the_caller(pair) -> None:
             with pytest.raises(UnsupportedModelError, match=r"where frames begin.*Pass position_ids with axes"):
                 run(model, {**given, **positions}, mm_encoder_outputs=dict(output))
         given["position_ids"] = reference(dense, inputs).positions[:, None]
+        row = packed(dense, [inputs])
+        by_token = ("input_ids", "mm_token_type_ids", "position_ids")
+        twice = {name: torch.cat([row[name], row[name]], -1) for name in by_token}
+        with pytest.raises(UnsupportedModelError, match="do not tell where frames begin"):
+            run(model, twice, use_cache=False, mm_encoder_outputs=features_alone(dense, in_one(dense, [inputs] * 2), 4))
     with record(model) as rec:
         logits = run(model, given, mm_encoder_outputs=output).logits
     assert kept_in(rec) == expected_of(dense, config, "VV", inputs)
@@ -327,6 +332,22 @@ def test_pooled_frames_are_counted_as_the_stock_model_pools_them(case) -> None:
     dense.config.spatial_pool_stride = model.config.spatial_pool_stride = 1
     with pytest.raises(UnsupportedModelError, match="16 tokens, where a frame has 25"):
         run(model, inputs)
+
+
+@takes_features
+@every_pair
+def test_a_piece_of_a_prompt_with_a_whole_video(pair) -> None:
+    """Where a newline behind the last frame tells that it is whole, and one, it is pruned; elsewhere it is refused."""
+    model, dense, _ = pruned_pair(*pair)
+    inputs = sample(dense, ONE_VIDEO)
+    whole, pieces = greedy(model, inputs), {"prefill_chunk_size": inputs["input_ids"].shape[1] - 2}
+    if hasattr(dense.model, "apply_pooling"):
+        found = greedy(model, inputs, **pieces)
+        assert torch.equal(found.sequences, whole.sequences)
+        assert lengths(found[CACHE_NAME]) == lengths(whole[CACHE_NAME])
+    else:
+        with pytest.raises(UnsupportedModelError, match="leave prefill_chunk_size out"):
+            greedy(model, inputs, **pieces)
 
 
 # -- beside other methods --------------------------------------------------------------------------------------------
