@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from .covering import covering, factors_of, kinds_of_families
+from .covering import covering, factors_of, kinds_of_families, kinds_of_methods
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, ten times as long on a busy machine
 
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--all"):
         run = [item for item in items if item not in set(skipped)]  # a test that is skipped covers nothing
         factors = [factors_of(*named(item)) for item in run]
-        chosen = {run[i] for i in covering(factors, kinds_of_families())} | set(skipped)
+        chosen = {run[i] for i in covering(factors, kinds_of_families(), kinds_of_methods())} | set(skipped)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]
 

@@ -5,7 +5,9 @@ found so far needed one value, or two that meet. So a test is run only if it bri
 before it has brought together, where the function is a value like any other. Then each method meets each model class in
 some test, each test function meets each method, and each model class; what is left out are combinations of three.
 
-Families whose adapters are one and the same count as one beside a test function: each still meets each method.
+Families whose adapters are one and the same count as one beside a test function: each still meets each method. Methods
+for decoders that read the same in the same place, which is all that adapters know of them, count as one beside
+everything but families: each still meets each family.
 """
 
 from collections import defaultdict
@@ -16,6 +18,8 @@ from typing import Any
 from hf_tokenprune import list_adapters
 from hf_tokenprune.registry import get_adapter
 
+from .decoder_families import CASES, built, stages_of
+
 Factor = tuple[str, str]
 
 STRIDE = 7
@@ -23,7 +27,11 @@ STRIDE = 7
 covering design; of those up to 40 this one left the fewest tests."""
 
 
-def covering(tests: Sequence[Sequence[Factor]], kinds: Mapping[str, str] | None = None) -> list[int]:
+def covering(
+    tests: Sequence[Sequence[Factor]],
+    kinds: Mapping[str, str] | None = None,
+    alike: Mapping[str, str] | None = None,
+) -> list[int]:
     """Ascending positions of the tests to run, each given as its factors: a name and a value.
 
     Tests with one factor are all run: there is nothing to combine.
@@ -31,7 +39,14 @@ def covering(tests: Sequence[Sequence[Factor]], kinds: Mapping[str, str] | None 
     Args:
         tests: the function comes first.
         kinds: what values stand for beside a function; None, or not among them: for themselves.
+        alike: what values stand for beside a function, and beside all values that are not in ``kinds``.
     """
+    kinds, alike = kinds or {}, alike or {}
+
+    def beside(factor: Factor, other: Factor) -> Factor:
+        name, value = factor
+        return factor if other[1] in kinds else (name, alike.get(value, value))
+
     numbers: dict[str, dict[str, int]] = defaultdict(dict)
     for factors in tests:
         for name, value in factors:
@@ -43,8 +58,8 @@ def covering(tests: Sequence[Sequence[Factor]], kinds: Mapping[str, str] | None 
     chosen, seen = [], set()
     for test in sorted(range(len(tests)), key=diagonal):
         function, *parameters = tests[test]
-        pairs = set(combinations(sorted(parameters), 2))
-        pairs |= {(function, (name, (kinds or {}).get(value, value))) for name, value in parameters}
+        pairs = {(beside(a, b), beside(b, a)) for a, b in combinations(sorted(parameters), 2)}
+        pairs |= {(function, (name, {**kinds, **alike}.get(value, value))) for name, value in parameters}
         if not pairs or not pairs <= seen:
             seen |= pairs
             chosen.append(test)
@@ -59,13 +74,24 @@ def factors_of(function: str, parameters: dict[str, Any]) -> list[Factor]:
 def kinds_of_families() -> dict[str, str]:
     """The class that a family's adapter has all its code from, by the family's name as :func:`factors_of` gives it."""
 
-    def is_own(name: str) -> bool:
-        return not name.startswith("__")
+    def is_own(name: str, value: Any) -> bool:
+        return not (name.startswith("__") or isinstance(value, str))  # a name of a part, or a reason, is no code
 
     classes = {name: type(get_adapter(name)).__mro__ for name in list_adapters()}
     return {
-        repr(name): next(each.__qualname__ for each in mro if any(map(is_own, vars(each))))
+        repr(name): next(each.__qualname__ for each in mro if any(is_own(*member) for member in vars(each).items()))
         for name, mro in classes.items()
+    }
+
+
+def kinds_of_methods() -> dict[str, str]:
+    """Where a method for decoders prunes and what it reads there, by its case as :func:`factors_of` gives it."""
+    model = built("llava")
+    return {
+        repr(case): repr(
+            [(stage.where, sorted(stage.needs), stage.text_rows) for stage in stages_of(model, case.config(model))]
+        )
+        for case in CASES
     }
 
 

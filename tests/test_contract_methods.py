@@ -225,19 +225,6 @@ def test_counts_order_and_range(stage: Stage, num_prunable: int, num_protected: 
         check_groups(stage, reduction, num_prunable)
 
 
-def test_the_host_never_waits_for_the_device(stage: Stage) -> None:
-    """Tensors without data are enough: what asks them for a value, or makes shapes of one, raises on "meta"."""
-    signals = signals_for(stage)
-    there = {name: value for name in TOKEN_AXES if (value := getattr(signals, name)) is not None}
-    moved = {
-        name: tuple(piece.to("meta") for piece in value) if isinstance(value, tuple) else value.to("meta")
-        for name, value in there.items()
-    }
-    n_keep = num_kept(stage, signals.tokens.shape[1] - signals.num_protected)
-    keep = stage.reduce(replace(signals, **moved), n_keep).keep
-    assert keep.device.type == "meta" and keep.shape == (signals.tokens.shape[0], n_keep)
-
-
 def check_groups(stage: Stage, reduction: Reduction, num_prunable: int) -> None:
     """Merged tokens are not among those that stay, each is merged once, and into one that stays."""
     keep, merged, into, weights = reduction.keep, reduction.merged, reduction.into, reduction.weights

@@ -48,6 +48,21 @@ def test_values_of_one_kind_are_one_beside_a_function_alone() -> None:
     assert len(chosen) <= len(covering(tests))
 
 
+def test_values_that_are_alike_meet_each_value_that_has_a_kind() -> None:
+    """Methods of one place meet each family, and one of them each place, function and whatever else there is."""
+    tests = [
+        factors_of(f"test_{number}", {"pair": (family, method), "where": where})
+        for number in range(6)
+        for family, method, where in product(*(AXES[name] for name in ("family", "method", "where")))
+    ]
+    kinds, alike = dict.fromkeys(map(repr, AXES["family"]), "family"), {repr(m): "early" for m in "abc"}
+    chosen = [tests[i] for i in covering(tests, kinds, alike)]
+    assert {tuple(test[1:3]) for test in chosen} == {tuple(test[1:3]) for test in tests}, "each method, each family"
+    met = {(function, alike.get(method[1], method)) for function, _, method, _ in chosen}
+    assert met == {(function, alike.get(method[1], method)) for function, _, method, _ in tests}
+    assert len(chosen) < len(covering(tests, kinds))
+
+
 def test_families_with_the_same_adapter_are_of_one_kind() -> None:
     kinds = kinds_of_families()
     assert kinds["'smolvlm'"] == kinds["'idefics3'"] != kinds["'llava'"]
