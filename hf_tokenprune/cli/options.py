@@ -134,7 +134,7 @@ def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         def words(said: object) -> str:
-            return in_flags(str(said), flags_of(command), [item.partition("=")[0] for item in kwargs.get("set_") or ()])
+            return in_flags(str(said), flags_of(command))
 
         try:
             with warnings_in_lines(words):
@@ -174,7 +174,12 @@ def configs_for(
 
     if fields and not methods:
         raise ConfigError(f"--set {fields[0]} has no effect without --method")
-    chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
+    try:
+        chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
+    except ConfigError as error:
+        if not fields or len(methods or []) < 2:
+            raise
+        raise ConfigError(f"{error}; --set is for every --method, a file for --prune-config has its own") from error
     for source in prune_configs or []:
         config, file = as_config(source), Path(source)
         short = file.parent.name if file.name == CONFIG_NAME else file.stem if file.is_file() else file.name
@@ -209,7 +214,8 @@ def size_for(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_fields(items: list[str]) -> dict[str, Any]:
-    """``field=value`` strings; a value that is not JSON is a string."""
+    """``field=value`` strings; a value that is not JSON is a string, but not Python's None, True and False."""
+    of_python = {"None": "null", "True": "true", "False": "false"}
     fields: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
@@ -217,6 +223,8 @@ def parse_fields(items: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {item!r}: expected field=value")
         if name in fields:
             raise ConfigError(f"--set {name} is given twice; keep one")
+        if value in of_python:
+            raise ConfigError(f"--set {item}: values are JSON, {of_python[value]}")
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
