@@ -162,14 +162,18 @@ def configs_for(
     image_size: tuple[int, int] | None = None,
     none_needed: bool = False,
 ) -> dict[str, PruneConfig]:
-    """The configs that the options name, by a label for tables. With none named: the checkpoint's own.
+    """The configs that the options name, by a label for tables. With none named: what ``prune(model)`` takes.
 
     Every config is combined with every MACs budget.
 
+    Args:
+        none_needed: with none named and none that the checkpoint carries, there is none.
+
     Raises:
-        ConfigError: there is none, unless ``none_needed``; options that do not fit.
+        ConfigError: options that do not fit.
     """
     from ..cost import config_for_macs
+    from ..engine import default_config
     from ..sharing.pretrained import choose_config
 
     if fields and not methods:
@@ -187,7 +191,8 @@ def configs_for(
     if not chosen:
         own = choose_config(path, None, getattr(model.config, "prune_config", None), {})
         if own is None and not none_needed:
-            raise ConfigError(f"{path!r} carries no prune config; give --method or --prune-config")
+            own = default_config(model)
+            typer.secho(f"note: no --method; this is what prune(model) takes: {own}", fg=typer.colors.YELLOW, err=True)
         chosen = {} if own is None else {own.method: own}
     if not gmacs:
         return chosen
