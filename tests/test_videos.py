@@ -378,7 +378,7 @@ def test_a_video_without_types_is_told_how_to_make_them(family: str) -> None:
     model = prune(tiny_vlm(family), VIDEO_CASES[0].config(tiny_vlm(family)))
     inputs = {name: value for name, value in sample(model, "..V.").items() if name != "mm_token_type_ids"}
     with pytest.raises(UnsupportedModelError, match=r"videos without mm_token_type_ids.*videos=\.\.\."):
-        model(**inputs)
+        model(**inputs, position_ids=torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1))
 
 
 @each_once
