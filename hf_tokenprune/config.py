@@ -166,7 +166,7 @@ class PruneConfig:
     def check(self, condition: bool, field: str, allowed: str) -> None:
         """Raise :class:`ConfigError` about ``field`` unless ``condition`` holds."""
         if not condition:
-            value = f"{getattr(self, field)!r:.200}"
+            value = f"{_shown(getattr(self, field)):.200}"
             raise ConfigError(f"{field}={value} in {type(self).__name__}: expected {allowed}")
 
     # -- dictionaries and files ----------------------------------------------------------------------------------
@@ -288,6 +288,15 @@ def as_config(value: PruneConfig | dict[str, Any] | str | os.PathLike[str], **hu
     if isinstance(value, (str, os.PathLike)):
         return PruneConfig.from_pretrained(value, **hub_kwargs)
     return PruneConfig.from_dict(value)
+
+
+def _shown(value: Any) -> str:
+    """A field in messages, which have no room for the fields of configs in it: these by the names of their methods."""
+    if isinstance(value, PruneConfig):
+        return value.method
+    if isinstance(value, tuple) and any(isinstance(part, PruneConfig) for part in value):
+        return f"({', '.join(map(_shown, value))})"
+    return repr(value)
 
 
 def _to_json(value: Any) -> Any:

@@ -243,8 +243,8 @@ def plan_on(model: nn.Module, config: PruneConfig, shape: Shape) -> tuple[Stage,
         adapter.check(model, stages, **options(config, shape))
     if stages and all(stage.videos_only for stage in stages):
         raise ConfigError(
-            f"{config} prunes videos only, and what is counted or timed is a prompt with one image, of which nothing "
-            "leaves. Give a method that prunes images, or time prompts of your own with pruned(model, config)"
+            f"{config.method} prunes videos only, and what is counted or timed is a prompt with one image, of which "
+            "nothing leaves. Give a method that prunes images, or time prompts of your own with pruned(model, config)"
         )
     return stages
 

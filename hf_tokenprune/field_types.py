@@ -65,7 +65,8 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(repr(arg) for arg in args)
     if origin is tuple:
-        inner = describe(args[0])
-        return f"a list of up to {MAX_VALUES} ({inner})" if args[-1] is Ellipsis else f"a list of {len(args)} ({inner})"
+        length = f"at most {MAX_VALUES}" if args[-1] is Ellipsis else len(args)
+        return f"a list of {length} values, each {describe(args[0])}"
     names = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "None"}
-    return "a prune config" if hasattr(hint, "from_dict") else names.get(hint, str(hint))
+    config = "a prune config, such as {'method': 'divprune'}"
+    return config if hasattr(hint, "from_dict") else names.get(hint, str(hint))

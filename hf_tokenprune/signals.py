@@ -290,6 +290,11 @@ class Stage:
         return str(self.layer) if self.layer >= 0 else self.where
 
     @property
+    def title(self) -> str:
+        """What messages call its method: "FastV", of ``FastVStage``."""
+        return type(self).__name__.removesuffix("Stage")
+
+    @property
     def place(self) -> int:
         """The layer; ``VISION_TOWER`` or ``ENTRANCE`` for a place in front of a decoder's first one."""
         return VISION_TOWER if self.where == "vision_tower" else self.layer

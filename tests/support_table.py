@@ -39,7 +39,7 @@ def refusal(model: PreTrainedModel, config: PruneConfig) -> str:
         adapter.check(model, stages, **options(config, shape))
     except TokenPruneError as error:
         whole = re.sub(r" \([^()]*\)", "", str(error)).partition(". ")[0]
-        names = {type(each).__name__ for each in (config, *stages)}
+        names = {type(config).__name__, *(stage.title for stage in stages)}
         clauses = [clause for clause in whole.split("; ") if not clause.startswith("use ")]
         return "; ".join(clause for clause in clauses if not names & set(clause.split())) or whole
     return ""

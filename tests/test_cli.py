@@ -26,6 +26,7 @@ from hf_tokenprune.cli.options import parse_fields
 from hf_tokenprune.config import FORMAT_VERSION
 from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
+from hf_tokenprune.engine import default_config
 from hf_tokenprune.registry import get_method
 
 from .decoder_families import FAMILIES, small_size, tiny_vlm
@@ -95,6 +96,20 @@ def test_list_shows_every_field_with_its_default() -> None:
     assert list(shown) == list_methods()
     for name, fields in shown.items():
         assert {"method": name, "format_version": FORMAT_VERSION, **fields} == get_method(name)().to_dict()
+
+
+@pytest.mark.parametrize("family", ["vit", "llava"])
+def test_without_a_method_it_is_what_prune_takes(tmp_path: Path, family: str) -> None:
+    if family == "vit":
+        path, model = DIGITS, AutoModelForImageClassification.from_pretrained(DIGITS)
+    else:
+        path, model = str(tmp_path), tiny_vlm(family)
+        model.save_pretrained(path)
+    expected = default_config(model)
+    result = run("info", path, "--json")
+    (row,) = json.loads(result.stdout).values()
+    assert row["config"] == expected.to_dict()
+    assert f"what prune(model) takes: {expected}" in result.stderr
 
 
 def test_info_counts_tokens_and_macs() -> None:
@@ -180,8 +195,10 @@ def test_demo(tmp_path: Path) -> None:
         (("info", DIGITS, "-m", "random", "-s", "keep_ratios"), "expected field=value"),
         (("info", DIGITS, "-m", "random", "-s", "layers=[9]", "-s", "keep_ratios=0.5"), "has 6 blocks"),
         (("info", DIGITS, "-m", "random", "-g", 5), "less than the dense model's"),
+        (("info", DIGITS, "-m", "random", "-s", "layers=None"), "--set layers=None: values are JSON, null"),
+        (("info", DIGITS, "-m", "exact", "-m", "tome", "-s", "r=3"), "no field 'r'"),
+        (("info", DIGITS, "-m", "exact", "-m", "tome", "-s", "r=3"), "--set is for every --method"),
         (("info", DIGITS, "-s", "seed=1"), "no effect without --method"),
-        (("info", DIGITS), "carries no prune config"),
         (("info", DIGITS, "-m", "divprune"), "works on vision-language models"),
         (("info", DIGITS, "-m", "random", "--text-tokens", 9), "--text-tokens 9: has no effect"),
         (("bench", DIGITS, "-m", "random", "--new-tokens", 9), "--new-tokens 9: has no effect"),

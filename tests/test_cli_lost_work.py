@@ -127,7 +127,13 @@ def test_arguments_of_the_library_are_told_as_options() -> None:
     text = "macs=1.2e+09: less than 2e+09 MACs; seconds=, latency_batch_size=8, split='a', r=3, a/seed=3"
     told = "--gmacs 1.2: less than 2 GMACs; --ms, --latency-batch 8, --split a, r=3, a/seed=3"
     assert in_flags(text, flags) == told
-    assert in_flags("seed='x' in RandomConfig", flags, ["seed"]) == "seed='x' in RandomConfig", "a field of --set"
+    for field in (
+        "seed='x' in RandomConfig",
+        "keep_ratio=2.0 in DivPruneConfig",
+        "keep_ratio='2 %' in FastVConfig",
+    ):
+        assert in_flags(field, flags) == field, "no option, but what --set or a file says"
+    assert in_flags("keep_ratio=2: expected", flags) == "--resize 2: expected"
 
 
 @pytest.mark.parametrize("name", ["folder", "/no/such/folder", "file"])

@@ -100,7 +100,7 @@ def test_every_method_that_fits() -> None:
 def test_what_does_not_fit_is_left_out_and_said() -> None:
     model = tiny_model("siglip_vision_model", SiglipVisionModel)
     dense = cost(model).dense.macs / 1e9
-    with pytest.warns(UserWarning, match=r"evit@.* is left out: EViTStage needs cls_attention"):
+    with pytest.warns(UserWarning, match=r"evit@.* is left out: EViT needs cls_attention"):
         found = every_method(model, [0.8 * dense])
     assert {name.partition("@")[0] for name in found} == {"pitome", "random", "tome", "uniform", "zero_tprune"}
     with pytest.raises(ConfigError, match="no method fits"), pytest.warns(UserWarning, match="is left out"):

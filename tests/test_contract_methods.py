@@ -84,6 +84,14 @@ def all_stages() -> list[Stage]:
     return [*vision, *(replace(stage, where="mid_block") for stage in vision), *DECODER_STAGES]
 
 
+def test_messages_name_methods_by_their_stages() -> None:
+    for name in list_methods():
+        config = get_method(name)()
+        for stage in config.stages_for(SHAPE if "vision" in config.prunes else DECODER_SHAPE):
+            parts = {part.method for part in getattr(config, "decoder_parts", (config,))}
+            assert stage.title.lower() in {part.replace("_", "") for part in parts}
+
+
 def in_decoder(stage: Stage) -> bool:
     return stage in DECODER_STAGES
 

@@ -1,6 +1,7 @@
 """Methods for vision-language models against golden vectors, naive loops, and the bugs of their official codes."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -590,8 +591,8 @@ DIVPRUNE, FASTV = {"method": "divprune"}, {"method": "fastv"}
         ([DIVPRUNE, FASTV | {"keep_ratio": 2}], r"keep_ratio=2\.0 in FastVConfig"),
         ([DIVPRUNE, FASTV | {"format_version": 99}], r"format_version=99 is newer"),
         ([DIVPRUNE, {"method": "os"}], r"method='os': no such method"),
-        ([DIVPRUNE, {}], r"stages=.*\(a prune config\)"),
-        ([DIVPRUNE, "fastv"], r"stages=.*a list of up to \d+ \(a prune config\)"),
+        ([DIVPRUNE, {}], r"stages=.*a prune config, such as {'method': 'divprune'}"),
+        ([DIVPRUNE, "fastv"], r"stages=.*a list of at most \d+ values, each a prune config, such as {'method'"),
         ("divprune", r"stages='divprune'.*a prune config"),
     ],
 )
@@ -619,7 +620,8 @@ def test_a_file_cannot_nest_stacks_without_end() -> None:
     ],
 )
 def test_one_method_a_place(configs, place: str) -> None:
-    with pytest.raises(ConfigError, match=f"at most one method that prunes {place}, not 2"):
+    named = re.escape(f"stages=({configs[0].method}, {configs[1].method}) in StackConfig")
+    with pytest.raises(ConfigError, match=f"{named}: expected at most one method that prunes {place}, not 2"):
         StackConfig(configs).stages_for(DECODER_SHAPE)
 
 

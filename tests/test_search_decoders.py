@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from hf_tokenprune import (
     ConfigError,
     DivPruneConfig,
+    EvsConfig,
     FastVConfig,
     PruneConfig,
     PyramidDropConfig,
@@ -358,6 +359,7 @@ def test_what_is_refused() -> None:
         StackConfig((DivPruneConfig(), TransPruneConfig(accumulate_layers=(7,), layers=(9,), keep_ratios=(0.5,)))),
     )
     error("at most one method that prunes inside it", StackConfig((FastVConfig(), PyramidDropConfig())))
+    error(r"evs prunes videos.* such as 'pyramiddrop'", EvsConfig())
     error("new_tokens=0: expected at least 1", new_tokens=0)
     error("text_tokens=0", text_tokens=0)
     error("accuracy' needs labels", goal="accuracy")

@@ -394,6 +394,14 @@ def test_families_without_videos_are_refused(family, case) -> None:
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("family", [family for family in VIDEO_FAMILIES if get_adapter(family).position_axes > 1][:1])
+def test_a_video_without_types_is_told_how_to_make_them(family: str) -> None:
+    model = prune(tiny_vlm(family), VIDEO_CASES[0].config(tiny_vlm(family)))
+    inputs = {name: value for name, value in sample(model, "..V.").items() if name != "mm_token_type_ids"}
+    with pytest.raises(UnsupportedModelError, match=r"videos without mm_token_type_ids.*videos=\.\.\."):
+        model(**inputs, position_ids=torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1))
+
+
 @each_once
 def test_what_counts_an_image_says_that_it_stays_whole(pair) -> None:
     family, case = pair

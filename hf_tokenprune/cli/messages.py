@@ -20,6 +20,7 @@ ARGUMENTS = {
     "templates": "--template",
     "questions": "--question",
     "preset": "--prune-config",
+    "keep_ratio": "--resize",
 }
 """What options are called in the library where that is not their own name with underscores."""
 UNITS = {"--gmacs": ("MACs", "GMACs", 1e-9), "--ms": ("s", "ms", 1e3)}
@@ -36,19 +37,19 @@ ELSEWHERE = {
 _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^]]*\]|\([^)]*\)|[^\s,;:()]*"
 
 
-def in_flags(message: str, flags: Collection[str], fields: Collection[str] = ()) -> str:
+def in_flags(message: str, flags: Collection[str]) -> str:
     """A message of the library with ``name=value`` as ``--name value``, where that is an option of the command.
 
     Args:
-        message: arguments stand in it as ``name=value`` or ``name=``, quantities as ``1.2e+09 MACs`` or ``0.012 s``.
+        message: arguments stand in it as ``name=value`` or ``name=``, quantities as ``1.2e+09 MACs`` or ``0.012 s``;
+            ``name=value in RandomConfig`` is a field of a config and no argument.
         flags: the options of the command.
-        fields: of a config, which the user wrote as ``name=value`` himself.
     """
 
     def argument(match: re.Match[str]) -> str:
         name, value = match.groups()
         flag = ARGUMENTS.get(name, "--" + name.replace("_", "-"))
-        if flag not in flags or name in fields:
+        if flag not in flags or re.match(r" in \w+Config\b", match.string[match.end() :]):
             return match[0]
         if value[:1] in "'\"" and " " not in value:
             value = value[1:-1]

@@ -134,7 +134,7 @@ def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         def words(said: object) -> str:
-            return in_flags(str(said), flags_of(command), [item.partition("=")[0] for item in kwargs.get("set_") or ()])
+            return in_flags(str(said), flags_of(command))
 
         try:
             with warnings_in_lines(words):
@@ -162,19 +162,28 @@ def configs_for(
     image_size: tuple[int, int] | None = None,
     none_needed: bool = False,
 ) -> dict[str, PruneConfig]:
-    """The configs that the options name, by a label for tables. With none named: the checkpoint's own.
+    """The configs that the options name, by a label for tables. With none named: what ``prune(model)`` takes.
 
     Every config is combined with every MACs budget.
 
+    Args:
+        none_needed: with none named and none that the checkpoint carries, there is none.
+
     Raises:
-        ConfigError: there is none, unless ``none_needed``; options that do not fit.
+        ConfigError: options that do not fit.
     """
     from ..cost import config_for_macs
+    from ..engine import default_config
     from ..sharing.pretrained import choose_config
 
     if fields and not methods:
         raise ConfigError(f"--set {fields[0]} has no effect without --method")
-    chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
+    try:
+        chosen = {name: PruneConfig.for_method(name, **parse_fields(fields or [])) for name in methods or []}
+    except ConfigError as error:
+        if not fields or len(methods or []) < 2:
+            raise
+        raise ConfigError(f"{error}; --set is for every --method, a file for --prune-config has its own") from error
     for source in prune_configs or []:
         config, file = as_config(source), Path(source)
         short = file.parent.name if file.name == CONFIG_NAME else file.stem if file.is_file() else file.name
@@ -182,7 +191,8 @@ def configs_for(
     if not chosen:
         own = choose_config(path, None, getattr(model.config, "prune_config", None), {})
         if own is None and not none_needed:
-            raise ConfigError(f"{path!r} carries no prune config; give --method or --prune-config")
+            own = default_config(model)
+            typer.secho(f"note: no --method; this is what prune(model) takes: {own}", fg=typer.colors.YELLOW, err=True)
         chosen = {} if own is None else {own.method: own}
     if not gmacs:
         return chosen
@@ -209,7 +219,8 @@ def size_for(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_fields(items: list[str]) -> dict[str, Any]:
-    """``field=value`` strings; a value that is not JSON is a string."""
+    """``field=value`` strings; a value that is not JSON is a string, but not Python's None, True and False."""
+    of_python = {"None": "null", "True": "true", "False": "false"}
     fields: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
@@ -217,6 +228,8 @@ def parse_fields(items: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {item!r}: expected field=value")
         if name in fields:
             raise ConfigError(f"--set {name} is given twice; keep one")
+        if value in of_python:
+            raise ConfigError(f"--set {item}: values are JSON, {of_python[value]}")
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:

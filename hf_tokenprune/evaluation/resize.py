@@ -119,9 +119,10 @@ class _Resizer:
             few = [plan for plan in every if plan.kept <= self.keep_ratio * usual]
             if not few:
                 least = min(plan.kept for plan in every)
+                enough = -(-1000 * least // usual) / 1000  # rounded up, so that it is
                 raise TokenPruneError(
                     f"keep_ratio={self.keep_ratio}: {type(self.processor).__name__} makes at least {least} of the "
-                    f"usual {usual} tokens of an image of {height}x{width} pixels; keep at least {least / usual:.3f}"
+                    f"usual {usual} tokens of an image of {height}x{width} pixels; keep at least {enough:.3f}"
                 )
             self.plans[height, width] = max(few, key=lambda plan: plan.kept)
         return self.plans[height, width]

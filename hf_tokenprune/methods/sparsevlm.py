@@ -53,7 +53,8 @@ class SparseVLMConfig(DecoderConfig):
         count = len(LAYERS_OF_32 if self.layers is None else self.layers)
         if self.layers is not None:
             self.check_ascending("layers")
-        self.check(len(self.keep_ratios) == count, "keep_ratios", f"{count} values, one a stage (or give layers too)")
+        each = "each default layer (or give layers too)" if self.layers is None else f"each of layers={self.layers}"
+        self.check(len(self.keep_ratios) == count, "keep_ratios", f"{count} values, one for {each}")
         self.check(self.heads is None or self.heads >= 1, "heads", "a count >= 1, or None for all")
 
     def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:

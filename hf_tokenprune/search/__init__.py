@@ -243,7 +243,8 @@ def _sample(config: PruneConfig, shape: Shape) -> PruneConfig:
     try:
         return config.with_counts(shape, {space.places[slot]: fewest[slot] for slot in slots})
     except NotImplementedError as error:
-        raise ConfigError(f"{error}; give a method whose counts are free, such as 'salience_merge'") from error
+        one = "pyramiddrop" if shape.kind == "decoder" else "salience_merge"
+        raise ConfigError(f"{error}; give a method whose counts are free, such as {one!r}") from error
 
 
 def _estimate(problem: Problem, strategy: str, trials: int) -> tuple[int, float]:

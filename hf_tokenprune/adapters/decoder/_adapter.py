@@ -125,12 +125,12 @@ class DecoderAdapter(DecoderParts):
             in_tower = stage.where == "vision_tower"
             if stage.videos_only and self.no_videos:
                 raise UnsupportedModelError(
-                    f"{type(stage).__name__} prunes videos; {self.no_videos} ({model.config.model_type!r}). Use a "
+                    f"{stage.title} prunes videos; {self.no_videos} ({model.config.model_type!r}). Use a "
                     "method that prunes images, such as divprune"
                 )
             if stage.videos_only and stages[0].where == "vision_tower":
                 raise UnsupportedModelError(
-                    f"{type(stage).__name__} compares the tokens of frames, and {type(stages[0]).__name__} leaves "
+                    f"{stage.title} compares the tokens of frames, and {stages[0].title} leaves "
                     "others in each. Use it without a method that prunes at the vision tower"
                 )
             if in_tower and self.tower_grid:
@@ -143,7 +143,7 @@ class DecoderAdapter(DecoderParts):
                 provided -= {"attention"}  # a map of all patches of a large image would take gigabytes
             if missing := stage.needs - provided:
                 raise UnsupportedModelError(
-                    f"{type(stage).__name__} needs {', '.join(sorted(missing))}, which the adapter for "
+                    f"{stage.title} needs {', '.join(sorted(missing))}, which the adapter for "
                     f"{model.config.model_type!r} does not provide there (it provides: {', '.join(sorted(provided))})"
                 )
             if in_tower:
@@ -151,7 +151,7 @@ class DecoderAdapter(DecoderParts):
                 self.check_earlier(model, stage)
             if stage.layer >= 0 and (others := layer_types - {"full_attention"}):
                 raise UnsupportedModelError(
-                    f"{type(stage).__name__} makes tokens leave behind decoder layer {stage.layer}; layers of {kind!r} "
+                    f"{stage.title} makes tokens leave behind decoder layer {stage.layer}; layers of {kind!r} "
                     f"are of {', '.join(sorted(others))} too, which have no attention to read and states that padding "
                     "changes. Use a method that works at the entrance, such as divprune"
                 )
@@ -167,7 +167,7 @@ class DecoderAdapter(DecoderParts):
         if not 0 <= block < scoring or (windows and windows[block]):
             whole = [b for b in range(scoring) if not (windows and windows[b])]
             raise UnsupportedModelError(
-                f"{type(stage).__name__} reads the attention of block {block} of the vision tower and of block "
+                f"{stage.title} reads the attention of block {block} of the vision tower and of block "
                 f"{scoring}, which makes the features: expected an earlier one that attends to whole images, of {whole}"
             )
 

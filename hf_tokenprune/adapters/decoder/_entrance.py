@@ -234,6 +234,6 @@ def check_marks(tower: Stage, told: list[ImageTokens], layout: Layout) -> None:
     parts = {image.length // image.parts for image in told}
     if sum(map(sum, layout.images)) == whole and any(tower.num_kept(length) < length for length in parts):
         raise PruneStateError(
-            f"the vision tower dropped nothing, so {type(tower).__name__} had no effect: were the image features "
+            f"the vision tower dropped nothing, so {tower.title} had no effect: were the image features "
             "made by another model, or with another vision_feature_layer than the model's config names?"
         )

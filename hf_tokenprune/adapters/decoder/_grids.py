@@ -38,7 +38,7 @@ class GridAdapter(DecoderAdapter):
         if given.call.get("mm_token_type_ids") is None:
             raise UnsupportedModelError(
                 f"{given.kind}s without mm_token_type_ids, from which positions in time, rows and columns follow: pass "
-                "all that the processor returns, AutoProcessor.from_pretrained(...)(text=..., images=...)"
+                f"all that the processor returns, AutoProcessor.from_pretrained(...)(text=..., {given.kind}s=...)"
             )
         if given.kind not in given_kinds(given.call):
             raise UnsupportedModelError(without_pixels(given.kind))

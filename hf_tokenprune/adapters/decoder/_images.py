@@ -224,7 +224,7 @@ class FindImages:
         cache = given_cache(kwargs)
         if tokens is None or not isinstance(cache, PrunedDynamicCache) or is_decode_step(tokens, cache):
             return
-        if readers := [type(stage).__name__ for stage in self.stages(module) if stage.reads_question]:
+        if readers := [stage.title for stage in self.stages(module) if stage.reads_question]:
             warnings.warn(
                 f"{', '.join(dict.fromkeys(readers))} chose image tokens by the question of the first turn, and the "
                 "cache holds only those: later questions may need others. Start each question with a new cache, or use "

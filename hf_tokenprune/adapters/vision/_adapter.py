@@ -77,7 +77,7 @@ class VisionAdapter:
             if missing:
                 reason = "" if self.shape(model).has_cls else ", having no CLS token"
                 raise UnsupportedModelError(
-                    f"{type(stage).__name__} needs {', '.join(sorted(missing))}, which the adapter for "
+                    f"{stage.title} needs {', '.join(sorted(missing))}, which the adapter for "
                     f"{model.config.model_type!r} does not provide{reason} (it provides: "
                     f"{', '.join(sorted(self.provides))}); {DOCS}/methods.md lists the methods for each family"
                 )
@@ -97,7 +97,7 @@ class VisionAdapter:
         for stage in stages:
             if stage.where == "queries" and stage.needs & {"attention", "queries"}:
                 raise UnsupportedModelError(
-                    f"{type(stage).__name__} needs {', '.join(sorted(stage.needs))}, but with where='queries' tokens "
+                    f"{stage.title} needs {', '.join(sorted(stage.needs))}, but with where='queries' tokens "
                     'leave before there are queries of all; use where="mid_block"'
                 )
         if any(stage.proportional for stage in stages):
