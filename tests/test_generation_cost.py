@@ -342,7 +342,7 @@ def test_ratios_a_dictionary_and_a_table() -> None:
     assert "causal attention as a full square" in data["counted"]
 
     lines = report.summary().splitlines()
-    cells = {line[:14].strip(): line[14:].split() for line in lines[1:-2]}
+    cells = {line[:14].strip(): line[14:].split() for line in lines[1:-3]}
     assert list(cells)[:3] == ["vision tower", "projector", "layer 0"]
     assert list(cells)[-5:] == ["head", "total", "prefill", "decode", "KV cache"]
     assert cells["layer 6"] == ["616", "544", f"{dense.layers[6].macs / 1e9:.4f}", f"{pruned.layers[6].macs / 1e9:.4f}"]
@@ -358,8 +358,9 @@ def test_ratios_a_dictionary_and_a_table() -> None:
         f"{pruned.kv_bytes / 2**20:.4f}",
         f"{report.kv_ratio:.3f}",
     ]
-    assert lines[-1] == "one image of 336x336 pixels (576 tokens) and 40 text tokens in, 11 new tokens out"
-    assert len({len(line) for line in lines[:-2] if not line.startswith(("total", "prefill", "decode", "KV"))}) == 1
+    assert lines[-2] == "one image of 336x336 pixels (576 tokens) and 40 text tokens in, 11 new tokens out"
+    assert lines[-1] == "image tokens 576 -> 504 -> 360 -> 72"
+    assert len({len(line) for line in lines[:-3] if not line.startswith(("total", "prefill", "decode", "KV"))}) == 1
 
 
 def test_the_cache_is_in_the_dtype_of_the_model() -> None:
