@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from .covering import covering, factors_of, kinds_of_families, kinds_of_methods
+from .covering import covering, factors_of, kinds_of_families, kinds_of_methods, one_of_each
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, ten times as long on a busy machine
 
@@ -43,12 +43,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark in filter(item.get_closest_marker, skips):
             item.add_marker(pytest.mark.skip(reason=skips[mark]))
             skipped.append(item)
-    if not config.getoption("--all"):
-        run = [item for item in items if item not in set(skipped)]  # a test that is skipped covers nothing
-        factors = [factors_of(*named(item)) for item in run]
-        chosen = {run[i] for i in covering(factors, kinds_of_families(), kinds_of_methods())} | set(skipped)
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = [item for item in items if item in chosen]
+    run = [item for item in items if item not in set(skipped)]  # a test that is skipped covers nothing
+    factors = [factors_of(*named(item)) for item in run]
+    if config.getoption("--all"):
+        numbers = one_of_each(factors, kinds_of_methods())
+    else:
+        numbers = covering(factors, kinds_of_families(), kinds_of_methods())
+    chosen = {run[i] for i in numbers} | set(skipped)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
 def named(item: pytest.Item) -> tuple[str, dict[str, Any]]:

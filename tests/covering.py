@@ -47,6 +47,36 @@ def covering(
         name, value = factor
         return factor if other[1] in kinds else (name, alike.get(value, value))
 
+    chosen, seen = [], set()
+    for test in diagonally(tests):
+        function, *parameters = tests[test]
+        pairs = {(beside(a, b), beside(b, a)) for a, b in combinations(sorted(parameters), 2)}
+        pairs |= {(function, (name, {**kinds, **alike}.get(value, value))) for name, value in parameters}
+        if not pairs or not pairs <= seen:
+            seen |= pairs
+            chosen.append(test)
+    return sorted(chosen)
+
+
+def one_of_each(tests: Sequence[Sequence[Factor]], alike: Mapping[str, str]) -> list[int]:
+    """Ascending positions of the whole product but for tests that differ from another only in values that are alike.
+
+    Each two values still meet in some test.
+    """
+    chosen: list[int] = []
+    seen: set[Any] = set()
+    for test in diagonally(tests):
+        function, *parameters = tests[test]
+        kind = (function, *((name, alike.get(value, value)) for name, value in parameters))
+        pairs = {frozenset(pair) for pair in combinations(parameters, 2)}
+        if not {kind, *pairs} <= seen:
+            seen |= {kind, *pairs}
+            chosen.append(test)
+    return sorted(chosen)
+
+
+def diagonally(tests: Sequence[Sequence[Factor]]) -> list[int]:
+    """Positions of tests along diagonals of their product."""
     numbers: dict[str, dict[str, int]] = defaultdict(dict)
     for factors in tests:
         for name, value in factors:
@@ -55,15 +85,7 @@ def covering(
     def diagonal(test: int) -> int:
         return sum(numbers[name][value] for name, value in tests[test]) % STRIDE
 
-    chosen, seen = [], set()
-    for test in sorted(range(len(tests)), key=diagonal):
-        function, *parameters = tests[test]
-        pairs = {(beside(a, b), beside(b, a)) for a, b in combinations(sorted(parameters), 2)}
-        pairs |= {(function, (name, {**kinds, **alike}.get(value, value))) for name, value in parameters}
-        if not pairs or not pairs <= seen:
-            seen |= pairs
-            chosen.append(test)
-    return sorted(chosen)
+    return sorted(range(len(tests)), key=diagonal)
 
 
 def factors_of(function: str, parameters: dict[str, Any]) -> list[Factor]:

@@ -2,7 +2,7 @@
 
 from itertools import combinations, product
 
-from .covering import covering, factors_of, kinds_of_families
+from .covering import covering, factors_of, kinds_of_families, one_of_each
 
 AXES = {"method": "abcdef", "family": "uvwxyz", "where": "12"}
 
@@ -61,6 +61,22 @@ def test_values_that_are_alike_meet_each_value_that_has_a_kind() -> None:
     met = {(function, alike.get(method[1], method)) for function, _, method, _ in chosen}
     assert met == {(function, alike.get(method[1], method)) for function, _, method, _ in tests}
     assert len(chosen) < len(covering(tests, kinds))
+
+
+def test_of_tests_that_differ_in_values_that_are_alike_one_is_run() -> None:
+    tests = [
+        factors_of(f"test_{number}", dict(zip(AXES, values, strict=True)))
+        for number in range(9)
+        for values in product(*AXES.values())
+    ]
+    alike = {repr(m): "early" for m in "abcd"}
+    chosen = [tests[i] for i in one_of_each(tests, alike)]
+    kinds = {tuple((name, alike.get(value, value)) for name, value in test) for test in tests}
+    assert {tuple((name, alike.get(value, value)) for name, value in test) for test in chosen} == kinds
+    without = [[factor for factor in test if factor[0] != "function"] for test in (tests + chosen)]
+    assert pairs_of(without[: len(tests)]) == pairs_of(without[len(tests) :]), "each method, each family, each place"
+    assert len(kinds) <= len(chosen) < len(tests) * 0.7
+    assert one_of_each(tests, {}) == list(range(len(tests)))
 
 
 def test_families_with_the_same_adapter_are_of_one_kind() -> None:

@@ -158,9 +158,9 @@ class GenerationCostReport:
             rows.append(f"{name:<14}{unit:>16}{whole:>13.4f}{left:>14.4f}{left / whole:>7.3f}")
         rows.append(f"ideal speed-up of the prefill {self.ideal_speedup:.2f}x ({COUNTED})")
         rows.append(self.prompt)
-        left = [layer.tokens_out - self.text_tokens for layer in self.pruned.layers]
+        behind = [layer.tokens_out - self.text_tokens for layer in self.pruned.layers]
         entering = self.pruned.layers[0].tokens_in - self.text_tokens
-        rows.append("image tokens " + " -> ".join(map(str, dict.fromkeys([self.image_tokens, entering, *left]))))
+        rows.append("image tokens " + " -> ".join(map(str, dict.fromkeys([self.image_tokens, entering, *behind]))))
         return "\n".join(rows)
 
 
