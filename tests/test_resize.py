@@ -209,6 +209,13 @@ def test_sizes_of_an_encoder(processor: Any, sizes: tuple[int, int], ratio: floa
         assert torch.equal(pixels, by_hand(images=WIDE, return_tensors="pt")["pixel_values"])
 
 
+@pytest.mark.parametrize("side", range(1, 14))
+def test_a_ratio_that_is_a_count_over_all_gives_that_count(side: int) -> None:
+    """8 · 8 / 196 · 196 is less than 64 in floating point."""
+    small = resized(ViTImageProcessorPil(size={"height": 224, "width": 224}), side**2 / 14**2, patch_size=16)
+    assert small.plan(100, 100)[:2] == (196, side**2)
+
+
 def test_sizes_that_are_not_square() -> None:
     small = resized(ViTImageProcessorPil(size={"height": 32, "width": 64}), 0.3, patch_size=(4, 8))
     assert small(images=WIDE, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 32)
