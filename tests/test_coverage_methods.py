@@ -276,6 +276,18 @@ def test_naive_cdpruner(batch, theta: float) -> None:
         assert centred[row].tolist() == naive_dpp(naive_centred(features), 12, weight)
 
 
+def test_much_relevance_is_no_overflow(batch) -> None:
+    """Of exp(99 / 2), the weight of the most relevant token, float32 has no square."""
+    relevance = relevance_to(batch["text"], batch["mask"], batch["features"])
+    order = cdpruner(batch["features"], 5, relevance, 0.99)
+    for row, features in enumerate(batch["features"]):
+        scale = brought_to_one(naive_relevance(features, text_of(batch, row)))
+        assert order[row].tolist() == naive_dpp(features, 5, [math.exp(99 / 2 * r) for r in scale])
+    nearly = cdpruner(batch["features"], 40, relevance, math.nextafter(1, 0))
+    assert torch.equal(nearly[:, 0], relevance.argmax(1))
+    check(nearly, 3, 40, 40)
+
+
 # -- what the methods claim --------------------------------------------------------------------------------------------
 
 
