@@ -235,13 +235,14 @@ def test_naive_cen_of_tower_features(batch) -> None:
         assert order[row].tolist() == naive_max_min(naive_centred(scaled), 12, weight)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
-def test_naive_scope(batch, alpha: float) -> None:
-    order = scope(batch["features"], 12, batch["saliency"], alpha)
+@pytest.mark.parametrize(("alpha", "k"), [(0.5, 12), (1.0, 12), (2.0, 12), (30.0, 8)])
+def test_naive_scope(batch, alpha: float, k: int) -> None:
+    """Also where float32 has no number for the power of a saliency."""
+    order = scope(batch["features"], k, batch["saliency"], alpha)
     for row, features in enumerate(batch["features"]):
         cover = cosine_matrix(features)
         saliency = [float(value) ** alpha for value in batch["saliency"][row]]
-        assert order[row].tolist() == naive_coverage(cover, 12, saliency)
+        assert order[row].tolist() == naive_coverage(cover, k, saliency)
 
 
 def test_pure_coverage_takes_the_largest_gain(batch) -> None:
