@@ -194,7 +194,7 @@ class ChooseMerged(Choice):
         packed = {name: torch.cat(pieces, 2) for name, pieces in pieces_of.items()}
         signals = {name: of_tokens.to(features.device) for name, of_tokens in self.squares.of_signals(packed).items()}
         if "tower_features" in self.stage.needs:
-            patches = output.last_hidden_state.detach().float()
+            patches = output.last_hidden_state.detach().to(features.device).float()  # from in front of the merger
             signals["tower_features"] = patches.unflatten(0, (len(features), -1)).mean(1)[None, None]
         if self.raster is not None:
             order = self.raster(call).to(features.device)
