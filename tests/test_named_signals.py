@@ -141,6 +141,18 @@ def test_a_question_of_special_tokens_alone_is_all_of_them() -> None:
     assert shown(SEEN[0], 0).shape[0] == 2
 
 
+def test_a_prompt_that_ends_with_an_image_has_no_question() -> None:
+    """Its last image token is none, beside a sample that has one too."""
+    model = tiny_vlm("llava")
+    prompts = [sample(model, "...I", seed=1), sample(model, ".I...", seed=2)]
+    for batch in ([prompts[0]], prompts):
+        SEEN.clear()
+        with attached(model, look("entrance", "text", rows="question")):
+            run(model, collate(batch))
+        shown_rows = [len(shown(signals, row)) for signals in SEEN for row in range(len(signals.tokens))]
+        assert shown_rows == [0, 3][: len(batch)]
+
+
 def test_text_of_packed_samples_is_their_own() -> None:
     model = tiny_vlm("llava")
     first, second = sample(model, "..I..", seed=1), sample(model, ".I....", seed=2)
