@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_tokenprune import prune, record
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.errors import PruneStateError
 
 from .decoder_families import CASES, ONCE, Case, Inputs, collate, image_features, lengths, places, run, sample, tiny_vlm
 from .test_contract_decoders import ONE_IMAGE, id_of
@@ -52,6 +53,16 @@ def test_a_sample_that_overflowed_leaves_the_others_alone(case: Case) -> None:
     prune(model, case.config(model))
     expected = run(model, collate(prompts)).logits[1]
     assert torch.equal(run(model, batch).logits[1], expected)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "vision_tower" in places(case)], ids=str)
+def test_features_that_overflowed_are_no_tokens_that_left(case: Case) -> None:
+    """Both are NaN. A dense model says so by its logits; one that lost the whole image would answer without it."""
+    model = tiny_vlm("llava")
+    _, batch = with_an_overflow(model)
+    prune(model, case.config(model))
+    with pytest.raises(PruneStateError, match="no token left .* NaN"):
+        run(model, batch)
 
 
 @pytest.mark.parametrize("pair", ONCE, ids=id_of)
