@@ -61,7 +61,7 @@ def test_features_that_overflowed_are_no_tokens_that_left(case: Case) -> None:
     model = tiny_vlm("llava")
     _, batch = with_an_overflow(model)
     prune(model, case.config(model))
-    with pytest.raises(PruneStateError, match="no token left .* NaN"):
+    with pytest.raises(PruneStateError, match=r"no token left .* NaN"):
         run(model, batch)
 
 
