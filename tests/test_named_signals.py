@@ -30,7 +30,7 @@ from .decoder_families import (
     sample,
     tiny_vlm,
 )
-from .decoder_visuals import SPECIAL, Inputs
+from .decoder_visuals import IMAGE, SPECIAL, Inputs
 from .test_tower_choices import MERGING, Watched
 from .test_tower_choices import SEEN as WATCHED
 
@@ -332,6 +332,21 @@ def test_columns_of_the_grid(family: str) -> None:
     for signals in SEEN:
         patches = signals.tokens.shape[1] - signals.num_protected
         assert signals.columns is not None and patches % signals.columns == 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 28), (28, 20), (8, 32), (23, 31)])
+def test_columns_of_an_image_that_is_not_square(height: int, width: int) -> None:
+    """As a tower that interpolates its positions takes it."""
+    model = tiny_vlm("llava")
+    rows, columns = height // 4, width // 4
+    ids = torch.tensor([[5, *(rows * columns * [IMAGE]), 6]])
+    with attached(model, look("vision_tower", "received_attention")):
+        run(
+            model,
+            {"input_ids": ids, "pixel_values": torch.randn(1, 3, height, width)},
+            interpolate_pos_encoding=True,
+        )
+    assert [signals.columns for signals in SEEN] == [columns]
 
 
 @pytest.mark.parametrize("block", [-1, 2, 7])
