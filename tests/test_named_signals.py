@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from hf_tokenprune import DivPruneConfig, FastVConfig, UnsupportedModelError, prune
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.evaluation.resize import interpolated_positions
 from hf_tokenprune.registry import get_adapter
 from hf_tokenprune.signals import Reduction, Signals, Stage, TextRows
 
@@ -340,12 +341,8 @@ def test_columns_of_an_image_that_is_not_square(height: int, width: int) -> None
     model = tiny_vlm("llava")
     rows, columns = height // 4, width // 4
     ids = torch.tensor([[5, *(rows * columns * [IMAGE]), 6]])
-    with attached(model, look("vision_tower", "received_attention")):
-        run(
-            model,
-            {"input_ids": ids, "pixel_values": torch.randn(1, 3, height, width)},
-            interpolate_pos_encoding=True,
-        )
+    with attached(model, look("vision_tower", "received_attention")), interpolated_positions(model):
+        run(model, {"input_ids": ids, "pixel_values": torch.randn(1, 3, height, width)})
     assert [signals.columns for signals in SEEN] == [columns]
 
 
