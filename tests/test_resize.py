@@ -134,6 +134,14 @@ def test_a_chat_template_goes_the_same_way(family: str) -> None:
     assert torch.equal(*map(torch.as_tensor, texts))
 
 
+@pytest.mark.parametrize("mode", ["P", "1"])
+def test_pictures_with_a_palette_are_resized_in_their_colours(mode: str) -> None:
+    """Indices into a palette cannot be averaged: PIL takes the nearest pixel instead, whatever it is asked for."""
+    small, image = resized(processor_of("qwen2_vl"), 0.5), LARGE.convert(mode)
+    found, expected = (made(small, "qwen2_vl", picture)["pixel_values"] for picture in (image, image.convert("RGB")))
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
 @every_family
 def test_each_of_several_pictures_is_as_alone_or_refused(family: str) -> None:
     """Where the number of tiles is a setting of the call, pictures that want another do not get what fits the first."""

@@ -145,7 +145,11 @@ class _Resizer:
         plan = self.plan(images.height, images.width)
         plans.append(plan)
         height, width = plan.size
-        return images if images.size == (width, height) else images.resize((width, height), Image.Resampling.BICUBIC)
+        if images.size == (width, height):
+            return images
+        if images.mode in ("1", "P"):  # of which PIL would take the nearest pixel
+            images = images.convert("RGB")
+        return images.resize((width, height), Image.Resampling.BICUBIC)
 
 
 class _Resized:
