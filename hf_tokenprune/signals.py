@@ -243,7 +243,8 @@ class TextRows:
 
     Attributes:
         rows: "last" token of the sample; all "text" behind its last image; of that the "question", which is what is no
-            special token (where nothing is left, of all text); or "all" tokens that are of no image.
+            special token (where nothing is left, of all text); or "all" tokens that are of no image. Of a sample that
+            ends with an image its last token is the "text" too, and there is no "question".
         layer: the attention of the stage's "own" layer, or of the "next" one (on what leaves this one).
     """
 

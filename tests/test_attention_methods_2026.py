@@ -309,9 +309,11 @@ def test_stages_of_sparsevlm_are_the_programs_and_scale_with_depth() -> None:
     assert plan(2) == {0: 118}, "stages that meet leave what the last one leaves"
 
 
+@pytest.mark.parametrize("size", [1, 15], ids=["of-size-1", "of-the-size-of-hidden-states"])
 @pytest.mark.parametrize(("num_clusters", "num_tokens"), [(1, 1), (1, 4), (3, 9), (6, 40), (12, 12)])
-def test_clusters_follow_their_rule(num_clusters: int, num_tokens: int) -> None:
-    states = rand(3, num_tokens, 6)
+def test_clusters_follow_their_rule(num_clusters: int, num_tokens: int, size: int) -> None:
+    """Float32 has no number for the density of large states, nor does it take one."""
+    states = size * rand(3, num_tokens, 6)
     centres, merged = cluster_and_merge(states, num_clusters)
     for i in range(3):
         members = naive_clusters(states[i], num_clusters)

@@ -235,13 +235,14 @@ def test_naive_cen_of_tower_features(batch) -> None:
         assert order[row].tolist() == naive_max_min(naive_centred(scaled), 12, weight)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
-def test_naive_scope(batch, alpha: float) -> None:
-    order = scope(batch["features"], 12, batch["saliency"], alpha)
+@pytest.mark.parametrize(("alpha", "k"), [(0.5, 12), (1.0, 12), (2.0, 12), (30.0, 8)])
+def test_naive_scope(batch, alpha: float, k: int) -> None:
+    """Also where float32 has no number for the power of a saliency."""
+    order = scope(batch["features"], k, batch["saliency"], alpha)
     for row, features in enumerate(batch["features"]):
         cover = cosine_matrix(features)
         saliency = [float(value) ** alpha for value in batch["saliency"][row]]
-        assert order[row].tolist() == naive_coverage(cover, 12, saliency)
+        assert order[row].tolist() == naive_coverage(cover, k, saliency)
 
 
 def test_pure_coverage_takes_the_largest_gain(batch) -> None:
@@ -274,6 +275,18 @@ def test_naive_cdpruner(batch, theta: float) -> None:
         assert order[row].tolist() == naive_dpp(features, 12, weight)
         weight = [w * g for w, g in zip(weight, brought_to_one(naive_consistency(features)), strict=True)]
         assert centred[row].tolist() == naive_dpp(naive_centred(features), 12, weight)
+
+
+def test_much_relevance_is_no_overflow(batch) -> None:
+    """Of exp(99 / 2), the weight of the most relevant token, float32 has no square."""
+    relevance = relevance_to(batch["text"], batch["mask"], batch["features"])
+    order = cdpruner(batch["features"], 5, relevance, 0.99)
+    for row, features in enumerate(batch["features"]):
+        scale = brought_to_one(naive_relevance(features, text_of(batch, row)))
+        assert order[row].tolist() == naive_dpp(features, 5, [math.exp(99 / 2 * r) for r in scale])
+    nearly = cdpruner(batch["features"], 40, relevance, math.nextafter(1, 0))
+    assert torch.equal(nearly[:, 0], relevance.argmax(1))
+    check(nearly, 3, 40, 40)
 
 
 # -- what the methods claim --------------------------------------------------------------------------------------------
@@ -585,9 +598,11 @@ def test_counts_at_either_place(config: PruneConfig, place: int, kept: int) -> N
         (lambda: ScopeConfig(alpha=0), r"alpha=0\.0.*saliency='none'"),
         (lambda: ScopeConfig(alpha=2, saliency="none"), r"alpha=2\.0.*no effect with saliency='none'"),
         (lambda: ScopeConfig(saliency="cls"), r"saliency='cls'.*'attention' or 'none'"),
-        (lambda: MMTokConfig(tau_text=0), r"tau_text=0\.0.*tau_text > 0"),
-        (lambda: MMTokConfig(tau_image=-1), r"tau_image=-1\.0.*tau_image > 0"),
-        (lambda: MMTokConfig(alpha=0), r"alpha=0\.0.*alpha > 0"),
+        (lambda: MMTokConfig(tau_text=0), r"tau_text=0\.0.*0\.001 <= tau_text <= 1000"),
+        (lambda: MMTokConfig(tau_image=-1), r"tau_image=-1\.0.*0\.001 <= tau_image <= 1000"),
+        (lambda: MMTokConfig(tau_image=1e-40), r"tau_image=1e-40.*0\.001 <= tau_image <= 1000"),
+        (lambda: MMTokConfig(alpha=0), r"alpha=0\.0.*0\.001 <= alpha <= 1000"),
+        (lambda: MMTokConfig(alpha=1e308), r"alpha=1e\+308.*0\.001 <= alpha <= 1000"),
         (lambda: MMTokConfig(text="last"), r"text='last'.*'question' or 'all'"),
         (lambda: CDPrunerConfig(theta=0), r"theta=0\.0.*relevance='none'"),
         (lambda: CDPrunerConfig(theta=1.5), r"theta=1\.5.*0 < theta <= 1"),

@@ -9,8 +9,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_tokenprune import prune, record
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.errors import PruneStateError
 
-from .decoder_families import CASES, ONCE, Case, Inputs, image_features, lengths, places, run, sample, tiny_vlm
+from .decoder_families import CASES, ONCE, Case, Inputs, collate, image_features, lengths, places, run, sample, tiny_vlm
 from .test_contract_decoders import ONE_IMAGE, id_of
 
 IN_DECODER = [case for case in CASES if "vision_tower" not in places(case)]
@@ -36,6 +37,32 @@ def test_autocast_does_not_change_what_is_kept_of_the_same_features(case: Case) 
             run(model, inputs)
         kept.append(rec.kept["entrance"].tolist())
     assert kept[0] == kept[1]
+
+
+def with_an_overflow(model: PreTrainedModel) -> tuple[list[Inputs], Inputs]:
+    """Two prompts, and a batch of them in which the first image is NaN."""
+    prompts = [sample(model, ONE_IMAGE, 1), sample(model, "..I....", 2)]
+    overflown = {**prompts[0], "pixel_values": torch.full_like(prompts[0]["pixel_values"], torch.nan)}
+    return prompts, collate([overflown, prompts[1]])
+
+
+@pytest.mark.parametrize("case", IN_DECODER, ids=str)
+def test_a_sample_that_overflowed_leaves_the_others_alone(case: Case) -> None:
+    model = tiny_vlm("llava")
+    prompts, batch = with_an_overflow(model)
+    prune(model, case.config(model))
+    expected = run(model, collate(prompts)).logits[1]
+    assert torch.equal(run(model, batch).logits[1], expected)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "vision_tower" in places(case)], ids=str)
+def test_features_that_overflowed_are_no_tokens_that_left(case: Case) -> None:
+    """Both are NaN. A dense model says so by its logits; one that lost the whole image would answer without it."""
+    model = tiny_vlm("llava")
+    _, batch = with_an_overflow(model)
+    prune(model, case.config(model))
+    with pytest.raises(PruneStateError, match=r"no token left .* NaN"):
+        run(model, batch)
 
 
 @pytest.mark.parametrize("pair", ONCE, ids=id_of)

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from hf_tokenprune import DivPruneConfig, FastVConfig, UnsupportedModelError, prune
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
+from hf_tokenprune.evaluation.resize import interpolated_positions
 from hf_tokenprune.registry import get_adapter
 from hf_tokenprune.signals import Reduction, Signals, Stage, TextRows
 
@@ -30,7 +31,7 @@ from .decoder_families import (
     sample,
     tiny_vlm,
 )
-from .decoder_visuals import SPECIAL, Inputs
+from .decoder_visuals import IMAGE, SPECIAL, Inputs
 from .test_tower_choices import MERGING, Watched
 from .test_tower_choices import SEEN as WATCHED
 
@@ -139,6 +140,18 @@ def test_a_question_of_special_tokens_alone_is_all_of_them() -> None:
     with attached(model, look("entrance", "text", rows="question")):
         run(model, inputs)
     assert shown(SEEN[0], 0).shape[0] == 2
+
+
+def test_a_prompt_that_ends_with_an_image_has_no_question() -> None:
+    """Its last image token is none, beside a sample that has one too."""
+    model = tiny_vlm("llava")
+    prompts = [sample(model, "...I", seed=1), sample(model, ".I...", seed=2)]
+    for batch in ([prompts[0]], prompts):
+        SEEN.clear()
+        with attached(model, look("entrance", "text", rows="question")):
+            run(model, collate(batch))
+        shown_rows = [len(shown(signals, row)) for signals in SEEN for row in range(len(signals.tokens))]
+        assert shown_rows == [0, 3][: len(batch)]
 
 
 def test_text_of_packed_samples_is_their_own() -> None:
@@ -320,6 +333,17 @@ def test_columns_of_the_grid(family: str) -> None:
     for signals in SEEN:
         patches = signals.tokens.shape[1] - signals.num_protected
         assert signals.columns is not None and patches % signals.columns == 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 28), (28, 20), (8, 32), (23, 31)])
+def test_columns_of_an_image_that_is_not_square(height: int, width: int) -> None:
+    """As a tower that interpolates its positions takes it."""
+    model = tiny_vlm("llava")
+    rows, columns = height // 4, width // 4
+    ids = torch.tensor([[5, *(rows * columns * [IMAGE]), 6]])
+    with attached(model, look("vision_tower", "received_attention")), interpolated_positions(model):
+        run(model, {"input_ids": ids, "pixel_values": torch.randn(1, 3, height, width)})
+    assert [signals.columns for signals in SEEN] == [columns]
 
 
 @pytest.mark.parametrize("block", [-1, 2, 7])

@@ -134,6 +134,14 @@ def test_a_chat_template_goes_the_same_way(family: str) -> None:
     assert torch.equal(*map(torch.as_tensor, texts))
 
 
+@pytest.mark.parametrize("mode", ["P", "1"])
+def test_pictures_with_a_palette_are_resized_in_their_colours(mode: str) -> None:
+    """Indices into a palette cannot be averaged: PIL takes the nearest pixel instead, whatever it is asked for."""
+    small, image = resized(processor_of("qwen2_vl"), 0.5), LARGE.convert(mode)
+    found, expected = (made(small, "qwen2_vl", picture)["pixel_values"] for picture in (image, image.convert("RGB")))
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
 @every_family
 def test_each_of_several_pictures_is_as_alone_or_refused(family: str) -> None:
     """Where the number of tiles is a setting of the call, pictures that want another do not get what fits the first."""
@@ -207,6 +215,13 @@ def test_sizes_of_an_encoder(processor: Any, sizes: tuple[int, int], ratio: floa
             }
         )
         assert torch.equal(pixels, by_hand(images=WIDE, return_tensors="pt")["pixel_values"])
+
+
+@pytest.mark.parametrize("side", range(1, 14))
+def test_a_ratio_that_is_a_count_over_all_gives_that_count(side: int) -> None:
+    """8 · 8 / 196 · 196 is less than 64 in floating point."""
+    small = resized(ViTImageProcessorPil(size={"height": 224, "width": 224}), side**2 / 14**2, patch_size=16)
+    assert small.plan(100, 100)[:2] == (196, side**2)
 
 
 def test_sizes_that_are_not_square() -> None:

@@ -11,10 +11,25 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_tokenprune import prune, record
 from hf_tokenprune.adapters.decoder._cache import CACHE_NAME
 
-from .decoder_families import DEPTH, ONCE_WITH_KEYS, Case, Inputs, adapter_of, collate, lengths, run, sample, tiny_vlm
+from .decoder_families import (
+    DEPTH,
+    ONCE_WITH_KEYS,
+    SUPPORTED,
+    Case,
+    Inputs,
+    adapter_of,
+    collate,
+    lengths,
+    places,
+    run,
+    sample,
+    tiny_vlm,
+)
 from .test_contract_decoders import ONE_IMAGE, id_of
 from .test_packed_samples import packed
 from .two_devices import CPU, FIRST, SECOND, Devices, device_of, put, spread
+
+IN_TOWER = [pair for pair in SUPPORTED if places(pair[1]) == {"vision_tower"}]
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +38,9 @@ def devices() -> Iterator[None]:
     assert device_of(torch.ones(1)) == CPU, "no test leaves the mode on"
 
 
-def over_two(model: PreTrainedModel, first_of_second: int) -> PreTrainedModel:
-    """The model as accelerate spreads it: from this layer on the decoder, and the head, are on the second device."""
+def over_two(model: PreTrainedModel, first_of_second: int, connector: str = "") -> PreTrainedModel:
+    """The model as accelerate spreads it: from this layer on the decoder, and the head, are on the second device, and
+    the part of this name, if any."""
     adapter = adapter_of(model)
     inner = adapter.inner(model)
     decoder = adapter.decoder(inner)
@@ -35,7 +51,8 @@ def over_two(model: PreTrainedModel, first_of_second: int) -> PreTrainedModel:
         spread(part, FIRST)
     for i, layer in enumerate(decoder.layers):
         spread(layer, FIRST if i < first_of_second else SECOND)
-    for part in (decoder.norm, model.lm_head):
+    behind = [inner.get_submodule(connector)] if connector else []
+    for part in (decoder.norm, model.lm_head, *behind):
         spread(part, SECOND)
     return model
 
@@ -99,6 +116,21 @@ def test_a_packed_row_over_two_devices(pair: tuple[str, Case]) -> None:
         found = run(model, on_first(row), use_cache=False, output_hidden_states=True)
     for name in ("logits", "hidden_states"):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pair", IN_TOWER, ids=id_of)
+def test_a_projector_on_another_device_than_the_tower(pair: tuple[str, Case]) -> None:
+    """As where a device is full behind the last block of the tower."""
+    family, case = pair
+    model = tiny_vlm(family)
+    model.set_experts_implementation("eager")  # a grouped product asks CUDA what it can do
+    inputs = sample(model, ONE_IMAGE)
+    prune(model, case.config(model))
+    expected = run(model, inputs).logits
+    over_two(model, 0, adapter_of(model).connector_name)
+    with Devices():
+        found = run(model, on_first(inputs)).logits
+    torch.testing.assert_close(found, put(expected, SECOND), rtol=0, atol=0)
 
 
 def test_the_emulation_tells_devices_apart() -> None:

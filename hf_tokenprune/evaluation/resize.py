@@ -26,6 +26,9 @@ from hf_tokenprune.errors import TokenPruneError
 STEPS = 256
 """A picture is made smaller in steps of this part of its sides: finer than patches, up to 3584 pixels of 14."""
 
+ROUNDING = 1e-6
+"""Of a count of tokens that a ratio was made from."""
+
 Count = Callable[[Any, int, int], int]
 
 
@@ -116,7 +119,7 @@ class _Resizer:
         if (height, width) not in self.plans:
             usual = self.count(self.processor, height, width)
             every = list(self._every_plan(height, width, usual))
-            few = [plan for plan in every if plan.kept <= self.keep_ratio * usual]
+            few = [plan for plan in every if plan.kept <= self.keep_ratio * usual + ROUNDING]
             if not few:
                 least = min(plan.kept for plan in every)
                 enough = -(-1000 * least // usual) / 1000  # rounded up, so that it is
@@ -143,7 +146,11 @@ class _Resizer:
         plan = self.plan(images.height, images.width)
         plans.append(plan)
         height, width = plan.size
-        return images if images.size == (width, height) else images.resize((width, height), Image.Resampling.BICUBIC)
+        if images.size == (width, height):
+            return images
+        if images.mode in ("1", "P"):  # of which PIL would take the nearest pixel
+            images = images.convert("RGB")
+        return images.resize((width, height), Image.Resampling.BICUBIC)
 
 
 class _Resized:
@@ -206,7 +213,7 @@ def _ways(processor: Any, keep_ratio: float, patch_size: int | tuple[int, int] |
     """How tokens are counted, and what can be done, from most tokens to fewest. What it is made for comes first."""
     pictures = getattr(processor, "image_processor", processor)
     if most := getattr(pictures, "max_num_patches", None):
-        return _most_patches, [Choice({}), Choice({"max_num_patches": max(1, int(keep_ratio * most))})]
+        return _most_patches, [Choice({}), Choice({"max_num_patches": max(1, int(keep_ratio * most + ROUNDING))})]
     size = getattr(pictures, "size", None)
     if size is None:
         raise TokenPruneError(f"{type(pictures).__name__} has no size to change; give a processor of images")

@@ -117,7 +117,8 @@ def cdpruner(
     weight = features.new_ones(features.shape[:2], dtype=torch.float32)
     if relevance is not None:
         relevance = min_max(relevance.float())
-        weight = relevance if theta == 1 else torch.exp(theta / (2 * (1 - theta)) * relevance)
+        # Relative to the greatest weight: of large ones float32 has no square.
+        weight = relevance if theta == 1 else torch.exp(theta / (2 * (1 - theta)) * (relevance - 1))
     if centre:
         weight = weight * min_max(global_consistency(features))
         features = centred(features)

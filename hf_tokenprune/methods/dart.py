@@ -146,7 +146,7 @@ def dart(
     unit = F.normalize(gather_tokens(pivots, order).float(), dim=-1)
     likeness = unit @ F.normalize(tokens.float(), dim=-1).mT  # (B, p, N)
     likeness.scatter_(2, of_image.unsqueeze(1).expand(-1, order.shape[1], -1), math.inf)  # chosen already
-    rows, num_pivots = torch.arange(batch, device=tokens.device), (pivot_norms > -math.inf).sum(1)
+    rows, num_pivots = torch.arange(batch, device=tokens.device), (pivot_norms != -math.inf).sum(1)
     chosen = [of_image]
     for turn in range(n_keep - of_image.shape[1]):
         token = likeness[rows, turn % num_pivots].argmin(1)

@@ -18,6 +18,9 @@ from ..signals import DecoderShape, Reduction, Signals, Stage, TextRows
 from .decoderwise import RatioConfig, RatioStage
 from .similarity import cosines, maximize_coverage, unit
 
+SCALES = (1e-3, 1000)
+"""Temperatures and weights outside are mistakes: all that is covered would be rounding, or more than float32 holds."""
+
 
 @register_method("mmtok")
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class MMTokConfig(RatioConfig):
     def validate(self) -> None:
         super().validate()
         for name in ("tau_text", "tau_image", "alpha"):
-            self.check(getattr(self, name) > 0, name, f"{name} > 0")
+            low, high = SCALES
+            self.check(low <= getattr(self, name) <= high, name, f"{low} <= {name} <= {high}")
 
     def stages_for(self, shape: DecoderShape) -> tuple[Stage, ...]:
         shared = {"budget": self.budget, **self.shared(shape)}

@@ -87,5 +87,8 @@ def scope(features: Tensor, n_keep: int, saliency: Tensor | None = None, alpha: 
     Raises:
         TokenPruneError: ``n_keep`` is out of range.
     """
-    factor = None if saliency is None else saliency.float().clamp_min(1e-12) ** alpha
+    factor = None
+    if saliency is not None:  # of the greatest, so that no power of it leaves float32
+        saliency = saliency.float().clamp_min(1e-12)
+        factor = (saliency / saliency.amax(1, keepdim=True)).pow(alpha).clamp_min(1e-30)
     return maximize_coverage(cosines(features), n_keep, factor)

@@ -182,11 +182,11 @@ def cluster_and_merge(states: Tensor, num_clusters: int) -> tuple[Tensor, Tensor
     exact = states.float()
     distance = torch.cdist(exact, exact) / states.shape[2] ** 0.5
     nearest = distance.topk(min(NEIGHBOURS, states.shape[1]), largest=False).values
-    density = nearest.square().mean(-1).neg().exp()
+    density = nearest.square().mean(-1).neg()  # its logarithm: float32 has no number for that of large states
     denser = density.unsqueeze(1) > density.unsqueeze(2)  # (B, m, m): is that one denser than this?
     farthest = distance.amax((1, 2), keepdim=True)
     apart = torch.where(denser, distance, farthest).amin(2)
-    centres = stable_order(density * apart, descending=True)[:, :num_clusters]
+    centres = stable_order(density + apart.log(), descending=True)[:, :num_clusters]
     to_centres = distance.gather(2, centres.unsqueeze(1).expand(-1, states.shape[1], -1))
     numbers = torch.arange(num_clusters, device=states.device).expand_as(centres)
     cluster = to_centres.argmin(2).scatter(1, centres, numbers)  # a centre is in its own, and in no equal token's

@@ -229,7 +229,13 @@ def read_marks(valid: Tensor | None, embeds: Tensor, images: Images, in_tower: b
 
 
 def check_marks(tower: Stage, told: list[ImageTokens], layout: Layout) -> None:
-    """Raise PruneStateError where no image has lost anything in the tower although one is long enough to."""
+    """Raise PruneStateError where no image has lost anything in the tower although one is long enough to, or an image
+    has lost all."""
+    if any(0 in images for images in layout.images):
+        raise PruneStateError(
+            "an image has no token left behind the vision tower: its features are NaN, as where half precision "
+            "overflows or pixel_values are not finite. Load the model in bfloat16 or float32, or check the pixels"
+        )
     whole = sum(image.length - len(image.newlines) for image in told)
     parts = {image.length // image.parts for image in told}
     if sum(map(sum, layout.images)) == whole and any(tower.num_kept(length) < length for length in parts):

@@ -73,8 +73,9 @@ def text_rows(
         place = torch.where(words, torch.arange(length, device=device), -1)
         index = place.sort(dim=1).values[:, -num_rows:]
         return Text(index.clamp(min=0), index >= 0)
-    behind = [max(tail - proposed, 1) for tail in layout.tail]
-    num_rows = 1 if which == "last" else max(behind)
+    least = 0 if which == "question" else 1
+    behind = [max(tail - proposed, least) for tail in layout.tail]
+    num_rows = 1 if which == "last" else max(1, *behind)
     distance = torch.arange(num_rows, 0, -1, device=device)
     mask = distance <= torch.tensor(behind, device=device)[:, None]
     index = (length - distance).expand(len(behind), -1)

@@ -16,7 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,6 @@ HAS_CLS = {
     "vit": True,
 }
 """Vision towers whose blocks are known, by ``model_type``, and whether token 0 is a CLS token."""
-
-
-BY_POSITION = ("hidden_states", "grid_thw")
-"""What the first arguments of towers are called where they are told the grids of their images."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,9 @@ class Choice:
 
     stage: Stage
 
+    by_position: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    """What the first arguments of the tower are called."""
+
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         capture = CURRENT.get()
         CURRENT.set(None)
@@ -110,7 +109,7 @@ class Choice:
             )
         if output is not None:
             assert capture is not None
-            call = {**dict(zip(BY_POSITION, args, strict=False)), **kwargs}
+            call = {**dict(zip(self.by_position, args, strict=False)), **kwargs}
             with torch.autocast(output.last_hidden_state.device.type, enabled=False):
                 self.choose(capture, call, output)
 
@@ -159,7 +158,8 @@ class ChooseStates(Choice):
             found["tower_features"] = patches.detach().float().mean(2)
         capture.found = [found]
         signals = capture.signals(tokens, tokens, first, self.has_cls)
-        tokens = self.marked(replace(signals, columns=math.isqrt(patches.shape[1])))
+        height, width = call["pixel_values"].shape[-2:]
+        tokens = self.marked(replace(signals, columns=round(math.sqrt(patches.shape[1] * width / height))))
         patches = self.squares.join(tokens[:, first:].unflatten(2, (side**2, -1)))
         states = torch.cat([tokens[:, :first, : selected.shape[2]], patches], 1)
         if self.layer is None:
@@ -182,6 +182,8 @@ class ChooseMerged(Choice):
             (n,) int64; None: in the same order.
     """
 
+    by_position: ClassVar = ("hidden_states", "grid_thw")
+
     squares: Squares
     raster: Callable[[dict[str, Any]], Tensor] | None = None
 
@@ -194,7 +196,7 @@ class ChooseMerged(Choice):
         packed = {name: torch.cat(pieces, 2) for name, pieces in pieces_of.items()}
         signals = {name: of_tokens.to(features.device) for name, of_tokens in self.squares.of_signals(packed).items()}
         if "tower_features" in self.stage.needs:
-            patches = output.last_hidden_state.detach().float()
+            patches = output.last_hidden_state.detach().to(features.device).float()  # from in front of the merger
             signals["tower_features"] = patches.unflatten(0, (len(features), -1)).mean(1)[None, None]
         if self.raster is not None:
             order = self.raster(call).to(features.device)
