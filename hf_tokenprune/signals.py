@@ -145,10 +145,8 @@ class Signals:
         layer_scores: decoders: (B, K, N) float32, what ``Stage.observe`` returned in the layers ``Stage.observes``.
         tower_features: vision towers of decoders: (B, N, D') the states that the projector or merger reads of each
             token, averaged over its patches.
-        earlier_attention: vision towers of decoders: (B, H, P + N) float32, ``received_attention`` of the block
-            ``Stage.earlier_block``.
-        text: decoders: (B, R, D) the states (at the entrance: embeddings) of the same rows of text as in
-            ``text_attention``.
+        earlier_attention: of decoders: (B, H, P + N), ``received_attention`` of the block ``Stage.earlier_block``.
+        text: decoders: (B, R, D) states, at the entrance embeddings, of the same rows as in ``text_attention``.
         text_keys: decoders: (B, H', R, d) keys of these rows in the attention that ``Stage.text_rows`` names, rotated
             by positions counted from the sample's first token; ``keys`` (B, H', N, d) are those of the image tokens.
         text_scores: decoders: (B, R) float32, what ``Stage.rate_text`` returned at the entrance.
