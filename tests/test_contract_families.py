@@ -412,9 +412,9 @@ def test_scores_are_made_in_float32(family, config, precision: str, monkeypatch)
     stock_store, stock_signals = Capture.store, Capture.signals
     used: dict[Capture, tuple[torch.Tensor, torch.Tensor, float]] = {}
 
-    def store(self: Capture, queries, keys, values, scaling) -> None:
+    def store(self: Capture, queries, keys, values, scaling, needs=None) -> None:
         used[self] = queries, keys, scaling
-        stock_store(self, queries, keys, values, scaling)
+        stock_store(self, queries, keys, values, scaling, needs)
 
     def signals(self: Capture, *args: Any) -> Signals:
         watched.append((self, stock_signals(self, *args)))

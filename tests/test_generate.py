@@ -87,7 +87,7 @@ class Pruned:
 
 def guided(stages: tuple[Stage, ...]) -> bool:
     """Whether text has a say in what is kept."""
-    return any(stage.needs & {"text_attention", "layer_scores"} for stage in stages)
+    return any(stage.reads_question or "layer_scores" in stage.needs for stage in stages)
 
 
 def pruned_pair(family: str, case: Case, text: str | None = None, **fields: Any) -> Pruned:
@@ -297,7 +297,13 @@ def test_several_turns_with_one_cache(pair, second) -> None:
     close(torch.cat(output.logits), logits)
 
 
-@each_once
+def reads_all_text(family: str, case: Case) -> bool:
+    """Whether text in front of the image has a say, of which the cache has keys alone."""
+    stages = stages_of(built(family), case.config(built(family)))
+    return any(stage.text_rows is not None and stage.text_rows.rows == "all" for stage in stages)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in ONCE if not reads_all_text(*pair)], ids=id_of)
 def test_a_cached_text_in_front(pair) -> None:
     """A system prompt whose keys are kept and used for a prompt with an image."""
     two = pruned_pair(*pair)

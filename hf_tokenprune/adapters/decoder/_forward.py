@@ -198,7 +198,8 @@ class Forward:
         if "text_attention" in stage.needs:
             text = replace(text, attention=self.text_attention(text, block, layer, normed, rotary))
         if "keys" in stage.needs:
-            rotary = self.view(len(self.views) - 1, normed.device).rotary_from_start(self.decoder, normed, rotary)
+            if not self.seen:  # else counting goes on from what came before
+                rotary = self.view(len(self.views) - 1, normed.device).rotary_from_start(self.decoder, normed, rotary)
             text = replace(text, keys=all_keys(block.self_attn, normed, rotary))
         return text
 

@@ -96,6 +96,9 @@ class Choice:
 
     stage: Stage
 
+    chooses_tokens: ClassVar[bool] = True
+    """What an adapter of the tower by itself knows this hook by."""
+
     by_position: ClassVar[tuple[str, ...]] = ("pixel_values",)
     """What the first arguments of the tower are called."""
 

@@ -20,6 +20,11 @@ from .._swap import check_swappable, swap_class
 from ._block import BlockState, PrunedVisionBlock, Recorder
 from ._carry import RestoreStates, StartCarry, check_bias
 
+READ = (
+    "is read by the method that prunes the model around it; call unprune on that model first, or prune it with a "
+    "method that works in the decoder, such as divprune"
+)
+
 
 class VisionAdapter:
     """Base of the adapters of vision encoders. One instance serves all models of its family."""
@@ -105,11 +110,9 @@ class VisionAdapter:
         for index, block in enumerate(self.blocks(model)):
             check_swappable(block, self.block_class.stock_class, f"block {index}")
             if is_captured(self.attention(block)):
-                raise UnsupportedModelError(
-                    f"the attention of block {index} is read by the method that prunes the model around this encoder; "
-                    "call unprune on that model first, or prune it with a method that works in the decoder, such as "
-                    "divprune"
-                )
+                raise UnsupportedModelError(f"the attention of block {index} {READ}")
+        if any(getattr(hook, "chooses_tokens", False) for hook in model._forward_hooks.values()):
+            raise UnsupportedModelError(f"the output of this encoder {READ}")
 
     def attach(
         self,
