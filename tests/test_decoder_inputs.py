@@ -444,3 +444,14 @@ def test_a_budget_for_what_is_refused_is_refused() -> None:
     """Layers that are recurrent have no attention to read: no config for it either."""
     with pytest.raises(UnsupportedModelError, match=r"linear_attention.*divprune"):
         FastVConfig(layer=2).for_budget(tiny_vlm("qwen3_5"), keep=0.5)
+
+
+@pytest.mark.parametrize("case", [Case("divprune"), Case("fastv")], ids=str)
+def test_positions_of_other_tokens_are_refused(case: Case) -> None:
+    """A dense model raises too. What stays here would be rotated by the positions of what stood in front."""
+    model, inputs = ready("llava", case)
+    length = inputs["input_ids"].shape[1]
+    for wrong in (length - 1, length + 3):
+        with pytest.raises(UnsupportedModelError, match=rf"position_ids of {wrong} tokens for {length} "):
+            run(model, inputs, position_ids=torch.arange(wrong)[None])
+    assert run(model, inputs, position_ids=torch.arange(length)[None]).logits.isfinite().all()

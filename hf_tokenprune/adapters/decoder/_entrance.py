@@ -127,6 +127,11 @@ def begin(decoder: Any, starts: list[int], tokens: Tensor, kwargs: dict[str, Any
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(seen, seen + length, device=device).unsqueeze(0)
+    elif positions.shape[-1] != length:
+        raise UnsupportedModelError(
+            f"position_ids of {positions.shape[-1]} tokens for {length} that came in: a pruned model cannot tell whose "
+            "they are. Pass those of the new tokens, as generate does"
+        )
     positions = positions.to(device).expand(*positions.shape[:-2], batch, -1)
     valid = None if mask is None else mask[:, -length:]
     slots = torch.arange(length, device=device).expand(batch, -1)
