@@ -7,7 +7,7 @@ some test, each test function meets each method, and each model class; what is l
 
 Families whose adapters are one and the same count as one beside a test function: each still meets each method. Methods
 for decoders that read the same in the same place, which is all that adapters know of them, count as one beside
-everything but families: each still meets each family.
+everything: each is in some test, and one of them meets each family. In the whole product each meets each family.
 """
 
 from collections import defaultdict
@@ -39,19 +39,17 @@ def covering(
     Args:
         tests: the function comes first.
         kinds: what values stand for beside a function; None, or not among them: for themselves.
-        alike: what values stand for beside a function, and beside all values that are not in ``kinds``.
+        alike: what values stand for beside any other; each of them is in some test.
     """
     kinds, alike = kinds or {}, alike or {}
-
-    def beside(factor: Factor, other: Factor) -> Factor:
-        name, value = factor
-        return factor if other[1] in kinds else (name, alike.get(value, value))
-
-    chosen, seen = [], set()
+    beside_functions = {**kinds, **alike}
+    chosen: list[int] = []
+    seen: set[Any] = set()
     for test in diagonally(tests):
         function, *parameters = tests[test]
-        pairs = {(beside(a, b), beside(b, a)) for a, b in combinations(sorted(parameters), 2)}
-        pairs |= {(function, (name, {**kinds, **alike}.get(value, value))) for name, value in parameters}
+        pairs: set[Any] = set(combinations(sorted((name, alike.get(value, value)) for name, value in parameters), 2))
+        pairs |= {(function, (name, beside_functions.get(value, value))) for name, value in parameters}
+        pairs |= set(parameters)
         if not pairs or not pairs <= seen:
             seen |= pairs
             chosen.append(test)

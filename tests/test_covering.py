@@ -48,8 +48,7 @@ def test_values_of_one_kind_are_one_beside_a_function_alone() -> None:
     assert len(chosen) <= len(covering(tests))
 
 
-def test_values_that_are_alike_meet_each_value_that_has_a_kind() -> None:
-    """Methods of one place meet each family, and one of them each place, function and whatever else there is."""
+def test_one_of_the_values_that_are_alike_meets_each_other_and_each_is_in_a_test() -> None:
     tests = [
         factors_of(f"test_{number}", {"pair": (family, method), "where": where})
         for number in range(6)
@@ -57,9 +56,14 @@ def test_values_that_are_alike_meet_each_value_that_has_a_kind() -> None:
     ]
     kinds, alike = dict.fromkeys(map(repr, AXES["family"]), "family"), {repr(m): "early" for m in "abc"}
     chosen = [tests[i] for i in covering(tests, kinds, alike)]
-    assert {tuple(test[1:3]) for test in chosen} == {tuple(test[1:3]) for test in tests}, "each method, each family"
-    met = {(function, alike.get(method[1], method)) for function, _, method, _ in chosen}
-    assert met == {(function, alike.get(method[1], method)) for function, _, method, _ in tests}
+    assert {factor for test in chosen for factor in test} == {factor for test in tests for factor in test}
+
+    def met(some: list) -> set:
+        return {(function, alike.get(method[1], method)) for function, _, method, _ in some} | {
+            (family, alike.get(method[1], method)) for _, family, method, _ in some
+        }
+
+    assert met(chosen) == met(tests)
     assert len(chosen) < len(covering(tests, kinds))
 
 
