@@ -105,12 +105,18 @@ def pages_with(wanted) -> list:
     return [pytest.param(page, id=name_of(page)) for page in PAGES if any(map(wanted, blocks(page)))]
 
 
+def in_a_process(pages: list) -> list:
+    """Those whose code takes seconds and is a few lines, slow: one page a method."""
+    slow = pytest.mark.slow
+    return [pytest.param(*p.values, id=p.id, marks=[slow] * (p.values[0].parent.name == "methods")) for p in pages]
+
+
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llava(tmp_path_factory.mktemp("llava"))
 
 
-@pytest.mark.parametrize("page", pages_with(lambda block: block.runs))
+@pytest.mark.parametrize("page", in_a_process(pages_with(lambda block: block.runs)))
 def test_code_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path, tiny_llava: Path) -> None:
     """In a process of its own: a page may register methods. Lines keep their numbers, so tracebacks fit the page."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")

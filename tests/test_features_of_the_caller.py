@@ -162,6 +162,7 @@ def right_or_refused(model: PreTrainedModel, inputs: Inputs) -> list[int]:
     return taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PROMPTS)
 @pytest.mark.parametrize("pair", PAIRS, ids=id_of)
 def test_pieces_of_a_prompt_are_right_or_refused(pair, parts) -> None:

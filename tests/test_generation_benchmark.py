@@ -52,6 +52,7 @@ def test_inputs_of_other_image_sizes(size: tuple[int, int]) -> None:
     assert run(model, inputs).logits.shape[1] == shape.image_tokens + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "case"), SUPPORTED, ids=str)
 def test_given_arm_drops_as_many_tokens_and_looks_at_none(family: str, case: Case) -> None:
     model = tiny_vlm(family)

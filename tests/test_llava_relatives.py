@@ -161,6 +161,7 @@ SEVERAL: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", [case for case in CASES if case.method != "cls_attention"], ids=str)
 def test_towers_at_another_size_are_the_reference(case, size) -> None:

@@ -233,6 +233,7 @@ def test_sizes_bias_the_attention_of_their_own_sample(monkeypatch: pytest.Monkey
 # -- restored patches ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", fitting(FAMILIES, [config_of(name, restore=True) for name in SCHEDULED]), ids=named)
 def test_every_patch_has_a_state_again(pair: Any) -> None:
     """One that just left has the state that the stock block gave it; the others are finite and as many as before."""

@@ -32,6 +32,7 @@ def wrapped(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("pair", ONCE, ids=id_of)
 def test_gradients_are_those_without_recomputing(pair: tuple[str, Case], reentrant: bool) -> None:

@@ -277,6 +277,7 @@ def test_a_search_stays_within_its_budget_and_is_no_worse_than_the_rule_where_it
     json.dumps(result.to_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_search_ends_as_an_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
     if strategy == "optuna":
@@ -300,6 +301,7 @@ def test_a_resumed_search_ends_as_an_uninterrupted_one(strategy: str, tmp_path: 
     assert run(strategy, journal=journal).measured == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["dynamic", "monte_carlo"])
 def test_fields_are_chosen_by_what_they_lead_to(strategy: str) -> None:
     whole, macs = model(), 0.7 * cost(model()).dense.macs
@@ -476,6 +478,7 @@ def test_a_sum_over_blocks_is_the_whole(config: PruneConfig, monkeypatch: pytest
     assert first_tensor(whole(images(1))).shape == (1, 5)
 
 
+@pytest.mark.slow
 def test_a_search_for_time_meets_its_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     count_time(monkeypatch)
     whole = model()

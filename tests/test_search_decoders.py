@@ -99,6 +99,7 @@ def searchable(family: str, case: Case, seed: int, text_tokens: int | None = Non
     return model, space, space.clamped(list(space.num_tokens - removed.cumsum()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "case"), ONCE, ids=str)
 def test_an_answer_is_measured_as_generate_would_run_it(family: str, case: Case) -> None:
     model, space, schedule = searchable(family, case, seed=0)
@@ -250,6 +251,7 @@ def test_every_method_is_searched_within_its_budget(case: Case) -> None:
     json.dumps(result.to_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_searched_within_its_budget(family: str) -> None:
     model = tiny_vlm(family)
@@ -260,6 +262,7 @@ def test_every_family_is_searched_within_its_budget(family: str) -> None:
     assert len(pruned_answers) == result.settings["inputs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "rule"])
 def test_a_stack_is_searched_with_every_strategy_and_resumed(strategy: str, tmp_path: Path) -> None:
     if strategy == "optuna":
@@ -296,6 +299,7 @@ def test_one_number_is_decided_by_the_budget() -> None:
     assert fastv.distortion == min(trial.distortion for trial in fastv.trials if trial.whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [PyramidDropConfig(), DivPruneConfig(keep_ratio=0.5), STACK], ids=lambda c: c.method)
 def test_a_search_for_time_meets_its_budget(config: PruneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     count_time(monkeypatch)

@@ -62,6 +62,7 @@ def runs_offloaded(family: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["prune first", "prune last"])
 @pytest.mark.parametrize(
     ("pair", "wrap"),
@@ -84,6 +85,7 @@ def test_weights_that_come_with_their_layer(
     assert rec.kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["prune first", "prune last"])
 @pytest.mark.parametrize("text", OF_TEXT)
 def test_sharded_layers_stay_sharded(text: str, order: str, process_group: None) -> None:

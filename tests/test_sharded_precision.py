@@ -38,6 +38,7 @@ def shard(model: nn.Module, dtype: torch.dtype) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ONCE, ids=id_of)
 def test_decoders(pair: tuple[str, Case]) -> None:
     """In training, with recomputed layers: of the model's own dtype bit for bit, and in half precision at all."""
