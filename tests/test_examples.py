@@ -170,7 +170,7 @@ def test_search_curve(tmp_path: Path) -> None:
 
 MAKES_THE_PACKAGE = (
     *("train_digits_vit.py", "train_mini_clip.py", "train_mini_llava.py", "recipe.py", "mosaic_sources.py"),
-    *("mini_llava_table.py", "make_presets.py"),
+    *("mini_llava_table.py", "make_presets.py", "decision_time.py"),
 )
 """Not to be copied by users, so they may be as long as they have to."""
 
