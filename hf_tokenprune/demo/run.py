@@ -44,7 +44,7 @@ BUDGET = 0.7
 vision-language model those of the prefill, with the vision tower's, which no method lowers."""
 FOR_EIGHT_LAYERS = {"transprune": {"accumulate_layers": (1, 2, 3, 4), "layers": (1, 2, 4)}}
 """Fields of methods that name layers, for the mini-LLaVA's decoder of 8."""
-MOSAICS = 40  # five questions each
+MOSAICS = 20  # five questions each
 SINGLES = 200
 CAPTION = 18  # pixels above a row of pictures
 
