@@ -2,6 +2,7 @@
 were: a later, ordinary call works. And odd inputs that they take."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -162,12 +163,14 @@ def test_embeddings_with_placeholders_are_taken(pair) -> None:
 
 @each_once
 def test_more_placeholders_than_features_are_an_error(pair) -> None:
-    """Stock Transformers checks this, and still does."""
+    """Whatever the installed Transformers says to this, it still says."""
     model, inputs = ready(*pair)
     image = is_image(inputs)[0].nonzero().flatten()
     ids = inputs["input_ids"].clone()
     ids[0, image[-1] + 1] = ids[0, image[-1]]
-    with refused(model, inputs, "(?i)image features and image tokens do not match|not divisible", Exception):
+    with pytest.raises(Exception) as stock:
+        run(tiny_vlm(pair[0]), {**inputs, "input_ids": ids})
+    with refused(model, inputs, re.escape(str(stock.value)), stock.type):
         run(model, {**inputs, "input_ids": ids})
 
 
