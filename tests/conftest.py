@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from .covering import covering, factors_of, kinds_of_families, kinds_of_methods, one_of_each
+from .covering import covering, factors_of, kinds_of_families, kinds_of_methods, one_of_each, places_of_methods
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, ten times as long on a busy machine
 
@@ -38,18 +38,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skips = {} if torch.cuda.is_available() else {"gpu": "no CUDA device"}
     if not config.getoption("--all"):
         skips["slow"] = "slow: run with --all"
-    skipped = []
+    skipped = set()
     for item in items:
         for mark in filter(item.get_closest_marker, skips):
             item.add_marker(pytest.mark.skip(reason=skips[mark]))
-            skipped.append(item)
-    run = [item for item in items if item not in set(skipped)]  # a test that is skipped covers nothing
+            skipped.add(item)
+    run = [item for item in items if item not in skipped]  # a test that is skipped covers nothing
     factors = [factors_of(*named(item)) for item in run]
     if config.getoption("--all"):
         numbers = one_of_each(factors, kinds_of_methods())
     else:
-        numbers = covering(factors, kinds_of_families(), kinds_of_methods())
-    chosen = {run[i] for i in numbers} | set(skipped)
+        numbers = covering(factors, {**kinds_of_families(), **places_of_methods()}, kinds_of_methods())
+    chosen = {run[i] for i in numbers} | skipped
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 

@@ -5,9 +5,9 @@ found so far needed one value, or two that meet. So a test is run only if it bri
 before it has brought together, where the function is a value like any other. Then each method meets each model class in
 some test, each test function meets each method, and each model class; what is left out are combinations of three.
 
-Families whose adapters are one and the same count as one beside a test function: each still meets each method. Methods
-for decoders that read the same in the same place, which is all that adapters know of them, count as one beside
-everything: each is in some test, and one of them meets each family. In the whole product each meets each family.
+Families whose adapters are one and the same count as one beside a test function, and so do methods for decoders that
+prune in the same place; each family still meets each method, in some test. There, methods that read the same in one
+place, which is all that adapters know of them, count as one. In the whole product each function meets all of these.
 """
 
 from collections import defaultdict
@@ -38,18 +38,25 @@ def covering(
 
     Args:
         tests: the function comes first.
-        kinds: what values stand for beside a function; None, or not among them: for themselves.
-        alike: what values stand for beside any other; each of them is in some test.
+        kinds: what values stand for beside a function, and beside values that are not among these. Their names do not
+            matter: two of these values that have met in one function have met.
+        alike: what values stand for beside the values of ``kinds``; each of them is in some test. None, or not among
+            them: for themselves.
     """
     kinds, alike = kinds or {}, alike or {}
-    beside_functions = {**kinds, **alike}
     chosen: list[int] = []
     seen: set[Any] = set()
+
+    def beside(factor: Factor, other: Factor) -> Factor:
+        name, value = factor
+        if value not in kinds:
+            return name, alike.get(value, value)
+        return "", alike.get(value, value) if other[1] in kinds else kinds[value]
+
     for test in diagonally(tests):
-        function, *parameters = tests[test]
-        pairs: set[Any] = set(combinations(sorted((name, alike.get(value, value)) for name, value in parameters), 2))
-        pairs |= {(function, (name, beside_functions.get(value, value))) for name, value in parameters}
-        pairs |= set(parameters)
+        met = combinations(tests[test], 2)
+        pairs: set[Any] = {frozenset((beside(one, other), beside(other, one))) for one, other in met}
+        pairs |= set(tests[test][1:])
         if not pairs or not pairs <= seen:
             seen |= pairs
             chosen.append(test)
@@ -101,6 +108,16 @@ def kinds_of_families() -> dict[str, str]:
     return {
         repr(name): next(each.__qualname__ for each in mro if any(is_own(*member) for member in vars(each).items()))
         for name, mro in classes.items()
+    }
+
+
+def places_of_methods() -> dict[str, str]:
+    """Where a method for decoders prunes, and whether it reads anything, by its case as :func:`factors_of` gives it."""
+    model = built("llava")
+    stages = {case: stages_of(model, case.config(model)) for case in CASES}
+    return {
+        repr(case): repr((sorted({stage.where for stage in of_case}), any(stage.needs for stage in of_case)))
+        for case, of_case in stages.items()
     }
 
 

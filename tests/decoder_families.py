@@ -1,10 +1,9 @@
 """Tiny random vision-language models of every registered family with a decoder, prompts with images for them, and a
 config of every method that fits their depth. Families, language models and methods all come from the registries."""
 
-import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -20,6 +19,7 @@ from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.signals import DecoderShape, Stage
 
 from . import decoder_visuals
+from .copies import copier
 from .decoder_prompts import collate as collate
 from .decoder_prompts import is_image as is_image
 from .decoder_prompts import sample as sample
@@ -40,6 +40,7 @@ KEY_VALUE_HEADS = {"llama": 4, "mistral": 1}
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def texts_of(family: str) -> list[str]:
     """The language models that a family can have and decoders are known for; the one of the stock config first."""
     stock = AutoConfig.for_model(family)
@@ -71,7 +72,12 @@ def tiny_vlm(family: str, text: str | None = None, *, attention: str = "sdpa", *
     """
     if overrides:
         return _build(family, text, attention, overrides)
-    return copy.deepcopy(built(family, text, attention))
+    return _copier(family, text, attention)()
+
+
+@functools.cache
+def _copier(family: str, text: str | None, attention: str) -> Callable[[], PreTrainedModel]:
+    return copier(built(family, text, attention))
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
@@ -17,6 +17,8 @@ from hf_tokenprune.engine import options, plan
 from hf_tokenprune.field_types import few_values, field_types
 from hf_tokenprune.registry import get_adapter, get_method
 from hf_tokenprune.signals import Shape
+
+from .copies import copier
 
 TINY = {
     "hidden_size": 32,
@@ -86,6 +88,19 @@ def supported_classes() -> list[tuple[str, type[PreTrainedModel]]]:
 
 def tiny_model(family: str, cls: type[PreTrainedModel], attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
     """A model with random weights whose attention is far from uniform, in eval mode."""
+    model = _copier(family, cls, attention, **overrides)()
+    torch.manual_seed(1)  # what a test draws next does not depend on whether the model was there already
+    return model
+
+
+@functools.cache
+def _copier(*args: Any, **overrides: Any) -> Callable[[], PreTrainedModel]:
+    return copier(built(*args, **overrides))
+
+
+@functools.cache
+def built(family: str, cls: type[PreTrainedModel], attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
+    """What :func:`tiny_model` copies: one model for all tests, to be looked at and never changed."""
     torch.manual_seed(1)
     fields, stock = {**TINY, **overrides}, AutoConfig.for_model(family)
     vision = getattr(stock, "vision_config", stock)
@@ -103,10 +118,6 @@ def tiny_model(family: str, cls: type[PreTrainedModel], attention: str = "sdpa",
             if ("q_proj" in name or "k_proj" in name) and parameter.std() < 0.05:  # SigLIP's are large already
                 parameter.mul_(8)
     return model
-
-
-built = functools.cache(tiny_model)
-"""One model for all tests, to be looked at and never changed."""
 
 
 def refused(model: PreTrainedModel, config: PruneConfig) -> bool:

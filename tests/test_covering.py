@@ -40,12 +40,38 @@ def test_values_of_one_kind_are_one_beside_a_function_alone() -> None:
         for number in range(6)
         for family, method in product(AXES["family"], AXES["method"])
     ]
-    kinds = {repr("u"): "one", repr("v"): "one"}
+    kinds = {repr(value): value for value in AXES["family"] + AXES["method"]} | {repr("u"): "one", repr("v"): "one"}
     chosen = [tests[i] for i in covering(tests, kinds)]
     assert {tuple(test[1:]) for test in chosen} == {tuple(test[1:]) for test in tests}, "each method meets each family"
-    met = {(test[0], kinds.get(test[1][1], test[1][1])) for test in chosen}
-    assert met == set(product({test[0] for test in tests}, ["one", *map(repr, AXES["family"][2:])]))
+    met = {(test[0], kinds[test[1][1]]) for test in chosen}
+    assert met == set(product({test[0] for test in tests}, ["one", *AXES["family"][2:]]))
     assert len(chosen) <= len(covering(tests))
+
+
+def test_values_of_one_kind_are_one_beside_what_a_function_adds_too() -> None:
+    """A further parameter makes variants of one test; it is no reason to try each family with each of them."""
+    tests = [
+        factors_of("test_it", {"pair": (family, method), "how": how})
+        for how, family, method in product("123", AXES["family"], AXES["method"])
+    ]
+    kinds = dict.fromkeys(map(repr, AXES["family"]), "family") | dict.fromkeys(map(repr, AXES["method"]), "method")
+    chosen = [tests[i] for i in covering(tests, kinds)]
+    assert {tuple(test[1:3]) for test in chosen} == {tuple(test[1:3]) for test in tests}, (
+        "each method meets each family"
+    )
+    assert len(chosen) <= 36 + 3
+    assert {test[3][1] for test in chosen} == {repr(how) for how in "123"}
+
+
+def test_values_that_have_met_under_other_names_have_met() -> None:
+    tests = [
+        [("function", name), (f"{name}.0", family), (f"{name}.1", method)]
+        for name in ("test_it", "test_that")
+        for family, method in product(AXES["family"], AXES["method"])
+    ]
+    kinds = dict.fromkeys(AXES["family"], "family") | dict.fromkeys(AXES["method"], "method")
+    chosen = [tests[i] for i in covering(tests, kinds)]
+    assert 36 <= len(chosen) < 36 * 2
 
 
 def test_one_of_the_values_that_are_alike_meets_each_other_and_each_is_in_a_test() -> None:

@@ -105,10 +105,12 @@ def pages_with(wanted) -> list:
     return [pytest.param(page, id=name_of(page)) for page in PAGES if any(map(wanted, blocks(page)))]
 
 
+QUICK = {"README.md", "docs/vision_language_models.md", "docs/file_format.md"}
+"""What a quick run shows of the pages: each starts a Python of its own, which takes seconds."""
+
+
 def in_a_process(pages: list) -> list:
-    """Those whose code takes seconds and is a few lines, slow: one page a method."""
-    slow = pytest.mark.slow
-    return [pytest.param(*p.values, id=p.id, marks=[slow] * (p.values[0].parent.name == "methods")) for p in pages]
+    return [pytest.param(*p.values, id=p.id, marks=[pytest.mark.slow] * (p.id not in QUICK)) for p in pages]
 
 
 @pytest.fixture(scope="session")
@@ -277,6 +279,7 @@ def python(*args: object, cwd: Path, path: Path = ROOT) -> subprocess.CompletedP
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_the_method_of_the_guide_keeps_the_contract(tmp_path: Path) -> None:
     guide = blocks(ROOT / "docs" / "add_a_method.md")[0]
     name = "received_attention"

@@ -55,6 +55,7 @@ def test_prune_vit(tmp_path: Path) -> None:
         assert picture.width > 4 * 224 and picture.height > 3 * 224
 
 
+@pytest.mark.slow
 def test_prune_vit_with_images_and_model_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for i in range(2):
@@ -64,6 +65,7 @@ def test_prune_vit_with_images_and_model_of_ones_own(tmp_path: Path) -> None:
     assert PruneConfig.from_pretrained(tmp_path / "prune_vit_output").method == "uniform"
 
 
+@pytest.mark.slow
 def test_trainer_eval(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     output = run("trainer_eval.py", "--limit", 40, "--out", tmp_path / "scores.json", cwd=tmp_path)
@@ -75,6 +77,7 @@ def test_trainer_eval(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"], "nothing is left behind"
 
 
+@pytest.mark.slow
 def test_share_on_hub_writes_and_does_not_upload(tmp_path: Path) -> None:
     output = run("share_on_hub.py", "owner/digits-pruned", "--macs-ratio", 0.6, cwd=tmp_path)
     assert "dry run, nothing uploaded" in output
@@ -115,6 +118,7 @@ def test_llava_answer(arguments: tuple[object, ...], left: str, tiny_llava: Path
     assert re.search(r"counted for one image.*:\n  [1-9]\d?\.\d% of the prefill", output), "less than the dense model"
 
 
+@pytest.mark.slow
 def test_llava_batch(tiny_llava: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     questions = ["What is this?", "Where is the red square in the image?", "What?"]
@@ -139,6 +143,7 @@ def test_llava_batch(tiny_llava: Path, tmp_path: Path) -> None:
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text(), "a batch gives the same"
 
 
+@pytest.mark.slow
 def test_llava_batch_tells_a_mistaken_run_before_it_starts(tmp_path: Path) -> None:
     """Not when the runs before it are through, which may take hours, and with their answers lost."""
     runs = ("--run", "dense", "--run", "divprun")

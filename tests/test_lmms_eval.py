@@ -190,6 +190,7 @@ def test_the_tasks_of_the_page_exist() -> None:
     assert set(named.split(",")) <= set(TaskManager().all_tasks)
 
 
+@pytest.mark.slow
 def test_without_lmms_eval_it_says_what_to_install() -> None:
     code = f"import runpy, sys; sys.modules['lmms_eval'] = None; runpy.run_path({str(FOLDER / 'run.py')!r})"
     env = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1])}
