@@ -3,11 +3,12 @@
 Tests are products: a feature (the test function) × methods × model classes × places, attentions, ... Nearly every fault
 found so far needed one value, or two that meet. So a test is run only if it brings two values together that no test
 before it has brought together, where the function is a value like any other. Then each method meets each model class in
-some test, each test function meets each method, and each model class; what is left out are combinations of three.
+some test, each test function meets each kind of method, and of model class; what is left out are combinations of three,
+and those of a model class, or a method, with what one function alone varies besides.
 
-Families whose adapters are one and the same count as one beside a test function, and so do methods for decoders that
-prune in the same place; each family still meets each method, in some test. There, methods that read the same in one
-place, which is all that adapters know of them, count as one. In the whole product each function meets all of these.
+Families whose adapters are one and the same are of one kind, and so are methods for decoders that prune in the same
+place. Beside families, methods that read the same in one place, which is all that adapters know of them, count as one.
+The whole product leaves out nothing but these.
 """
 
 from collections import defaultdict
@@ -38,27 +39,22 @@ def covering(
 
     Args:
         tests: the function comes first.
-        kinds: what values stand for beside a function, and beside values that are not among these. Their names do not
-            matter: two of these values that have met in one function have met.
-        alike: what values stand for beside the values of ``kinds``; each of them is in some test. None, or not among
-            them: for themselves.
+        kinds: what model classes and methods stand for beside a function. They meet each other, under whatever names,
+            and nothing else.
+        alike: what they stand for beside each other; None, or not among them: for themselves.
     """
     kinds, alike = kinds or {}, alike or {}
     chosen: list[int] = []
     seen: set[Any] = set()
 
-    def beside(factor: Factor, other: Factor) -> Factor:
-        name, value = factor
-        if value not in kinds:
-            return name, alike.get(value, value)
-        return "", alike.get(value, value) if other[1] in kinds else kinds[value]
-
     for test in diagonally(tests):
-        met = combinations(tests[test], 2)
-        pairs: set[Any] = {frozenset((beside(one, other), beside(other, one))) for one, other in met}
-        pairs |= set(tests[test][1:])
-        if not pairs or not pairs <= seen:
-            seen |= pairs
+        function, *parameters = tests[test]
+        met: set[Any] = {*parameters, *((function, name, kinds.get(value, value)) for name, value in parameters)}
+        classes = [alike.get(value, value) for _, value in parameters if value in kinds]
+        met |= set(map(frozenset, combinations(classes, 2)))
+        met |= set(combinations([factor for factor in parameters if factor[1] not in kinds], 2))
+        if not met or not met <= seen:
+            seen |= met
             chosen.append(test)
     return sorted(chosen)
 

@@ -80,12 +80,13 @@ def test_one_of_the_values_that_are_alike_meets_each_other_and_each_is_in_a_test
         for number in range(6)
         for family, method, where in product(*(AXES[name] for name in ("family", "method", "where")))
     ]
-    kinds, alike = dict.fromkeys(map(repr, AXES["family"]), "family"), {repr(m): "early" for m in "abc"}
+    kinds = dict.fromkeys(map(repr, AXES["family"]), "family") | {repr(method): method for method in AXES["method"]}
+    alike = {repr(method): "early" for method in "abc"}
     chosen = [tests[i] for i in covering(tests, kinds, alike)]
     assert {factor for test in chosen for factor in test} == {factor for test in tests for factor in test}
 
     def met(some: list) -> set:
-        return {(function, alike.get(method[1], method)) for function, _, method, _ in some} | {
+        return {(function, method) for function, _, method, _ in some} | {
             (family, alike.get(method[1], method)) for _, family, method, _ in some
         }
 

@@ -105,7 +105,7 @@ def pages_with(wanted) -> list:
     return [pytest.param(page, id=name_of(page)) for page in PAGES if any(map(wanted, blocks(page)))]
 
 
-QUICK = {"README.md", "docs/vision_language_models.md", "docs/file_format.md"}
+QUICK = {"README.md", "docs/file_format.md"}
 """What a quick run shows of the pages: each starts a Python of its own, which takes seconds."""
 
 

@@ -252,6 +252,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_eval_of_llava_is_exact_match(folder: Path) -> None:
     arguments = [
         "eval",

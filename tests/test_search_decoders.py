@@ -381,6 +381,7 @@ def test_what_is_refused() -> None:
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     pytest.importorskip("typer")
     model, photos = save_tiny_llava(tmp_path / "model"), tmp_path / "photos"
