@@ -58,7 +58,7 @@ def attach(model: Model, config: ConfigLike | None, short: bool = False) -> Mode
         raise PruneStateError(f"this model is already pruned by {current_config(model)}; call unprune(model) first")
     config = default_config(model) if config is None else as_config(config)
     shape = adapter.shape(model)
-    stages, asked = plan(config, shape), options(config, shape) | ({"short": True} if short else {})
+    stages, asked = plan(config, shape, stacklevel=4), options(config, shape) | ({"short": True} if short else {})
     adapter.check(model, stages, **asked)
     try:
         adapter.attach(model, stages, **asked)
@@ -186,8 +186,8 @@ def _way_to_the_model(wrapper: nn.Module) -> str:
     return way
 
 
-def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
-    """The stages of a config that drop something on a model of this shape.
+def plan(config: PruneConfig, shape: Shape, stacklevel: int = 3) -> tuple[Stage, ...]:
+    """The stages of a config that drop something on a model of this shape; ``stacklevel``: of whom a warning is for.
 
     Raises:
         ConfigError: the config does not fit the shape, or nothing would be dropped.
@@ -203,7 +203,9 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
         )
     last = effective[-1]
     if last.layer == shape.depth - 1 and last.where == "after_block":
-        warnings.warn(f"pruning after block {last.layer}, the last one, saves no work: no block follows", stacklevel=3)
+        warnings.warn(
+            f"pruning after block {last.layer}, the last one, saves no work: no block follows", stacklevel=stacklevel
+        )
     return effective
 
 
