@@ -80,8 +80,8 @@ class ShortPlaceholders:
     def replace_video_token(self, *args: Any, **kwargs: Any) -> str:
         raise UnsupportedModelError("short prompts are of images. Give no videos, or use prune(model, config)")
 
-    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
-        """What engines ask for before they call the processor."""
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> Any:
+        """What engines ask for before they call the processor; of videos nothing is told, as by one that has none."""
         data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)  # type: ignore[misc]
         if image_sizes is not None:
             tile = self.length.tile
