@@ -47,13 +47,18 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
         UnsupportedModelError: there is no adapter, or the model's head needs every token.
         PruneStateError: the model is already pruned.
     """
+    return attach(model, config)
+
+
+def attach(model: Model, config: ConfigLike | None, short: bool = False) -> Model:
+    """:func:`prune`; ``short``: tokens leave before the prompt, see :func:`hf_tokenprune.serving.short_prompts`."""
     adapter = find_adapter(model)
     if adapter.states(model):
         _check_own(model)
         raise PruneStateError(f"this model is already pruned by {current_config(model)}; call unprune(model) first")
     config = default_config(model) if config is None else as_config(config)
     shape = adapter.shape(model)
-    stages, asked = plan(config, shape), options(config, shape)
+    stages, asked = plan(config, shape, stacklevel=4), options(config, shape) | ({"short": True} if short else {})
     adapter.check(model, stages, **asked)
     try:
         adapter.attach(model, stages, **asked)
@@ -87,6 +92,7 @@ def pruned(model: Model, config: ConfigLike | None = None) -> Iterator[Model]:
     """Prune for the length of a ``with`` block. A model that was pruned before gets its former config back."""
     config = default_config(model) if config is None else as_config(config)
     former, carried = current_config(model), getattr(model.config, "prune_config", None)
+    short = any(getattr(state, "short", False) for state in find_adapter(model).states(model))
     if former is not None:
         unprune(model)
     try:
@@ -97,7 +103,7 @@ def pruned(model: Model, config: ConfigLike | None = None) -> Iterator[Model]:
             unprune(model)
     finally:
         if former is not None:
-            prune(model, former)
+            attach(model, former, short)
         elif carried is not None:  # by a dense model that stock from_pretrained loaded
             model.config.prune_config = carried  # type: ignore[union-attr]
 
@@ -180,8 +186,8 @@ def _way_to_the_model(wrapper: nn.Module) -> str:
     return way
 
 
-def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
-    """The stages of a config that drop something on a model of this shape.
+def plan(config: PruneConfig, shape: Shape, stacklevel: int = 3) -> tuple[Stage, ...]:
+    """The stages of a config that drop something on a model of this shape; ``stacklevel``: of whom a warning is for.
 
     Raises:
         ConfigError: the config does not fit the shape, or nothing would be dropped.
@@ -197,7 +203,9 @@ def plan(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
         )
     last = effective[-1]
     if last.layer == shape.depth - 1 and last.where == "after_block":
-        warnings.warn(f"pruning after block {last.layer}, the last one, saves no work: no block follows", stacklevel=3)
+        warnings.warn(
+            f"pruning after block {last.layer}, the last one, saves no work: no block follows", stacklevel=stacklevel
+        )
     return effective
 
 

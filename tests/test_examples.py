@@ -14,6 +14,7 @@ from PIL import Image
 from hf_tokenprune import DivPruneConfig, PruneConfig, SalienceMergeConfig, from_pretrained, list_methods
 from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import CANVAS, MODEL_DIR, load_digits_split
+from hf_tokenprune.demo.mosaics import LLAVA_DIR, Mosaics, digit_pictures
 from hf_tokenprune.registry import get_method
 
 from .llava_checkpoint import save_photo, save_tiny_llava
@@ -149,6 +150,16 @@ def test_llava_batch_tells_a_mistaken_run_before_it_starts(tmp_path: Path) -> No
     runs = ("--run", "dense", "--run", "divprun")
     with pytest.raises(AssertionError, match=r"no prune_config\.json in 'divprun'"):
         run("llava_batch.py", "questions.jsonl", "--model", "not-there-either", *runs, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_serve_and_ask(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="pip install transformers[serving]")
+    Mosaics(digit_pictures("test"), 1)[0].image.save(tmp_path / "photo.png")
+    question = ("--model", LLAVA_DIR, "--image", "photo.png", "--question", "what is at row 1 column 1 ?")
+    output = run("serve_and_ask.py", *question, "--rounds", 2, "--", "--device", "cpu", cwd=tmp_path)
+    answers = re.findall(r"^(\w+): (.+)\n  first token after \d+\.\d{3} s", output, flags=re.MULTILINE)
+    assert [name for name, _ in answers] == ["dense", "divprune"]
 
 
 def test_search_curve(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``hf-tokenprune``: list, presets, info, apply, eval, compare, search, bench, demo in a shell; one file a command.
+"""``hf-tokenprune``: list, presets, info, apply, eval, compare, search, bench, serve, demo; one file a command.
 
 What a command needs besides its options is imported when it runs, so that help and completion do not wait for it.
 """
@@ -16,6 +16,7 @@ from .info import info
 from .list import list_
 from .presets import presets
 from .search import search
+from .serve import serve
 from .version import VersionOpt
 
 app = typer.Typer(
@@ -38,4 +39,5 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(search)
 app.command()(bench)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(demo)

@@ -27,6 +27,8 @@ OF_ONE_REPOSITORY = ("revision", "subfolder")
 """Those that say something about the checkpoint's repository; the others are about the machine and its user."""
 
 _originals: dict[type, Any] = {}
+_for_all: list[PruneConfig] = []
+"""What :func:`enable_auto` was given, if anything."""
 _part_of_a_load: ContextVar[bool] = ContextVar("part_of_a_load", default=False)
 
 
@@ -85,18 +87,26 @@ def from_pretrained(
     return loaded
 
 
-def enable_auto() -> None:
+def enable_auto(prune_config: ConfigLike | None = None) -> None:
     """Let stock ``AnyModel.from_pretrained`` and ``pipeline(model=path)`` prune by themselves, from now on.
 
     They then take ``prune_config=`` and follow the config that a checkpoint carries; checkpoints without one load dense
     as ever. A ``Trainer`` made from now on warns where it resumes with a model that is pruned otherwise. Calling it
-    twice changes nothing; :func:`disable_auto` undoes it.
+    twice changes nothing, but for the config of the last call; :func:`disable_auto` undoes it.
+
+    Args:
+        prune_config: for programs that load models themselves, such as a server or an evaluation harness: every model
+            that is loaded without ``prune_config=`` is pruned by it, whatever its checkpoint carries.
+
+    Raises:
+        ConfigError: ``prune_config`` is invalid.
     """
     from transformers import AutoConfig, PreTrainedModel
     from transformers.trainer import DEFAULT_CALLBACKS
 
     from .resume import PruningCallback
 
+    _for_all[:] = [] if prune_config is None else [as_config(prune_config)]
     if _originals:
         return
     DEFAULT_CALLBACKS.append(PruningCallback)
@@ -116,6 +126,7 @@ def disable_auto() -> None:
     for cls, original in _originals.items():
         cls.from_pretrained = original  # type: ignore[attr-defined]
     _originals.clear()
+    _for_all.clear()
 
 
 def choose_config(
@@ -211,6 +222,7 @@ def _pruning_loader(load: Any) -> Any:
             loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
         if argument is None and _part_of_a_load.get():
             return loaded
+        argument = next(iter(_for_all), None) if argument is None else argument
         model = _model_of(loaded)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         config_key = getattr(model.config, "prune_config", None)

@@ -23,6 +23,7 @@ from ._exit import LeaveDecoder
 from ._images import FindImages, GivenImages, ImageTokens
 from ._layer import LAYER_CLASSES, PrunedDecoderLayer
 from ._parts import DecoderParts
+from ._short import OTHERWISE, ShortFeatures, ShortLength, check_short
 from ._side_inputs import SideInputs
 from ._tower import (
     HAS_CLS,
@@ -42,12 +43,14 @@ class DecoderState:
     Attributes:
         stages: in the order tokens pass them.
         tower: those in the blocks of the vision tower.
+        short: prompts are short: tokens leave in ``get_image_features``, and the language model is stock.
         handles: of the hooks; they follow a copy of the model.
         config: of the whole model, set by the engine.
     """
 
     stages: tuple[Stage, ...]
     tower: tuple[Stage, ...] = ()
+    short: bool = False
     handles: list[Any] = field(default_factory=list)
     config: Any = None
     recorder: Any = None
@@ -72,6 +75,24 @@ class DecoderAdapter(DecoderParts):
     """Why videos cannot be told from images in this family; empty where they can, and their frames too."""
     tower_grid: ClassVar[str] = ""
     """Why tokens cannot be chosen in the vision tower of this family; empty where they can."""
+    tile_option: ClassVar[str] = ""
+    """What to tell the processor, in families that cut images into tiles of equal size, to have one tile an image."""
+
+    def no_short_prompts(self, model: PreTrainedModel) -> str:
+        """Why an image cannot have fewer placeholders; empty where it can."""
+        several = "image tokens have positions in time, row and column, which a shorter prompt does not tell"
+        return several if self.position_axes > 1 else ""
+
+    def short_length(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> ShortLength:
+        """How many tokens of an image stay; for a model that :meth:`check` has passed."""
+        protected = 0
+        for choice in (self.choice(model, stage) for stage in stages if stage.where == "vision_tower"):
+            assert isinstance(choice, ChooseStates)
+            # "default" drops the first token, which is then no feature
+            drops_first = getattr(model.config, "vision_feature_select_strategy", None) == "default"
+            protected = choice.num_protected - drops_first
+        tile = self.shape(model).tower_tokens if self.tile_option else None
+        return ShortLength(stages, protected, tile, self.tile_option)
 
     def scoring_block(self, model: PreTrainedModel) -> int:
         """Index of the block of the vision tower by whose attention tokens are chosen: that which makes the features.
@@ -98,13 +119,25 @@ class DecoderAdapter(DecoderParts):
         """What is added to tokens between layers of the language model, taken out of the arguments of its ``call``."""
         return None
 
-    def check(self, model: PreTrainedModel, stages: tuple[Stage, ...], *, tower: tuple[Stage, ...] = ()) -> None:
+    def check(
+        self,
+        model: PreTrainedModel,
+        stages: tuple[Stage, ...],
+        *,
+        tower: tuple[Stage, ...] = (),
+        short: bool = False,
+    ) -> None:
         """Raise UnsupportedModelError where image tokens cannot leave; changes nothing.
 
         Args:
             tower: pruning points in the blocks of the vision tower, of a method for vision encoders.
+            short: image tokens leave before the prompt.
         """
         inner = self.inner(model)
+        if short:
+            if reason := self.no_short_prompts(model):
+                raise UnsupportedModelError(f"no short prompts for {model.config.model_type!r}: {reason}. {OTHERWISE}")
+            check_short(model, self.shape(model), stages)
         if tower:
             check_encoder(self.tower(inner), tower)
         text = self.decoder(inner).config
@@ -171,15 +204,29 @@ class DecoderAdapter(DecoderParts):
                 f"{scoring}, which makes the features: expected an earlier one that attends to whole images, of {whole}"
             )
 
-    def attach(self, model: PreTrainedModel, stages: tuple[Stage, ...], *, tower: tuple[Stage, ...] = ()) -> None:
+    def attach(
+        self,
+        model: PreTrainedModel,
+        stages: tuple[Stage, ...],
+        *,
+        tower: tuple[Stage, ...] = (),
+        short: bool = False,
+    ) -> None:
         """Make the model prune. Call :meth:`check` before."""
         inner = self.inner(model)
         decoder = self.decoder(inner)
-        state = DecoderState(stages, tower)
+        state = DecoderState(stages, tower, short)
         decoder.__dict__["token_prune"] = state
         if tower:
             encoder = self.tower(inner)
             encoder_adapter(encoder).attach(encoder, tower, restore=True)
+        for stage in stages:
+            if stage.where == "vision_tower":
+                encoder, projector = self.tower(inner), inner.get_submodule(self.connector_name)
+                state.handles += attach_tower(encoder, self.scoring_block(model), projector, self.choice(model, stage))
+        if short:
+            inner.__dict__["get_image_features"] = ShortFeatures(inner, self.short_length(model, stages))
+            return
         for block in self.blocks(model):
             swap_class(block, LAYER_CLASSES[decoder.config.model_type])
         state.handles += [
@@ -189,10 +236,6 @@ class DecoderAdapter(DecoderParts):
         ]
         if model is not inner:
             state.handles.append(model.register_forward_pre_hook(CountProposals(), with_kwargs=True))
-        for stage in stages:
-            if stage.where == "vision_tower":
-                encoder, projector = self.tower(inner), inner.get_submodule(self.connector_name)
-                state.handles += attach_tower(encoder, self.scoring_block(model), projector, self.choice(model, stage))
 
     def detach(self, model: PreTrainedModel) -> None:
         """Undo :meth:`attach`, whatever part of it there is."""
@@ -202,6 +245,8 @@ class DecoderAdapter(DecoderParts):
             return
         for handle in state.handles:
             handle.remove()
+        if state.short:
+            inner.__dict__.pop("get_image_features", None)
         if state.tower:
             encoder = self.tower(inner)
             encoder_adapter(encoder).detach(encoder)
@@ -222,6 +267,11 @@ class DecoderAdapter(DecoderParts):
     def recording(self, model: PreTrainedModel, recorder: Any) -> Iterator[None]:
         """Tell ``recorder`` what happens in the forwards inside a ``with`` block that have an image in them."""
         (state,) = self.states(model)
+        if state.short:
+            raise UnsupportedModelError(
+                "with short prompts no token leaves in the decoder, so there is nothing to record: what "
+                "get_image_features returns is what stays"
+            )
         with ExitStack() as undo:
             undo.callback(setattr, state, "recorder", state.recorder)
             state.recorder = recorder

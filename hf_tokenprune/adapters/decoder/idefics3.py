@@ -25,6 +25,7 @@ class Idefics3Adapter(DecoderAdapter):
     decoder_name = "text_model"
     tower_name = "vision_model"
     connector_name = "connector.modality_projection"
+    tile_option = "do_image_splitting=False"
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """An image ends with a tile that shows the whole of it.

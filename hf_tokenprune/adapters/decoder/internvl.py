@@ -19,6 +19,7 @@ MOST_TILES = 12
 @register_adapter("internvl")
 class InternVLAdapter(DecoderAdapter):
     no_videos = "this family takes frames of a video as images of their own"
+    tile_option = "crop_to_patches=False"
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """An image is what stands between ``<img>`` and ``</img>``: all its tiles, or one frame of a video."""

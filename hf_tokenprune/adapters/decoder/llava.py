@@ -13,6 +13,7 @@ from ...signals import ModelShape
 from .._sizes import in_rows
 from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens, by_tower, encoded, is_alone
+from ._short import BREAKS
 
 
 @register_adapter("llava")
@@ -21,6 +22,9 @@ class LlavaAdapter(DecoderAdapter):
         tower = self.tower_shape(model, image_size)
         first = model.config.vision_feature_select_strategy == "default"  # drops the first, CLS token or not
         return 1, tower.num_patches + tower.has_cls - first, 0
+
+    def no_short_prompts(self, model: PreTrainedModel) -> str:
+        return BREAKS if takes_any_size(self.tower(self.inner(model))) else ""
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         if not takes_any_size(inner.vision_tower):

@@ -17,6 +17,7 @@ from ._adapter import DecoderAdapter
 from ._grids import USUAL_SIDE
 from ._images import GivenImages, ImageTokens
 from ._layer import PrunedDecoderLayer
+from ._short import BREAKS
 from ._tower import Squares
 
 
@@ -35,6 +36,9 @@ class PrunedMinistral3DecoderLayer(PrunedDecoderLayer, Ministral3DecoderLayer, t
 @register_adapter("mistral3")
 class Mistral3Adapter(DecoderAdapter):
     tower_grid = "it attends to all images of a batch at once, as one sequence with a mask between them"
+
+    def no_short_prompts(self, model: PreTrainedModel) -> str:
+        return BREAKS
 
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         sizes = given.image_sizes
