@@ -148,6 +148,7 @@ class VisionAdapter:
                 shape.has_cls,
                 layer=index,
                 is_last=is_last,
+                num_heads=shape.num_heads,
                 proportional=proportional,
                 exact=exact_last_block and is_last,
                 restore=restore,
