@@ -159,7 +159,8 @@ class PrunedVisionBlock(nn.Module):
         keys, values = heads(parts.key, states), heads(parts.value, states)
         tokens, states = hidden_states[:, :num_protected], states[:, :num_protected]
         if stage is not None:
-            check_all_heads(keys, self.token_prune.num_heads)
+            if stage.needs:
+                check_all_heads(keys, self.token_prune.num_heads)
             capture = Capture(stage.needs, bias)
             capture.store(heads(parts.query, states[:, :1]), keys, values, parts.scaling)
             tokens = self._reduce(stage, hidden_states, hidden_states, capture, carry)
