@@ -141,6 +141,7 @@ def capture_attention_forward(
     if isinstance(attention_mask, Capture):
         capture, attention_mask = attention_mask, None
     config: Any = module.config
+    check_all_heads(query, getattr(config, "num_attention_heads", None) or config.num_heads)
     if config.token_prune_needs is not None:
         # None where gradient checkpointing runs a block once more, which must do what it did
         capture = CURRENT.get() or Capture(config.token_prune_needs)
@@ -176,6 +177,16 @@ def capture_attention_forward(
     returned = torch.cat(maps).to(query.dtype) if implementation == "eager" else None
     capture.attention += maps
     return torch.cat(outputs), returned
+
+
+def check_all_heads(states: Tensor, num_heads: int) -> None:
+    """Raise UnsupportedModelError unless (B, h, T, d) are of all heads: ranks must not choose by different ones."""
+    if states.shape[1] != num_heads:
+        raise UnsupportedModelError(
+            f"the attention of the vision encoder gives {states.shape[1]} of {num_heads} heads here (tensor "
+            "parallelism), and each process would choose tokens by its own. Leave the encoder out of the tp_plan, "
+            "shard it with FSDP2 (fully_shard), or use a method that reads no attention, such as random or divprune"
+        )
 
 
 def as_bias(mask: Any) -> Tensor:

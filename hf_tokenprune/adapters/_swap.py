@@ -17,7 +17,7 @@ from ..errors import UnsupportedModelError
 
 def check_swappable(block: nn.Module, stock_class: type[nn.Module], place: str) -> None:
     """Raise UnsupportedModelError unless ``block`` is a plain ``stock_class`` whose forward nobody has replaced."""
-    if _own_class(block) is not stock_class:
+    if own_class(block) is not stock_class:
         raise UnsupportedModelError(
             f"{place} is a {type(block).__module__}.{type(block).__qualname__}, expected {stock_class.__qualname__}: "
             "undo other changes to the model (or unwrap it) before pruning"
@@ -40,8 +40,8 @@ def swap_class(block: nn.Module, new_class: type[nn.Module]) -> None:
         block.__dict__["_old_forward"] = MethodType(type(block).forward, block)
 
 
-def _own_class(block: nn.Module) -> type:
-    """The class of a block without what FSDP2 mixes in before it."""
+def own_class(block: nn.Module) -> Any:
+    """The class of a block, or of a model, without what FSDP2 mixes in before it."""
     return type(block) if _mixed_in(type(block)) is None else type(block).__bases__[1]
 
 

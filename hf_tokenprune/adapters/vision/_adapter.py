@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ...errors import DOCS, UnsupportedModelError
 from ...signals import ModelShape, Stage
 from .._capture import disable_capture, enable_capture, is_captured
-from .._swap import check_swappable, swap_class
+from .._swap import check_swappable, own_class, swap_class
 from ._block import BlockState, PrunedVisionBlock, Recorder
 from ._carry import RestoreStates, StartCarry, check_bias
 
@@ -86,10 +86,10 @@ class VisionAdapter:
                     f"{model.config.model_type!r} does not provide{reason} (it provides: "
                     f"{', '.join(sorted(self.provides))}); {DOCS}/methods.md lists the methods for each family"
                 )
-        if exact_last_block and type(model) not in self.protected_heads:
+        if exact_last_block and own_class(model) not in self.protected_heads:
             names = ", ".join(sorted(head.__name__ for head in self.protected_heads)) or "none of this family"
             raise UnsupportedModelError(
-                f"exact_last_block: {type(model).__name__} reads patches after the last block; use "
+                f"exact_last_block: {own_class(model).__name__} reads patches after the last block; use "
                 f"exact_last_block=False (True works for {names})"
             )
         carries = needs_carry(stages, exact_last_block, restore)
@@ -148,6 +148,7 @@ class VisionAdapter:
                 shape.has_cls,
                 layer=index,
                 is_last=is_last,
+                num_heads=shape.num_heads,
                 proportional=proportional,
                 exact=exact_last_block and is_last,
                 restore=restore,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedModelError
 from ...signals import Stage
 from ...tokens import gather_tokens, merge_tokens, with_protected
-from .._capture import CAPTURE_ARGUMENT, Capture
+from .._capture import CAPTURE_ARGUMENT, Capture, check_all_heads
 from ._carry import Carry
 
 
@@ -39,6 +39,7 @@ class BlockState:
     Attributes:
         stage: None for a block that drops nothing itself.
         layer: index of the block.
+        num_heads: of its attention.
         proportional: whether sizes of merged tokens bias its attention.
         exact: it is the last block, and computes for protected tokens only what the head reads.
         restore: tokens are remembered, and the last block gives them all back.
@@ -50,6 +51,7 @@ class BlockState:
     has_cls: bool
     layer: int
     is_last: bool
+    num_heads: int
     proportional: bool = False
     exact: bool = False
     restore: bool = False
@@ -157,6 +159,8 @@ class PrunedVisionBlock(nn.Module):
         keys, values = heads(parts.key, states), heads(parts.value, states)
         tokens, states = hidden_states[:, :num_protected], states[:, :num_protected]
         if stage is not None:
+            if stage.needs:
+                check_all_heads(keys, self.token_prune.num_heads)
             capture = Capture(stage.needs, bias)
             capture.store(heads(parts.query, states[:, :1]), keys, values, parts.scaling)
             tokens = self._reduce(stage, hidden_states, hidden_states, capture, carry)
