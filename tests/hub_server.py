@@ -2,17 +2,20 @@
 
 Repositories live in memory: branches, commits, pull requests, large files beside the others, private and gated ones,
 and connections that are lost in the middle of a download. Written from the client's requests and the Hub's documented
-answers, not from what this package does. ``HF_ENDPOINT`` is read when the client is imported, so scripts that use it run
-in processes of their own: :meth:`LoopbackHub.run`.
+answers, not from what this package does. ``HF_ENDPOINT`` is read when the client is imported, so whatever uses it runs
+in a process of its own: :class:`Machine`.
 """
 
 import base64
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import textwrap
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -74,6 +77,7 @@ class LoopbackHub:
         repositories: by owner/name.
         lost: names of files whose next so many downloads break in the middle.
         lost_before: names of files whose next so many downloads break before their first byte.
+        lost_commits: how many of the next commits find no answer.
         log: method and path of every request.
     """
 
@@ -81,9 +85,11 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.lost: dict[str, int] = {}
         self.lost_before: dict[str, int] = {}
+        self.lost_commits = 0
         self.log: list[str] = []
         self.large: dict[str, bytes] = {}
         self.large_names: dict[str, str] = {}
+        self.connections: list[socket.socket] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         self.elsewhere = f"http://localhost:{self.server.server_port}"  # where large files are, another host to clients
@@ -97,6 +103,9 @@ class LoopbackHub:
     ) -> None:
         self.server.shutdown()
         self.server.server_close()
+        for connection in self.connections:  # which clients keep open
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def add(self, name: str, files: dict[str, bytes] | Path | None = None, **about: Any) -> Repository:
         """A repository that is there already, with the files of a folder."""
@@ -123,33 +132,79 @@ class LoopbackHub:
             "PYTHONPATH": str(ROOT),
         }
 
-    def run(
-        self,
-        script: str,
-        home: Path,
-        *args: object,
-        cwd: Path | None = None,
-        offline: bool = False,
-        token: str = "hf_owner",
-    ) -> Any:
-        """What a script in a process of its own prints last, as JSON.
 
-        Args:
-            script: Python; what follows ``home`` is in ``sys.argv``.
-        """
-        done = subprocess.run(
-            [sys.executable, "-c", script, *map(str, args)],
-            env=self.environment(home, offline, token),
-            cwd=cwd or home.parent,
-            capture_output=True,
+class Machine:
+    """A process with a cache of its own that uses a Hub: ``machine("result = 1 + 1")`` is 2.
+
+    The code finds ``hf_tokenprune``, ``torch`` and ``transformers`` there, and what is given by name; what it leaves in
+    ``result`` comes back, as JSON. An error is raised as :class:`RemoteError`.
+
+    Attributes:
+        warnings: of the last call.
+    """
+
+    def __init__(self, hub: LoopbackHub, home: Path, offline: bool = False, token: str = "hf_owner") -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.warnings: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LOOP],
+            env=hub.environment(home / "hf", offline, token),
+            cwd=home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
-            timeout=600,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+
+    def __call__(self, code: str, **names: Any) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"code": textwrap.dedent(code), "names": names}) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        self.warnings = answer["warnings"]
+        if "error" in answer:
+            raise RemoteError(answer["error"], answer["kinds"], answer["trace"])
+        return answer["result"]
+
+    def __enter__(self) -> "Machine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
-class _Refusal(Exception):
+class RemoteError(AssertionError):
+    """What code raised on another machine: its message, and the names of its classes."""
+
+    def __init__(self, message: str, kinds: list[str], trace: str) -> None:
+        super().__init__(f"{message}\n{trace}")
+        self.message, self.kinds = message, kinds
+
+
+LOOP = """
+import json, os, sys, traceback, warnings
+answers, sys.stdout = sys.stdout, open(os.devnull, "w")
+import torch, transformers, hf_tokenprune
+for line in sys.stdin:
+    asked = json.loads(line)
+    names = {"hf_tokenprune": hf_tokenprune, "torch": torch, "transformers": transformers, **asked["names"]}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        try:
+            exec(asked["code"], names)
+            answer = {"result": names.get("result")}
+        except BaseException as error:
+            kinds = [kind.__name__ for kind in type(error).__mro__]
+            answer = {"error": str(error), "kinds": kinds, "trace": traceback.format_exc()}
+    answer["warnings"] = [str(warning.message) for warning in found]
+    print(json.dumps(answer), file=answers, flush=True)
+"""
+
+
+class _RefusalError(Exception):
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(message)
         self.status, self.code = status, code
@@ -159,13 +214,17 @@ class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        super().setup()
+        self.hub.connections.append(self.connection)
+
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
 
     def do_GET(self) -> None:
         self._answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def _answer(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -174,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         try:
             self._route(parts, "create_pr=1" in url.query)
-        except _Refusal as refusal:
+        except _RefusalError as refusal:
             headers = {"X-Error-Code": refusal.code} if refusal.code else {}
             headers |= {"X-Error-Message": str(refusal)} if str(refusal) else {}
             self._json({"error": str(refusal)}, refusal.status, headers)
@@ -210,7 +269,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json({"transfer": "basic", "objects": [self._place(o) for o in json.loads(self.body)["objects"]]})
             case ("PUT", "large", oid):
                 if hashlib.sha256(self.body).hexdigest() != oid:
-                    raise _Refusal(400, message="the content has another sha256")
+                    raise _RefusalError(400, message="the content has another sha256")
                 self.hub.large[oid] = self.body
                 self._send(200, b"", {"ETag": f'"{oid}"'})
             case ("GET", "large", oid):
@@ -218,32 +277,32 @@ class _Handler(BaseHTTPRequestHandler):
             case (("HEAD" | "GET"), owner, name, "resolve", revision, *path):
                 self._resolve(self._repository(owner, name), revision, "/".join(path))
             case _:
-                raise _Refusal(404, message=f"no such page: {self.command} {self.path}")
+                raise _RefusalError(404, message=f"no such page: {self.command} {self.path}")
 
     # -- who may what ------------------------------------------------------------------------------------------------
 
     def _user(self) -> str:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token and token not in TOKENS:
-            raise _Refusal(401, message="Invalid credentials in Authorization header")
+            raise _RefusalError(401, message="Invalid credentials in Authorization header")
         return TOKENS.get(token, "")
 
     def _repository(self, owner: str, name: str) -> Repository:
         repository, user = self.hub.repositories.get(f"{owner}/{name}"), self._user()
         if repository is None or (repository.private and user != owner):
             # Over https a client takes any 401 for this code, over http it goes by the code alone.
-            raise _Refusal(404 if user else 401, "RepoNotFound", "Repository not found")
+            raise _RefusalError(404 if user else 401, "RepoNotFound", "Repository not found")
         return repository
 
     def _at(self, repository: Repository, revision: str) -> Commit:
         commit = repository.at(revision)
         if commit is None:
-            raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise _RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
 
     def _must_own(self, owner: str) -> None:
         if self._user() != owner:
-            raise _Refusal(403 if self._user() else 401, message=f"You have no rights in the namespace {owner}")
+            raise _RefusalError(403 if self._user() else 401, message=f"You have no rights in the namespace {owner}")
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -273,18 +332,22 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = f"{folder}/" if folder else ""
         inside = {name: content for name, content in commit.files.items() if name.startswith(prefix)}
         if folder and not inside:
-            raise _Refusal(404, "EntryNotFound", f"{folder} does not exist")
+            raise _RefusalError(404, "EntryNotFound", f"{folder} does not exist")
         rows = [{"type": "file", "path": n, "size": len(c), "oid": _blob(c)} for n, c in sorted(inside.items())]
         self._json([row for row in rows if "/" not in str(row["path"]).removeprefix(prefix)])
 
     def _branch(self, repository: Repository, branch: str) -> None:
         self._must_own(repository.name.split("/")[0])
         if branch in repository.branches:
-            raise _Refusal(409, message=f"Reference already exists: {branch}")
+            raise _RefusalError(409, message=f"Reference already exists: {branch}")
         repository.branches[branch] = [self._at(repository, json.loads(self.body).get("startingPoint", "main"))]
         self._json({})
 
     def _commit(self, repository: Repository, revision: str, create_pr: bool) -> None:
+        if self.hub.lost_commits:
+            self.hub.lost_commits -= 1
+            self.close_connection = True
+            return
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = next(line["value"] for line in lines if line["key"] == "header")
         self._at(repository, revision)
@@ -317,7 +380,7 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"X-Repo-Commit": commit.sha}
         if repository.gated and self._user() != repository.name.split("/")[0]:
             words = f"Access to model {repository.name} is restricted and you are not in the authorized list."
-            raise _Refusal(403 if self._user() else 401, "GatedRepo", words)
+            raise _RefusalError(403 if self._user() else 401, "GatedRepo", words)
         if path not in commit.files:
             self._json({"error": "Entry not found"}, 404, {**about, "X-Error-Code": "EntryNotFound"})
             return
@@ -371,7 +434,7 @@ def _metadata(card: str) -> dict[str, Any]:
 
 
 def metadata_errors(card: str) -> list[dict[str, str]]:
-    """What the Hub refuses in a card: https://github.com/huggingface/hub-docs/blob/main/modelcard.md lists the fields."""
+    """What the Hub refuses in a card, of what https://github.com/huggingface/hub-docs/blob/main/modelcard.md says."""
     data, found = _metadata(card), []
     for key in ("library_name", "pipeline_tag", "license"):
         if not isinstance(data.get(key, ""), str):

@@ -41,7 +41,10 @@ def apply(
 ) -> None:
     """Write a copy of a checkpoint that carries its prune config (weights unchanged)."""
     from ..cost import cost
+    from ..sharing.upload import check_repo_id
 
+    if push is not None:
+        check_repo_id(push)
     writable_folder(new_folder(out))
     loaded = load_dense(model, "cpu")
     name, config = one_config("apply writes", loaded, model, method, set_, gmacs, prune_config)

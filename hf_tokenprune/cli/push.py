@@ -47,7 +47,9 @@ def push(
     """
     from ..engine import prune
     from ..sharing.pretrained import choose_config
+    from ..sharing.upload import check_repo_id
 
+    check_repo_id(repo_id)
     about: dict[str, Any] = {"private": private or None, "create_pr": create_pr, "revision": revision}
     folder, options = Path(model), (model, method, set_, gmacs, prune_config)
     named = method or gmacs or prune_config

@@ -84,7 +84,7 @@ def model_card(
         if math.isfinite(value)
     ]
     known = {"base_model": base, "library_name": "transformers", "pipeline_tag": task}
-    of_revision = f", revision={revision!r}" if revision else ""
+    of_revision = f', revision="{revision}"' if revision else ""
     without = f"{_method(config)} prunes {_base_link(base)}. Weights and files are those of a stock checkpoint"
     section = f"""## Token pruning
 
@@ -94,7 +94,7 @@ def model_card(
 ```python
 import hf_tokenprune
 
-model = hf_tokenprune.from_pretrained({repo_id!r}{of_revision})
+model = hf_tokenprune.from_pretrained("{repo_id}"{of_revision})
 ```
 
 It is used as the dense model is. `hf_tokenprune.unprune(model)` gives that one back, bit for bit, and after
@@ -104,20 +104,19 @@ It is used as the dense model is. `hf_tokenprune.unprune(model)` gives that one 
 
 {_cost(model, config)}"""
     tables = [f"On {dataset}: {report.to_markdown()}" for dataset, report in (reports or {}).items()]
-    if card is not None:
-        others = [each for each in card.data.get("eval_results", []) if each.source_name != SOURCE]
-        if not reports and _fields(config) in card.text:  # what was measured of this very config still holds
-            others, tables = (
-                card.data.get("eval_results", []),
-                re.findall(f"{EVALUATION}\n\n(.*)\n{END}", card.text, re.DOTALL),
-            )
-        results = [*others, *results]
+    old = [] if card is None else card.data.get("eval_results", [])
+    if (
+        card is not None and not reports and _fields(config) in card.text
+    ):  # what was measured of this config still holds
+        tables = re.findall(f"{EVALUATION}\n\n(.*)\n{END}", card.text, re.DOTALL)
+    else:
+        old = [result for result in old if result.source_name != SOURCE]
     if tables:
         section += "\n\n".join(["", EVALUATION, *tables])
     card = _merged(card, repo_id, section, known, [*TAGS, config.method, *tags])
-    if results:
+    if card.data.get("eval_results") or results:
         card.data["model_name"] = card.data.get("model_name", repo_id.rpartition("/")[2])
-        card.data["eval_results"] = results
+        card.data["eval_results"] = [*old, *results]
     return card
 
 
@@ -130,7 +129,7 @@ def config_card(
     tags: Iterable[str] = (),
 ) -> ModelCard:
     """The card of a repository that holds a config and no model. Arguments are those of :func:`model_card`."""
-    source = f"PruneConfig.from_pretrained({repo_id!r}, revision={revision!r})" if revision else repr(repo_id)
+    there = f'"{repo_id}"' if revision is None else f'PruneConfig.from_pretrained("{repo_id}", revision="{revision}")'
     name = "PruneConfig, from_pretrained" if revision else "from_pretrained"
     section = f"""## Token pruning config
 
@@ -141,11 +140,11 @@ repository. `pip install hf-tokenprune` and
 ```python
 from hf_tokenprune import {name}
 
-model = from_pretrained("owner/checkpoint", {source})
+model = from_pretrained("owner/checkpoint", {there})
 ```
 
 A checkpoint that it does not fit is refused, before its weights are downloaded. On a model in memory:
-`hf_tokenprune.prune(model, {repo_id!r})`.
+`hf_tokenprune.prune(model, {there})`.
 
 {_fields(config)}"""
     return _merged(card, repo_id, section, {"library_name": "hf_tokenprune"}, [*TAGS, config.method, *tags])
@@ -157,7 +156,7 @@ def read_card(path: Path | None) -> ModelCard | None:
     Raises:
         ConfigError: its metadata cannot be read.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     if path is None or not path.exists():
         return None
@@ -234,7 +233,7 @@ def _row_of(report: Report, method: str, dataset: str) -> Any:
         return next(iter(pruned.values()))
     if method not in pruned:
         raise ConfigError(
-            f"the report on {dataset!r} has the pruned runs {', '.join(pruned)}, and none of them is called {method!r}, "
-            "so it cannot be told which is of this model; give a report with its run alone"
+            f"the report on {dataset!r} has the pruned runs {', '.join(pruned)}, none of them called {method!r}: which "
+            "is of this model cannot be told; give a report with its run alone"
         )
     return pruned[method]

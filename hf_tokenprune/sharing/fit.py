@@ -21,13 +21,10 @@ NAME_LAYERS = ("layer", "layers")
 
 def fits(config: PruneConfig) -> str:
     """In words: "vision encoders with at least 6 blocks". Fields that leave the layers open fit any depth."""
-    words, tower = [], config.tower_part
+    words, tower, last = [], config.tower_part, max(_layers(config), default=-1)
+    # In a decoder tokens leave where the layer behind a named one begins.
+    depth = {"vision": f" with at least {last + 1} blocks", "decoder": f" of at least {last + 2} layers"}
     for kind in sorted(config.prunes, reverse=True):
-        last = max(_layers(config), default=-1)
-        depth = {
-            "vision": f" with at least {last + 1} blocks",
-            "decoder": f" of at least {last + 2} layers",
-        }  # one behind
         words.append(KINDS[kind] + (depth[kind] if last >= 0 else ""))
     if tower is not None and (blocks := max(_layers(tower), default=-1) + 1):
         words.append(f"a vision tower of at least {blocks} blocks")

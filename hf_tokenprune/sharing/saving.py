@@ -15,7 +15,7 @@ from ..config_files import CONFIG_NAME
 from ..engine import current_config
 from ..errors import PruneStateError
 from .card import Report, model_card, read_card
-from .upload import CARD_NAME, upload
+from .upload import CARD_NAME, check_repo_id, upload
 
 OF_THE_UPLOAD = ("private", "commit_message", "commit_description", "create_pr", "revision")
 
@@ -45,7 +45,8 @@ def save_pretrained(
 
     Raises:
         PruneStateError: the model is not pruned.
-        ConfigError: the card that is there cannot be read, or reports do not say which run is of this model.
+        ConfigError: ``repo_id`` is no name of a repository, the card that is there cannot be read, or reports do not
+            say which run is of this model.
     """
     config, folder = current_config(model), Path(save_directory)
     if config is None:
@@ -53,12 +54,14 @@ def save_pretrained(
         raise PruneStateError(
             f"this model is not pruned; call prune first, or save it with model.save_pretrained{left}"
         )
+    repo_id = repo_id or folder.resolve().name
+    if push_to_hub:
+        check_repo_id(repo_id)
     about = {name: kwargs.pop(name) for name in OF_THE_UPLOAD if name in kwargs and push_to_hub}
     tags = kwargs.pop("tags", None) if push_to_hub else None
     before = _times(folder)
     model.save_pretrained(save_directory, **kwargs)  # type: ignore[operator]
     config.save_pretrained(folder, also_in_model=True)
-    repo_id = repo_id or folder.resolve().name
     card = folder / CARD_NAME
     if push_to_hub:
         saved = [path for path, time in _times(folder).items() if before.get(path) != time or path == card]

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from ..config import PruneConfig
 from ..config_files import CONFIG_NAME
+from ..errors import ConfigError
 from .card import config_card, read_card
 
 CARD_NAME = "README.md"
@@ -42,8 +44,9 @@ def upload(
     Raises:
         HfHubHTTPError: the Hub refuses; its message says why.
         ConnectionError: there is no answer.
-        ConfigError: the card that is there cannot be read.
+        ConfigError: ``repo_id`` is no name of a repository, or the card that is there cannot be read.
     """
+    check_repo_id(repo_id)
     api = HfApi(token=token)
     branch = None if revision is None or revision.startswith("refs/pr/") else revision
     try:
@@ -57,8 +60,16 @@ def upload(
         return api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, **commit)
     except HfHubHTTPError:  # an answer, with its reason
         raise
-    except NO_ANSWER as error:
+    except (NO_ANSWER, LocalEntryNotFoundError) as error:
         raise ConnectionError(f"the connection to {api.endpoint} is lost, nothing was committed: {error}") from error
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ConfigError for what is no name of a repository, before there is anything to upload."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"repo_id={repo_id!r}: expected owner/name. {error}") from error
 
 
 def push_config(config: PruneConfig, repo_id: str, content: bytes, tags: Sequence[str], **kwargs: Any) -> CommitInfo:
@@ -75,7 +86,7 @@ def _card_of(repo_id: str, revision: str | None, token: str | None) -> Path | No
     """The card of a repository, downloaded."""
     try:
         return Path(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token))
-    except LocalEntryNotFoundError:  # the connection is lost: a card that may be there must not be written over
+    except LocalEntryNotFoundError:  # no answer: a card that may be there must not be written over
         raise
     except EntryNotFoundError:
         return None
