@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from hf_tokenprune.demo.digits import MODEL_DIR
 from .families import tiny_model
 from .hub_server import LoopbackHub, Machine, RemoteError, Repository
 
+EVERYTHING = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "prune_config.json"}
 CONFIG = ToMeConfig(layers=(1, 3), r=0.3)
 LOGITS = """
 def logits(model):
@@ -408,13 +411,12 @@ def test_push_of_a_checkpoint_a_folder_and_a_config(
     assert command(author, "push", "base/digits", "me/cli", "-m", "tome", "--private")[0] == 0
     repository = hub.repositories["me/cli"]
     assert repository.private and len(repository.branches["main"]) == 2
-    everything = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "prune_config.json"}
-    assert set(files(repository)) == everything
+    assert set(files(repository)) == EVERYTHING
     assert card(repository).data.base_model == "base/digits"
 
     code, output = command(author, "apply", "base/digits", tmp_path / "out", "-m", "uniform", "--push", "me/applied")
     assert code == 0 and f"{hub.endpoint}/me/applied/commit/" in output
-    assert set(files(hub.repositories["me/applied"])) == everything
+    assert set(files(hub.repositories["me/applied"])) == EVERYTHING
 
     (tmp_path / "out" / "notes.txt").write_text("mine")
     (tmp_path / "out" / ".hidden").write_text("no")
@@ -425,7 +427,7 @@ def test_push_of_a_checkpoint_a_folder_and_a_config(
     code, output = command(author, "push", tmp_path / "out", "other/x", "--create-pr", "--json")
     assert json.loads(output)["url"] == f"{hub.endpoint}/other/x/discussions/1"
     uploaded = files(hub.repositories["other/x"], "refs/pr/1")
-    assert set(uploaded) == everything | {"notes.txt"}
+    assert set(uploaded) == EVERYTHING | {"notes.txt"}
     assert uploaded["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
 
     assert (
@@ -442,10 +444,7 @@ def test_push_of_a_checkpoint_a_folder_and_a_config(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("push", "base/digits", "me/no", "-m", "tome", "-m", "uniform"), "push uploads one config, got 2"),
-        (("push", "base/digits", "me/no", "-m", "divprune"), "works on vision-language models"),
         (("push", "base/digits", "me/no", "-m", "tome", "-s", "layers=[9]", "--config-only"), "has 6 blocks"),
-        (("push", "base/digits", "a/b/c", "-m", "tome"), "expected owner/name"),
         (("push", "base/digits", "other/no", "-m", "tome", "--config-only"), "no rights in the namespace other"),
         (("push", "base/absent", "me/no", "-m", "tome"), "base/absent"),
     ],
@@ -456,6 +455,18 @@ def test_a_push_that_cannot_be_is_one_line_and_leaves_nothing(
     code, output = command(author, *args)
     assert code == 1 and words in output and "Traceback" not in output
     assert "me/no" not in hub.repositories
+
+
+@pytest.mark.slow
+def test_the_example_uploads(hub: LoopbackHub, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
+    example = Path(__file__).resolve().parents[1] / "examples" / "share_on_hub.py"
+    run = [sys.executable, str(example), "me/by-example", "--no-dry-run", "--private"]
+    done = subprocess.run(run, env=hub.environment(tmp_path / "hf"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    repository = hub.repositories["me/by-example"]
+    assert repository.private and set(files(repository)) == EVERYTHING
+    assert "salience_merge" in card(repository).data.tags
 
 
 @pytest.mark.slow
