@@ -177,6 +177,14 @@ def test_a_report_that_does_not_say_which_run_it_is() -> None:
         model_card(vit(), ToMeConfig(), "me/x", reports={"me/digits": paired("a", "b")})
 
 
+def test_it_is_said_before_anything_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none of them called 'tome'"):
+        save_pretrained(prune(vit(), "tome"), tmp_path / "new", reports={"me/digits": paired("a", "b")})
+    with pytest.raises(ConfigError, match="repo_id='a/b/c': expected owner/name"):
+        save_pretrained(prune(vit(), "tome"), tmp_path / "new", push_to_hub=True, repo_id="a/b/c")
+    assert not (tmp_path / "new").exists()
+
+
 def test_reports_of_answers_and_of_retrieval() -> None:
     questions = QuestionDataset([None] * 2, ["?"] * 2, [("yes",), ("no",)], [None] * 2)  # type: ignore[arg-type]
     answers = AnswersReport.from_answers(

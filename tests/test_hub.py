@@ -242,6 +242,7 @@ def test_a_card_that_is_there_keeps_its_text_and_metadata(hub: LoopbackHub, auth
     again = card(repository).text
     assert again.startswith("# Owls\n\nBy hand") and again.endswith("-->\n\nBelow.\n")
     assert again.count("## Token pruning") == 1 and '"method": "uniform"' in again and '"tome"' not in again
+    assert card(repository).data.tags == ["birds", "hf_tokenprune", "token-pruning", "uniform"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -228,6 +231,15 @@ def test_the_class_to_load(tmp_path: Path) -> None:
     for name in ("PreTrainedConfig", "set_seed", "NoSuchClass", "__loader__"):  # nothing but models is loaded
         (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
         assert type(hf_tokenprune.from_pretrained(tmp_path)) is ViTModel
+
+
+@pytest.mark.parametrize("part", [CLIPVisionModel, CLIPVisionModelWithProjection])
+def test_a_part_of_a_checkpoint(part: type, tmp_path: Path) -> None:
+    """Its config is a part too, which only loading finds."""
+    tiny_model("clip", CLIPModel).save_pretrained(tmp_path)
+    assert current_config(hf_tokenprune.from_pretrained(tmp_path, ARGUMENT, part)) == ARGUMENT
+    with pytest.raises(ConfigError, match=r"block 11 does not exist"):
+        hf_tokenprune.from_pretrained(tmp_path, RandomConfig(layers=(11,), keep_ratios=0.5), part)
 
 
 @pytest.mark.parametrize(

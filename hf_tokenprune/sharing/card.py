@@ -21,6 +21,7 @@ from ..config_files import CONFIG_NAME, is_path
 from ..cost import cost
 from ..engine import find_adapter
 from ..errors import DOCS, ConfigError
+from ..registry import list_methods
 from .fit import fits
 
 BEGIN = "<!-- hf_tokenprune: begin. Each push writes what follows anew; your own words are safe outside the marks. -->"
@@ -80,16 +81,16 @@ def model_card(
             source_url=HOME,
         )
         for dataset, report in (reports or {}).items()
-        for metric, value in _row_of(report, config.method, dataset).metrics.items()
+        for metric, value in row_of(report, config.method, dataset).metrics.items()
         if math.isfinite(value)
     ]
     known = {"base_model": base, "library_name": "transformers", "pipeline_tag": task}
     of_revision = f', revision="{revision}"' if revision else ""
-    without = f"{_method(config)} prunes {_base_link(base)}. Weights and files are those of a stock checkpoint"
     section = f"""## Token pruning
 
-{without}: Transformers alone loads it **dense**, with all tokens and no speed-up. To have it pruned,
-`pip install hf-tokenprune` and
+{_method(config)} prunes {_base_link(base)}.
+The files are those of a stock checkpoint: Transformers alone loads it **dense**, with all tokens and no speed-up.
+To have it pruned, `pip install hf-tokenprune` and
 
 ```python
 import hf_tokenprune
@@ -105,9 +106,7 @@ It is used as the dense model is. `hf_tokenprune.unprune(model)` gives that one 
 {_cost(model, config)}"""
     tables = [f"On {dataset}: {report.to_markdown()}" for dataset, report in (reports or {}).items()]
     old = [] if card is None else card.data.get("eval_results", [])
-    if (
-        card is not None and not reports and _fields(config) in card.text
-    ):  # what was measured of this config still holds
+    if card is not None and not reports and _fields(config) in card.text:  # of this very config, so it still holds
         tables = re.findall(f"{EVALUATION}\n\n(.*)\n{END}", card.text, re.DOTALL)
     else:
         old = [result for result in old if result.source_name != SOURCE]
@@ -133,9 +132,9 @@ def config_card(
     name = "PruneConfig, from_pretrained" if revision else "from_pretrained"
     section = f"""## Token pruning config
 
-{_method(config)}, for any checkpoint it fits: **{fits(config)}** of a
-[family that is known]({DOCS}/methods.md). There is no model here, so Transformers alone can do nothing with this
-repository. `pip install hf-tokenprune` and
+A config of {_method(config)}, for any checkpoint it fits:
+**{fits(config)}**. There is no model here, so Transformers alone can do nothing with this repository.
+`pip install hf-tokenprune` and
 
 ```python
 from hf_tokenprune import {name}
@@ -183,7 +182,9 @@ def _merged(
         if value is not None and card.data.get(key) is None:
             card.data[key] = value
     before = card.data.get("tags", [])
-    card.data["tags"] = list(dict.fromkeys([*([before] if isinstance(before, str) else before), *tags]))
+    before = [before] if isinstance(before, str) else before
+    stale = list_methods() if found else ()  # of the config that was here before
+    card.data["tags"] = list(dict.fromkeys([*(tag for tag in before if tag not in stale), *tags]))
     return card
 
 
@@ -196,7 +197,7 @@ def _base_link(base: str | None) -> str:
 
 
 def _fields(config: PruneConfig) -> str:
-    return f"```json\n{json.dumps(config.to_dict(), indent=2, sort_keys=True)}\n```\n\nThis is `{CONFIG_NAME}`."
+    return f"`{CONFIG_NAME}`:\n\n```json\n{json.dumps(config.to_dict(), indent=2, sort_keys=True)}\n```"
 
 
 def _cost(model: nn.Module, config: PruneConfig) -> str:
@@ -226,8 +227,12 @@ def _task(model: Any) -> str | None:
     return None
 
 
-def _row_of(report: Report, method: str, dataset: str) -> Any:
-    """The row of the model that the card is of: the only pruned one, or the one called by the method."""
+def row_of(report: Report, method: str, dataset: str) -> Any:
+    """The row of the model that the card is of: the only pruned one, or the one called by the method.
+
+    Raises:
+        ConfigError: there is no telling.
+    """
     pruned = {row.name: row for row in report.rows[1:]}
     if len(pruned) == 1:
         return next(iter(pruned.values()))

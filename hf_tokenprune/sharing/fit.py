@@ -42,6 +42,8 @@ def check_fit(model_class: Any, model_config: Any, config: PruneConfig, checkpoi
         ConfigError: it is of another kind than the config is for, or a field does not fit it.
         UnsupportedModelError: it cannot be pruned.
     """
+    if not isinstance(model_config, getattr(model_class, "config_class", None) or object):
+        return  # a part of the checkpoint's model, such as its vision tower, whose config only loading finds
     make = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.device("meta"):
         model = make(copy.deepcopy(model_config))

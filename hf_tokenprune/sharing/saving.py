@@ -14,7 +14,7 @@ from ..config import PruneConfig
 from ..config_files import CONFIG_NAME
 from ..engine import current_config
 from ..errors import PruneStateError
-from .card import Report, model_card, read_card
+from .card import Report, model_card, read_card, row_of
 from .upload import CARD_NAME, check_repo_id, upload
 
 OF_THE_UPLOAD = ("private", "commit_message", "commit_description", "create_pr", "revision")
@@ -57,6 +57,8 @@ def save_pretrained(
     repo_id = repo_id or folder.resolve().name
     if push_to_hub:
         check_repo_id(repo_id)
+    for dataset, report in (reports or {}).items():
+        row_of(report, config.method, dataset)
     about = {name: kwargs.pop(name) for name in OF_THE_UPLOAD if name in kwargs and push_to_hub}
     tags = kwargs.pop("tags", None) if push_to_hub else None
     before = _times(folder)
