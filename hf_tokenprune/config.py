@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from .field_types import convert, describe, few_values, field_types
 from .registry import get_method, list_methods
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from .signals import Stage
 
 FORMAT_VERSION = 1
@@ -222,15 +224,18 @@ class PruneConfig:
         path.write_text(self._to_json_text(**({ALSO_IN: MODEL_CONFIG_NAME} if also_in_model else {})), encoding="utf-8")
         return path
 
-    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None, **kwargs: Any) -> str:
-        """Upload ``prune_config.json`` to a Hub repository, created if need be; returns the commit's address."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **kwargs: Any) -> CommitInfo:
+        """Upload ``prune_config.json`` and a model card to a Hub repository, in one commit, which is returned.
 
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        kwargs.setdefault("commit_message", f"Upload {CONFIG_NAME} ({self.method})")
-        content = self._to_json_text().encode()
-        return str(api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, **kwargs))
+        Args:
+            repo_id: ``owner/name``, created if need be. A card that is there keeps its text.
+            tags: of the card, besides our own.
+            kwargs: ``token``, ``private``, ``commit_message``, ``commit_description``, ``create_pr`` and ``revision``
+                (a branch, made if need be).
+        """
+        from .sharing import push_config
+
+        return push_config(self, repo_id, self._to_json_text().encode(), tags=tags, **kwargs)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> PruneConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ MAX_FILE_BYTES = 1 << 20  # a config is a few hundred bytes; a larger file is no
 def find_config_file(
     path_or_repo: str | os.PathLike[str], subfolder: str | None = None, **hub_kwargs: Any
 ) -> Path | None:
-    """Where ``prune_config.json`` is, downloaded from the Hub if need be; None if there is none."""
+    """Where ``prune_config.json`` is, downloaded from the Hub if need be; None if there is none.
+
+    Where the Hub cannot be reached and the cache does not know, that is None too, with a warning; offline without.
+    """
     path = Path(path_or_repo)
     if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long for a file
         return path
@@ -26,17 +30,40 @@ def find_config_file(
     name = str(path_or_repo)
     if is_path(name):
         raise ConfigError(f"{name!r} is neither a local path nor a Hub repository: no such file or folder is here")
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(name, CONFIG_NAME, subfolder=subfolder or None, **hub_kwargs))
-    except hub.EntryNotFoundError:  # also what an offline machine gets for a file that is not in its cache
+    except hub.LocalEntryNotFoundError as error:  # of a connection that is lost, and of a machine that is offline
+        offline = constants.HF_HUB_OFFLINE or hub_kwargs.get("local_files_only")
+        if not offline and not _known_to_have_none(name, subfolder, **hub_kwargs):
+            warnings.warn(
+                f"the Hub cannot be reached, so it is not known whether {name!r} has a {CONFIG_NAME}; "
+                f"going on as if it had none: {error}",
+                stacklevel=3,
+            )
         return None
+    except hub.EntryNotFoundError:
+        return None
+    except hub.GatedRepoError as error:
+        raise ConfigError(
+            f"the repository {name!r} is gated: ask for access on its page, then log in (hf auth login) or "
+            f"give token=: {error}"
+        ) from error
     except (hub.HFValidationError, hub.RepositoryNotFoundError) as error:
         raise ConfigError(f"{name!r} is neither a local path nor a Hub repository: {error}") from error
     except hub.RevisionNotFoundError as error:
         raise ConfigError(f"the repository {name!r} has no revision={hub_kwargs.get('revision')!r}: {error}") from error
+
+
+def _known_to_have_none(name: str, subfolder: str | None, **hub_kwargs: Any) -> bool:
+    """Whether the Hub said so when it was asked before, and the cache remembers."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    file = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
+    where = {key: hub_kwargs[key] for key in ("cache_dir", "revision") if key in hub_kwargs}
+    return try_to_load_from_cache(name, file, **where) is _CACHED_NO_EXIST
 
 
 def is_path(name: str) -> bool:

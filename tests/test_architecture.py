@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "registry": {"errors"},
     "field_types": set(),
     "config_files": {"errors"},
-    "config": {"errors", "registry", "field_types", "config_files", "signals", "cost", "presets"},  # see FACADES
+    "config": {"errors", "registry", "field_types", "config_files", "signals", "cost", "presets", "sharing"},  # FACADES
     "tokens": {"errors"},
     "signals": set(),
     "methods": GROUND | {"config", "methods"},
@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "recording": {"engine", "errors"},
     "cost": {"engine", "config", "errors", "signals", "cost"},
     "presets": {"config", "errors"},
-    "sharing": {"engine", "config", "config_files", "errors", "sharing"},
+    "sharing": {"engine", "config", "config_files", "cost", "errors", "registry", "sharing"},
 }
 """Parts of the package each core part may import, in functions too. ``methods`` and ``adapters`` meet through the
 registry, so not even the engine names one."""
@@ -63,8 +63,8 @@ ON_TOP = {"evaluation": {"methods", "adapters", "engine", "config", "cost", "pre
 """What parts on top of the core must not import, but for the files in KNOW_CONFIGS."""
 KNOW_CONFIGS = {"evaluation/run.py", "evaluation/compare.py"}
 
-FACADES = {("config", "cost"), ("config", "presets")}
-"""``PruneConfig.for_budget`` and ``.preset`` look upwards, inside the method: the only circles there are."""
+FACADES = {("config", "cost"), ("config", "presets"), ("config", "sharing")}
+"""``PruneConfig.for_budget``, ``.preset`` and ``.push_to_hub`` look upwards, inside the method: the only circles."""
 
 
 class Import(NamedTuple):

@@ -206,6 +206,11 @@ def test_demo(tmp_path: Path) -> None:
         (("eval", DIGITS, "/no/such/folder", "-m", "random"), "/no/such/folder"),
         (("bench", DIGITS, "-m", "random", "--dtype", "int8"), "--dtype int8: expected float32, bfloat16 or float16"),
         (("apply", DIGITS, "/tmp/never", "-m", "random", "-m", "uniform"), "choose one"),
+        (("apply", DIGITS, "/tmp/never", "-m", "random", "--push", "a/b/c"), "expected owner/name"),
+        (("push", DIGITS, "me/never", "-m", "random", "-m", "uniform"), "push uploads one config, got 2"),
+        (("push", DIGITS, "me/never", "-m", "divprune"), "works on vision-language models"),
+        (("push", "/no/such/folder", "me/never"), "/no/such/folder"),
+        (("push", DIGITS, "a/b/c"), "expected owner/name"),
     ],
 )
 def test_mistakes_get_one_line_that_helps(args: tuple, words: str) -> None:

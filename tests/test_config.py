@@ -490,36 +490,6 @@ print("nothing imported")
 # -- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
-def test_push_to_hub_uploads_the_bytes_of_the_file(config: PruneConfig, monkeypatch, tmp_path: Path) -> None:
-    calls: dict[str, Any] = {}
-
-    class Api:
-        def __init__(self, token: str | None = None) -> None:
-            calls["token"] = token
-
-        def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
-            calls["create_repo"] = {"repo_id": repo_id, **kwargs}
-            return types.SimpleNamespace(repo_id=f"me/{repo_id}")
-
-        def upload_file(self, **kwargs: Any) -> str:
-            calls["upload_file"] = kwargs
-            return "https://hub/commit/1"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert config.push_to_hub("pruned", token="t", private=True, create_pr=True) == "https://hub/commit/1"
-    assert calls["token"] == "t"
-    assert calls["create_repo"] == {"repo_id": "pruned", "private": True, "exist_ok": True}
-    uploaded = calls["upload_file"]
-    assert uploaded["path_or_fileobj"] == config.save_pretrained(tmp_path).read_bytes()
-    assert uploaded["path_in_repo"] == CONFIG_NAME
-    assert uploaded["repo_id"] == "me/pruned"
-    assert uploaded["create_pr"] is True
-    assert config.method in uploaded["commit_message"]
-    config.push_to_hub("pruned", commit_message="mine")
-    assert calls["upload_file"]["commit_message"] == "mine"
-
-
 def test_from_pretrained_of_a_hub_repository(monkeypatch, tmp_path: Path) -> None:
     file = RandomConfig(seed=5).save_pretrained(tmp_path)
     calls = []

@@ -1,7 +1,6 @@
 """Prune configs that travel with checkpoints: our load and save, stock load and save, and the opt-in auto mode."""
 
 import json
-import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +16,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -94,47 +95,6 @@ def auto() -> Iterator[None]:
     enable_auto()
     yield
     disable_auto()
-
-
-class Uploads:
-    """A Hub that keeps what is uploaded, file by file."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.repos: list[tuple[str, dict]] = []
-        self.files: dict[str, bytes] = {}
-        self.commits: list[dict] = []
-        monkeypatch.setattr(HfApi, "create_repo", self.create_repo)
-        self.branches: list[tuple[str, str]] = []
-        monkeypatch.setattr(HfApi, "create_commit", self.create_commit)
-        monkeypatch.setattr(HfApi, "upload_file", self.upload_file)
-        monkeypatch.setattr(HfApi, "create_branch", self.create_branch)
-
-    def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
-        self.repos.append((repo_id, kwargs))
-        return types.SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
-
-    def create_commit(self, repo_id: str, operations: Any, **kwargs: Any) -> Any:
-        for operation in operations:
-            with operation.as_file() as file:
-                self.files[f"{repo_id}/{operation.path_in_repo}"] = file.read()
-        self.commits.append({"repo_id": repo_id, **kwargs})
-        return types.SimpleNamespace(oid="1", commit_url="https://hub/1")
-
-    def create_branch(self, repo_id: str, branch: str, **kwargs: Any) -> None:
-        self.branches.append((repo_id, branch))
-
-    def upload_file(self, path_or_fileobj: bytes, path_in_repo: str, repo_id: str, **kwargs: Any) -> str:
-        self.files[f"{repo_id}/{path_in_repo}"] = path_or_fileobj
-        self.commits.append({"repo_id": repo_id, **kwargs})
-        return "https://hub/2"
-
-    def names(self, repo_id: str) -> set[str]:
-        return {name.removeprefix(repo_id + "/") for name in self.files if name.startswith(repo_id + "/")}
-
-
-@pytest.fixture
-def uploads(monkeypatch: pytest.MonkeyPatch) -> Uploads:
-    return Uploads(monkeypatch)
 
 
 # -- our own save and load -------------------------------------------------------------------------------------------
@@ -273,6 +233,15 @@ def test_the_class_to_load(tmp_path: Path) -> None:
         assert type(hf_tokenprune.from_pretrained(tmp_path)) is ViTModel
 
 
+@pytest.mark.parametrize("part", [CLIPVisionModel, CLIPVisionModelWithProjection])
+def test_a_part_of_a_checkpoint(part: type, tmp_path: Path) -> None:
+    """Its config is a part too, which only loading finds."""
+    tiny_model("clip", CLIPModel).save_pretrained(tmp_path)
+    assert current_config(hf_tokenprune.from_pretrained(tmp_path, ARGUMENT, part)) == ARGUMENT
+    with pytest.raises(ConfigError, match=r"block 11 does not exist"):
+        hf_tokenprune.from_pretrained(tmp_path, RandomConfig(layers=(11,), keep_ratios=0.5), part)
+
+
 @pytest.mark.parametrize(
     "kwargs", [{}, {"device_map": "cpu"}, {"low_cpu_mem_usage": True}, {"dtype": torch.bfloat16}], ids=str
 )
@@ -337,50 +306,6 @@ def test_trainer_saves_it(tmp_path: Path) -> None:
     assert not list((tmp_path / "saved").glob("*.safetensors.index.json"))
     assert torch.equal(run(hf_tokenprune.from_pretrained(tmp_path / "saved")), expected)
     assert torch.equal(run(model), expected)
-
-
-def test_stock_push_to_hub_carries_it(uploads: Uploads, tmp_path: Path) -> None:
-    prune(vit(), ARGUMENT).push_to_hub("me/model", private=True)
-    assert json.loads(uploads.files["me/model/config.json"])["prune_config"] == ARGUMENT.to_dict()
-    assert uploads.names("me/model") >= {"config.json", "model.safetensors"}
-
-
-def test_our_push_uploads_model_and_config_where_and_how_it_was_told(uploads: Uploads, tmp_path: Path) -> None:
-    model = prune(vit(), ARGUMENT)
-    hf_tokenprune.save_pretrained(
-        model, tmp_path / "pruned", push_to_hub=True, token="t", private=True, create_pr=True, max_shard_size="50KB"
-    )
-    saved = {path.name for path in (tmp_path / "pruned").iterdir()}
-    assert uploads.names("me/pruned") == saved  # what was saved, shards and all (transformers adds a model card)
-    assert len([name for name in saved if name.endswith(".safetensors")]) > 1
-    for name in saved:
-        assert uploads.files[f"me/pruned/{name}"] == (tmp_path / "pruned" / name).read_bytes()
-    assert uploads.repos[0][0] == "pruned"
-    assert uploads.repos[0][1]["private"] is True
-    assert uploads.repos[0][1]["token"] == "t"
-    assert [commit["create_pr"] for commit in uploads.commits] == [True]  # two would be two pull requests
-    hf_tokenprune.save_pretrained(model, tmp_path / "pruned", push_to_hub=True, repo_id="org/other")
-    assert uploads.names("org/other") == {"README.md", "config.json", "model.safetensors", CONFIG_NAME}
-
-
-@pytest.mark.parametrize(("revision", "made"), [("dev", [("me/a", "dev")]), ("refs/pr/3", []), (None, [])])
-def test_model_and_config_go_to_one_revision_with_the_message_and_tags_given(
-    uploads: Uploads, revision: str | None, made: list, tmp_path: Path
-) -> None:
-    (tmp_path / "notes.txt").write_text("not of the model")
-    described = {"commit_message": "mine", "commit_description": "why", "revision": revision}
-    hub = {"push_to_hub": True, "repo_id": "me/a", "tags": ["pruned"], **described}
-    hf_tokenprune.save_pretrained(prune(vit(), ARGUMENT), tmp_path, **hub)
-    (commit,) = uploads.commits
-    assert {name: commit[name] for name in described} == described
-    assert uploads.branches == made
-    assert uploads.names("me/a") == {"README.md", "config.json", "model.safetensors", CONFIG_NAME}
-    assert b"- pruned" in uploads.files["me/a/README.md"]
-
-
-def test_nothing_is_pushed_unasked(uploads: Uploads, tmp_path: Path) -> None:
-    hf_tokenprune.save_pretrained(prune(vit(), ARGUMENT), tmp_path, repo_id="me/model")
-    assert (uploads.repos, uploads.commits) == ([], [])
 
 
 # -- enable_auto -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``hf-tokenprune``: list, presets, info, apply, eval, compare, search, bench, serve, demo; one file a command.
+"""``hf-tokenprune``: list, presets, info, apply, push, eval, compare, search, bench, serve, demo; one file a command.
 
 What a command needs besides its options is imported when it runs, so that help and completion do not wait for it.
 """
@@ -15,6 +15,7 @@ from .eval import evaluate
 from .info import info
 from .list import list_
 from .presets import presets
+from .push import push
 from .search import search
 from .serve import serve
 from .version import VersionOpt
@@ -35,6 +36,7 @@ app.command("list")(list_)
 app.command()(presets)
 app.command()(info)
 app.command()(apply)
+app.command()(push)
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(search)

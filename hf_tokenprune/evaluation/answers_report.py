@@ -82,6 +82,12 @@ class AnswersRow:
     speed_up_quartiles: Quartiles | None = None
     ideal_speed_up: float | None = None
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a model card says of this run: those that apply, by name."""
+        values = {"exact_match": self.overall.accuracy, "agreement": self.agreement, "kl": self.kl}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class AnswersReport:

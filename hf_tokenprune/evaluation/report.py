@@ -93,6 +93,12 @@ class PairedRow:
     speed_up_quartiles: Quartiles | None = None
     ideal_speed_up: float | None = None
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a model card says of this run: those that apply, by name."""
+        values = {name: getattr(self, name) for name in ("accuracy", "top5_accuracy", "agreement", "kl")}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class PairedReport:

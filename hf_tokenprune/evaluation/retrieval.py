@@ -61,6 +61,12 @@ class RetrievalRow:
     speed_up_quartiles: Quartiles | None = None
     ideal_speed_up: float | None = None
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a model card says of this run: recalls by name."""
+        both = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+        return {f"{name}_recall_at_{each.k}": each.recall for name, recalls in both.items() for each in recalls}
+
 
 @dataclass(frozen=True)
 class RetrievalReport:

@@ -2,5 +2,6 @@
 
 from .pretrained import disable_auto, enable_auto, from_pretrained
 from .saving import save_pretrained
+from .upload import push_config
 
-__all__ = ["disable_auto", "enable_auto", "from_pretrained", "save_pretrained"]
+__all__ = ["disable_auto", "enable_auto", "from_pretrained", "push_config", "save_pretrained"]

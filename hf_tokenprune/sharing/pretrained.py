@@ -21,6 +21,7 @@ from ..config import ALSO_IN, PruneConfig, as_config
 from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file, read_json
 from ..engine import ConfigLike, prune
 from ..errors import ConfigError
+from .fit import check_fit
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 OF_ONE_REPOSITORY = ("revision", "subfolder")
@@ -56,7 +57,7 @@ def from_pretrained(
 
     Raises:
         ConfigError: there is no such folder or repository; no config was given and the checkpoint has none, or two that
-            disagree; or the config is invalid or does not fit.
+            disagree; or the config is invalid, or does not fit, which is found out before weights are downloaded.
         UnsupportedModelError: the model cannot be pruned.
     """
     from transformers import AutoConfig
@@ -81,8 +82,11 @@ def from_pretrained(
             f"no prune config for {str(path_or_repo)!r}: give prune_config=..., or add a {CONFIG_NAME}; "
             "to load it dense, use Transformers' own from_pretrained"
         )
+    model_class: Any = auto_class or class_of(model_config)
+    source = f"the config {str(prune_config)!r}" if isinstance(prune_config, (str, os.PathLike)) else f"{chosen}"
+    check_fit(model_class, model_config, chosen, path_or_repo, source)
     with _one_load():
-        loaded = (auto_class or class_of(model_config)).from_pretrained(path_or_repo, **kwargs)  # type: ignore[union-attr]
+        loaded = model_class.from_pretrained(path_or_repo, **kwargs)
     prune(_model_of(loaded), chosen)
     return loaded
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo, ModelCard
 from torch import nn
 
+from ..config import PruneConfig
 from ..config_files import CONFIG_NAME
 from ..engine import current_config
 from ..errors import PruneStateError
+from .card import Report, model_card, read_card, row_of
+from .upload import CARD_NAME, check_repo_id, upload
 
-OF_THE_COMMIT = ("commit_message", "commit_description", "create_pr", "revision")
-OF_THE_REPOSITORY = ("private", "tags")
+OF_THE_UPLOAD = ("private", "commit_message", "commit_description", "create_pr", "revision")
 
 
 def save_pretrained(
@@ -22,18 +26,27 @@ def save_pretrained(
     push_to_hub: bool = False,
     repo_id: str | None = None,
     token: str | None = None,
+    reports: Mapping[str, Report] | None = None,
     **kwargs: Any,
-) -> None:
+) -> CommitInfo | None:
     """Save a pruned model as a stock checkpoint with ``prune_config.json`` beside it.
 
     Args:
-        push_to_hub: upload what was saved as well, in one commit, to ``repo_id`` (None: the folder's name).
+        push_to_hub: upload what was saved as well, in one commit with a model card, to ``repo_id`` (None: the folder's
+            name). The card is the folder's ``README.md``, else that of the repository, else a new one; its text stays.
         token: of the Hub; None: the one you are logged in with.
+        reports: for the model card, of ``evaluate_paired`` and its like, by the data set that each is on:
+            ``{"uoft-cs/cifar10": report}``. Without ``push_to_hub`` the card is written to the folder.
         kwargs: for ``model.save_pretrained``; with ``push_to_hub`` also ``private``, ``tags``, ``commit_message``,
             ``commit_description``, ``create_pr`` and ``revision`` (a branch, made if need be).
 
+    Returns:
+        With ``push_to_hub`` the commit, whose ``pr_url`` is that of a pull request.
+
     Raises:
         PruneStateError: the model is not pruned.
+        ConfigError: ``repo_id`` is no name of a repository, the card that is there cannot be read, or reports do not
+            say which run is of this model.
     """
     config, folder = current_config(model), Path(save_directory)
     if config is None:
@@ -41,40 +54,49 @@ def save_pretrained(
         raise PruneStateError(
             f"this model is not pruned; call prune first, or save it with model.save_pretrained{left}"
         )
-    hub = {name: kwargs.pop(name) for name in (*OF_THE_COMMIT, *OF_THE_REPOSITORY) if name in kwargs and push_to_hub}
+    repo_id = repo_id or folder.resolve().name
+    if push_to_hub:
+        check_repo_id(repo_id)
+    for dataset, report in (reports or {}).items():
+        row_of(report, config.method, dataset)
+    about = {name: kwargs.pop(name) for name in OF_THE_UPLOAD if name in kwargs and push_to_hub}
+    tags = kwargs.pop("tags", None) if push_to_hub else None
     before = _times(folder)
     model.save_pretrained(save_directory, **kwargs)  # type: ignore[operator]
     config.save_pretrained(folder, also_in_model=True)
+    card = folder / CARD_NAME
     if push_to_hub:
-        saved = [path for path, time in _times(folder).items() if before.get(path) != time]
-        hub.setdefault("commit_message", f"Upload {type(model).__name__}, pruned by {config.method}")
-        hub.setdefault("tags", getattr(model, "model_tags", None))
-        _upload(saved, folder / "README.md", repo_id or folder.resolve().name, token, **hub)
+        saved = [path for path, time in _times(folder).items() if before.get(path) != time or path == card]
+        return push_files(saved, model, config, repo_id, tags, reports, token=token, **about)
+    if reports:
+        model_card(model, config, repo_id, read_card(card), reports=reports).save(card)
+    return None
+
+
+def push_files(
+    files: Iterable[Path],
+    model: nn.Module,
+    config: PruneConfig,
+    repo_id: str,
+    tags: Iterable[str] | None = None,
+    reports: Mapping[str, Report] | None = None,
+    **kwargs: Any,
+) -> CommitInfo:
+    """Upload files of a pruned checkpoint and its card.
+
+    Args:
+        model: pruned, or dense; the card tells its sizes.
+        kwargs: for :func:`upload`.
+    """
+    all_tags = [*(getattr(model, "model_tags", None) or ()), *(tags or ())]
+
+    def describe(repo_id: str, card: ModelCard | None, **about: Any) -> ModelCard:
+        return model_card(model, config, repo_id, card, tags=all_tags, reports=reports, **about)
+
+    kwargs.setdefault("commit_message", f"Upload {type(model).__name__}, pruned by {config.method}")
+    return upload({path.name: path for path in files}, describe, repo_id, **kwargs)
 
 
 def _times(folder: Path) -> dict[Path, int]:
     """The files of a folder and when they were written."""
     return {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
-
-
-def _upload(
-    files: list[Path],
-    card: Path,
-    repo_id: str,
-    token: str | None,
-    private: bool | None = None,
-    tags: list[str] | None = None,
-    **commit: Any,
-) -> None:
-    """One commit of the files and of a model card, which is the repository's or a new one, as in stock pushing."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from transformers.utils.hub import create_and_tag_model_card
-
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    create_and_tag_model_card(repo_id, tags, token=token).save(card)
-    revision = commit.get("revision")
-    if revision is not None and not revision.startswith("refs/pr/"):
-        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    operations = [CommitOperationAdd(path.name, path) for path in sorted({*files, card})]
-    api.create_commit(repo_id, operations, token=token, **commit)
