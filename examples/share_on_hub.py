@@ -38,7 +38,8 @@ def main() -> None:
     out = args.out or Path(args.repo_id.split("/")[-1])
     upload = {} if args.dry_run else {"push_to_hub": True, "repo_id": args.repo_id, "private": args.private}
     save_pretrained(model, out, **upload)
-    processor.save_pretrained(out, **{key: value for key, value in upload.items() if key != "private"})
+    # With a Path, Transformers' processors fail when they upload.
+    processor.save_pretrained(str(out), **{key: value for key, value in upload.items() if key != "private"})
     print(f"{config}\n{cost(model).ratio:.1%} of the multiply-adds")
     print(f"written: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
     print("dry run, nothing uploaded" if args.dry_run else f"uploaded: https://huggingface.co/{args.repo_id}")

@@ -106,6 +106,7 @@ def test_the_task_is_one_that_a_pipeline_has_for_this_class(family: str, cls: ty
     assert data.library_name == "transformers" and data.tags == ["hf_tokenprune", "token-pruning", "random"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vision_language_models_say_so(family: str) -> None:
     card = model_card(tiny_vlm(family), PruneConfig.for_method("divprune", keep_ratio=0.5), "me/x")
