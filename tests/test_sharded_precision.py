@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import ViTForImageClassification
 
-from hf_tokenprune import PruneConfig, prune, record
+from hf_tokenprune import PruneConfig, prune, pruned, record
 from hf_tokenprune.registry import get_adapter
 
 from .decoder_families import ONCE, Case, collate, is_image, sample, tiny_vlm
@@ -69,3 +69,24 @@ def test_encoders(config: PruneConfig) -> None:
         expected = first_tensor(model(**inputs))
         shard(model, torch.float32)
         assert torch.equal(first_tensor(model(**inputs)), expected)
+
+
+@pytest.mark.slow
+def test_accelerate_finds_every_block_by_the_name_of_its_class() -> None:
+    """Its FSDP2 plugin looks for the first module of that name, and wraps what is an instance of that one's class."""
+    utils = pytest.importorskip("accelerate.utils")
+    prepare = pytest.importorskip("accelerate.utils.fsdp_utils").fsdp2_prepare_auto_wrap_policy
+    models: list[tuple[Any, list[PruneConfig]]] = [(tiny_model("vit", ViTForImageClassification), configs())]
+    for family, case in ONCE:
+        model = tiny_vlm(family)
+        models.append((model, [case.config(model)]))
+    for model, found in models:
+        blocks = get_adapter(model.config.model_type).blocks(model)
+        plugin = utils.FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[type(blocks[0]).__name__],
+        )
+        for config in found:
+            with pruned(model, config):
+                assert all(map(prepare(plugin, model), blocks)), (model.config.model_type, config)
