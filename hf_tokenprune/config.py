@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from .atomic import write_text
 from .config_files import CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file, is_path, read_json
 from .errors import ConfigError, did_you_mean
 from .field_types import convert, describe, few_values, field_types
@@ -218,8 +219,7 @@ class PruneConfig:
                 it no longer has, another model was saved over this one, and loading says so.
         """
         path = Path(save_directory) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._to_json_text(**({ALSO_IN: MODEL_CONFIG_NAME} if also_in_model else {})), encoding="utf-8")
+        write_text(path, self._to_json_text(**({ALSO_IN: MODEL_CONFIG_NAME} if also_in_model else {})))
         return path
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None, **kwargs: Any) -> str:

@@ -22,6 +22,7 @@ MAX_LINES = 350
 CORE = {
     *(
         "errors",
+        "atomic",
         "field_types",
         "config_files",
         "config",
@@ -39,10 +40,20 @@ CORE = {
 GROUND = {"errors", "registry", "tokens", "signals"}
 MAY_IMPORT = {
     "errors": set(),
+    "atomic": set(),
     "registry": {"errors"},
     "field_types": set(),
     "config_files": {"errors"},
-    "config": {"errors", "registry", "field_types", "config_files", "signals", "cost", "presets"},  # see FACADES
+    "config": {
+        "errors",
+        "atomic",
+        "registry",
+        "field_types",
+        "config_files",
+        "signals",
+        "cost",
+        "presets",
+    },  # see FACADES
     "tokens": {"errors"},
     "signals": set(),
     "methods": GROUND | {"config", "methods"},
@@ -51,7 +62,7 @@ MAY_IMPORT = {
     "recording": {"engine", "errors"},
     "cost": {"engine", "config", "errors", "signals", "cost"},
     "presets": {"config", "errors"},
-    "sharing": {"engine", "config", "config_files", "errors", "sharing"},
+    "sharing": {"atomic", "engine", "config", "config_files", "errors", "sharing"},
 }
 """Parts of the package each core part may import, in functions too. ``methods`` and ``adapters`` meet through the
 registry, so not even the engine names one."""

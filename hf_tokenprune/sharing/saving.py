@@ -11,6 +11,7 @@ from torch import nn
 from ..config_files import CONFIG_NAME
 from ..engine import current_config
 from ..errors import PruneStateError
+from .in_place import save_in_place
 
 OF_THE_COMMIT = ("commit_message", "commit_description", "create_pr", "revision")
 OF_THE_REPOSITORY = ("private", "tags")
@@ -43,8 +44,7 @@ def save_pretrained(
         )
     hub = {name: kwargs.pop(name) for name in (*OF_THE_COMMIT, *OF_THE_REPOSITORY) if name in kwargs and push_to_hub}
     before = _times(folder)
-    model.save_pretrained(save_directory, **kwargs)  # type: ignore[operator]
-    config.save_pretrained(folder, also_in_model=True)
+    save_in_place(model, config, folder, **kwargs)
     if push_to_hub:
         saved = [path for path, time in _times(folder).items() if before.get(path) != time]
         hub.setdefault("commit_message", f"Upload {type(model).__name__}, pruned by {config.method}")
