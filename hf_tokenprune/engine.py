@@ -115,7 +115,7 @@ def default_config(model: nn.Module) -> PruneConfig:
     adapter = find_adapter(model)
     carried = getattr(model.config, "prune_config", None)
     if carried is not None:
-        return as_config(carried)
+        return PruneConfig.from_dict(carried)  # a string there would be a path or repository to read
     shape = adapter.shape(model)
     for fields in WHAT_TO_TAKE[shape.kind]:
         config = PruneConfig.from_dict(fields)

@@ -40,7 +40,7 @@ def same_weights(one: Any, other: Any) -> bool:
 
 
 def killed_at(step: int, folder: Path, save: Callable[[], Any]) -> bool:
-    """Whether ``save``, in a process of its own, comes to its ``step``-th change of files in ``folder``; it dies there."""
+    """Whether ``save``, in a process of its own, comes to the ``step``-th change of a file in ``folder``."""
     if child := os.fork():
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
