@@ -136,8 +136,8 @@ def _count(kept: Tensor | None) -> str:
 def record(model: nn.Module) -> Iterator[Record]:
     """Record which tokens stay at every pruned layer, for the forwards inside a ``with`` block (the last one counts).
 
-    Forwards of the thread, or asyncio task, that the block is in; others go on unrecorded, each in a block of its own if
-    need be. Of a compiled model those of all threads.
+    Forwards of the thread, or asyncio task, that the block is in; others may have blocks of their own. Of a compiled
+    model those of all threads.
 
     Raises:
         PruneStateError: the model is not pruned.

@@ -1,4 +1,4 @@
-"""A model is not changed while another thread runs it: its blocks would prune, or not, from the middle of a forward on."""
+"""A model is not changed while another thread runs it, whose forward would go on with blocks that prune otherwise."""
 
 from __future__ import annotations
 

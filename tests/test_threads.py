@@ -1,9 +1,9 @@
-"""One model in several threads: results are those of one thread, records are of their own forwards, and a model that runs
-is not changed. Threads meet in front of every block, so that each step of the one is between two of the other."""
+"""One model in several threads: results are those of one thread, records are of their own forwards, and a model that
+runs is not changed. Threads meet in front of every block, so that a step of the one is between two of the other."""
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +17,20 @@ from hf_tokenprune.engine import current_config
 from hf_tokenprune.errors import PruneStateError
 from hf_tokenprune.registry import get_adapter
 
+from .decoder_families import FAMILIES as DECODERS
 from .decoder_families import ONCE, built, sample, tiny_vlm
 from .families import first_tensor, images, inputs_for, tiny_model
-from .families import built as built_encoder
-from .test_contract_decoders import every_family, id_of
+from .test_contract_decoders import id_of
 from .test_contract_families import FAMILIES, MECHANICS, PAIRS, name_of
 
 Call = Callable[[], Any]
 SECONDS = 60
 """How long threads wait for each other at most; they never do so long."""
+
+
+def most_slow(values: Sequence[Any]) -> list[Any]:
+    """As parameters, of which the first is quick; the others are for make test-all."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
 
 
 def at_once(*calls: Call) -> list[Any]:
@@ -79,7 +84,7 @@ def encode(model: PreTrainedModel, seed: int) -> Tensor:
 
 def answer(model: PreTrainedModel, seed: int) -> Tensor:
     with torch.no_grad():
-        return model(**sample(model, "..I.i..", seed)).logits
+        return model(**sample(model, "..I.i.." + "." * seed, seed)).logits
 
 
 def generate(model: PreTrainedModel, seed: int) -> Tensor:
@@ -121,20 +126,20 @@ def check(model: PreTrainedModel, run: Callable[[PreTrainedModel, int], Tensor])
         assert same(results, expected) and [facts(rec) for rec in both] == alone
 
 
-@pytest.mark.parametrize("pair", MECHANICS, ids=name_of)
+@pytest.mark.parametrize("pair", most_slow(MECHANICS), ids=name_of)
 def test_encoders(pair: Any) -> None:
     (family, cls), config = pair
     check(prune(tiny_model(family, cls), config), encode)
 
 
-@pytest.mark.parametrize("pair", ONCE, ids=id_of)
+@pytest.mark.parametrize("pair", most_slow(ONCE[::-1]), ids=id_of)
 def test_decoders(pair: Any) -> None:
     family, case = pair
     model = tiny_vlm(family)
     check(prune(model, case.config(model)), answer)
 
 
-@every_family
+@pytest.mark.parametrize("family", most_slow(DECODERS))
 def test_generate(family: str) -> None:
     model = tiny_vlm(family)
     prune(model, next(case for name, case in reversed(ONCE) if name == family).config(model))
@@ -213,12 +218,13 @@ def test_what_a_thread_started_within_does_is_not_recorded_and_the_summary_says_
     assert rec.summary() == "nothing recorded yet: call the model inside the with block, in the same thread"
 
 
+@pytest.mark.slow
 def test_compiled_models_are_recorded() -> None:
     model = vit()
     expected = facts(recorded(model, lambda: encode(model, 0)))
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad(), record(model) as rec:
-        compiled(images())
+        compiled(images(1))
     assert facts(rec) == expected
 
 
@@ -248,11 +254,13 @@ def held(model: PreTrainedModel, run: Call) -> Iterator[list[Any]]:
 
 
 def check_refused(model: PreTrainedModel, config: PruneConfig, run: Callable[[PreTrainedModel, int], Tensor]) -> None:
+    message = f"another thread is running this {type(model).__name__}, in "
+
     def attempt(change: Call) -> None:
         expected = run(model, 0)
         with held(model, lambda: run(model, 0)) as result:
             for _ in range(2):  # the first try leaves nothing behind
-                with pytest.raises(PruneStateError, match=f"another thread is running this {type(model).__name__}, in "):
+                with pytest.raises(PruneStateError, match=message):
                     change()
         assert torch.equal(result[0], expected)
         assert torch.equal(run(model, 0), expected)
@@ -268,13 +276,13 @@ def check_refused(model: PreTrainedModel, config: PruneConfig, run: Callable[[Pr
     assert torch.equal(run(unprune(model), 0), dense)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[1].__name__)
+@pytest.mark.parametrize("family", most_slow(FAMILIES), ids=lambda family: family[1].__name__)
 def test_a_running_encoder_is_not_changed(family: Any) -> None:
     config = next(config for pair, config in PAIRS if pair == family)
     check_refused(tiny_model(*family), config, encode)
 
 
-@every_family
+@pytest.mark.parametrize("family", most_slow(DECODERS))
 def test_a_running_decoder_is_not_changed(family: str) -> None:
     model = tiny_vlm(family)
     config = next(case for name, case in reversed(ONCE) if name == family).config(model)
@@ -323,14 +331,14 @@ def test_a_block_that_ends_while_another_thread_runs_says_so() -> None:
 
 
 def test_a_part_that_another_thread_runs_alone() -> None:
-    """And a part that it does not run can be changed."""
+    """And another model can be changed meanwhile."""
     model = tiny_model("vit", ViTForImageClassification)
     with held(model, lambda: model.vit(images())), pytest.raises(PruneStateError, match="another thread"):
         prune(model)
-    other = built_encoder("vit", ViTForImageClassification)
+    other = tiny_model("vit", ViTForImageClassification)
     with held(model, lambda: encode(model, 0)):
-        prune(tiny_model("vit", ViTForImageClassification))
-    assert current_config(other) is None
+        prune(other)
+    assert current_config(other) is not None and current_config(model) is None
 
 
 def test_a_forward_that_begins_in_the_middle_of_the_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +356,7 @@ def test_a_forward_that_begins_in_the_middle_of_the_change(monkeypatch: pytest.M
 
     monkeypatch.setattr(adapter, "attach", slow)
     prune(model)
+    monkeypatch.undo()
     assert len(errors) == 2
     assert torch.equal(encode(model, 0), encode(prune(tiny_model("vit", ViTForImageClassification)), 0))
 

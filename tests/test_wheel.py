@@ -46,12 +46,12 @@ with torch.no_grad():
 hf_tokenprune.enable_auto()
 with torch.no_grad():
     assert torch.equal(AutoModelForImageClassification.from_pretrained(folder / "checkpoint")(pixels).logits, expected)
-hf_tokenprune.cost(model), hf_tokenprune.list_presets()
+hf_tokenprune.list_presets()
 for module, name, arguments in (
     ("evaluation", "load_images", ("someone/something",)),
     ("evaluation.accelerator", "require", ("accelerate",)),
     ("pictures.curves", "draw_comparison", ([], folder / "a.png")),
-    ("search.strategies", "check_strategy", ("optuna",)),
+    ("search.strategies", "check_strategy", ("optuna", 1)),
     ("demo.digits", "originals", ()),
 ):
     try:
@@ -65,7 +65,9 @@ for module, name, arguments in (
 
 def run(*command: Any, cwd: Path) -> str:
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
