@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from .atomic import write_text
 from .config_files import CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file, is_path, read_json
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, shown
 from .field_types import convert, describe, few_values, field_types
 from .registry import get_method, list_methods
 
@@ -168,8 +169,7 @@ class PruneConfig:
     def check(self, condition: bool, field: str, allowed: str) -> None:
         """Raise :class:`ConfigError` about ``field`` unless ``condition`` holds."""
         if not condition:
-            value = f"{_shown(getattr(self, field)):.200}"
-            raise ConfigError(f"{field}={value} in {type(self).__name__}: expected {allowed}")
+            raise ConfigError(f"{field}={_shown(getattr(self, field))} in {type(self).__name__}: expected {allowed}")
 
     # -- dictionaries and files ----------------------------------------------------------------------------------
 
@@ -187,29 +187,31 @@ class PruneConfig:
     def from_dict(cls, data: dict[str, Any]) -> PruneConfig:
         """Inverse of :meth:`to_dict`. Missing fields take the method's defaults, unknown ones raise."""
         if not isinstance(data, dict):
-            raise ConfigError(f"a prune config is an object with a 'method', got {type(data).__name__}: {data!r:.80}")
+            raise ConfigError(f"a prune config is an object with a 'method', got {type(data).__name__}: {shown(data)}")
         fields = dict(data)
         if (place := fields.pop(ALSO_IN, MODEL_CONFIG_NAME)) != MODEL_CONFIG_NAME:  # about the file, not the config
-            raise ConfigError(f"{ALSO_IN}={place!r}: expected {MODEL_CONFIG_NAME!r}, or leave it out")
+            raise ConfigError(f"{ALSO_IN}={shown(place)}: expected {MODEL_CONFIG_NAME!r}, or leave it out")
         version = fields.pop("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ConfigError(f"format_version={version!r}: expected the integer {FORMAT_VERSION}")
+            raise ConfigError(f"format_version={shown(version)}: expected the integer {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise ConfigError(
-                f"format_version={version} is newer than {FORMAT_VERSION}, the newest this version reads; "
+                f"format_version={shown(version)} is newer than {FORMAT_VERSION}, the newest this version reads; "
                 "pip install -U hf-tokenprune"
             )
         name = fields.pop("method", cls.method or None)
         if not isinstance(name, str):
-            raise ConfigError(f"method={name!r}: expected the name of a method, such as 'zero_tprune'")
+            raise ConfigError(f"method={shown(name)}: expected the name of a method, such as 'zero_tprune'")
         config_class = get_method(name)
         if not issubclass(config_class, cls):
-            raise ConfigError(f"method={name!r} is not what {cls.__name__} reads ({cls.method!r}); use PruneConfig")
+            raise ConfigError(
+                f"method={shown(name)} is not what {cls.__name__} reads ({cls.method!r}); use PruneConfig"
+            )
         known = [f.name for f in dataclasses.fields(config_class)]
         for field in fields:
             if field not in known:
                 hint = did_you_mean(field, known)
-                raise ConfigError(f"method {name!r} has no field {field!r} (has: {', '.join(known)}){hint}")
+                raise ConfigError(f"method {name!r} has no field {shown(field)} (has: {', '.join(known)}){hint}")
         return config_class(**fields)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, also_in_model: bool = False) -> Path:
@@ -220,8 +222,7 @@ class PruneConfig:
                 it no longer has, another model was saved over this one, and loading says so.
         """
         path = Path(save_directory) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._to_json_text(**({ALSO_IN: MODEL_CONFIG_NAME} if also_in_model else {})), encoding="utf-8")
+        write_text(path, self._to_json_text(**({ALSO_IN: MODEL_CONFIG_NAME} if also_in_model else {})))
         return path
 
     def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **kwargs: Any) -> CommitInfo:
@@ -301,7 +302,7 @@ def _shown(value: Any) -> str:
         return value.method
     if isinstance(value, tuple) and any(isinstance(part, PruneConfig) for part in value):
         return f"({', '.join(map(_shown, value))})"
-    return repr(value)
+    return shown(value)
 
 
 def _to_json(value: Any) -> Any:

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 CONFIG_NAME, MODEL_CONFIG_NAME = "prune_config.json", "config.json"
 MAX_FILE_BYTES = 1 << 20  # a config is a few hundred bytes; a larger file is not one
@@ -26,7 +26,12 @@ def find_config_file(
         return path
     if os.path.isdir(path):
         path = path / (subfolder or "") / CONFIG_NAME
-        return path if path.is_file() else None
+        if not os.path.lexists(path):
+            return None
+    if os.path.lexists(path):
+        if not path.is_file():  # reading a pipe or a device might never end
+            raise ConfigError(f"{path} is no file: a folder, a pipe, a device, or a link to what is not there")
+        return path
     name = str(path_or_repo)
     if is_path(name):
         raise ConfigError(f"{name!r} is neither a local path nor a Hub repository: no such file or folder is here")
@@ -72,7 +77,7 @@ def is_path(name: str) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """What is in a small JSON file.
+    """What is in a small JSON file; a link is followed, since the Hub's cache is made of links.
 
     Raises:
         ConfigError: it is too large, not JSON, has a key twice, or a number that is none.
@@ -97,6 +102,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique: dict[str, Any] = {}
     for key, value in pairs:
         if key in unique:
-            raise ConfigError(f"field {key!r} stands twice; keep one")
+            raise ConfigError(f"field {shown(key)} stands twice; keep one")
         unique[key] = value
     return unique

@@ -8,6 +8,7 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 MAX_VALUES = 1024  # entries of a tuple field: no model has more blocks
+MAX_INT = 2**63 - 1  # what tensors, and readers of JSON in other languages, have room for
 
 
 def field_types(config_class: type) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def convert(value: Any, hint: Any) -> Any:
             return value
         if isinstance(value, dict) and "method" in value:
             return hint.from_dict(value)
-    elif type(value) is hint:
+    elif type(value) is hint and (hint is not int or abs(value) <= MAX_INT):
         return value
     raise TypeError
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from .errors import DOCS, ConfigError, TokenPruneError, UnsupportedModelError, did_you_mean
+from .errors import DOCS, ConfigError, TokenPruneError, UnsupportedModelError, did_you_mean, shown
 
 T = TypeVar("T", bound=type[Any])
 
@@ -50,7 +50,7 @@ def get_method(name: str) -> Any:
     """The config class of a method; an unknown name raises :class:`ConfigError` that lists the known ones."""
     if name not in list_methods():
         hint = did_you_mean(name, list_methods())
-        raise ConfigError(f"method={name!r}: no such method (have: {', '.join(list_methods())}){hint}")
+        raise ConfigError(f"method={shown(name)}: no such method (have: {', '.join(list_methods())}){hint}")
     return _METHODS[name]
 
 

@@ -22,6 +22,8 @@ MAX_LINES = 350
 CORE = {
     *(
         "errors",
+        "threads",
+        "atomic",
         "field_types",
         "config_files",
         "config",
@@ -39,19 +41,31 @@ CORE = {
 GROUND = {"errors", "registry", "tokens", "signals"}
 MAY_IMPORT = {
     "errors": set(),
+    "atomic": set(),
+    "threads": {"errors"},
     "registry": {"errors"},
     "field_types": set(),
     "config_files": {"errors"},
-    "config": {"errors", "registry", "field_types", "config_files", "signals", "cost", "presets", "sharing"},  # FACADES
+    "config": {
+        "errors",
+        "atomic",
+        "registry",
+        "field_types",
+        "config_files",
+        "signals",
+        "cost",
+        "presets",
+        "sharing",
+    },  # see FACADES
     "tokens": {"errors"},
     "signals": set(),
     "methods": GROUND | {"config", "methods"},
     "adapters": GROUND | {"adapters"},
-    "engine": GROUND | {"config"},
+    "engine": GROUND | {"config", "threads"},
     "recording": {"engine", "errors"},
     "cost": {"engine", "config", "errors", "signals", "cost"},
     "presets": {"config", "errors"},
-    "sharing": {"engine", "config", "config_files", "cost", "errors", "registry", "sharing"},
+    "sharing": {"atomic", "engine", "config", "config_files", "cost", "errors", "registry", "sharing"},
 }
 """Parts of the package each core part may import, in functions too. ``methods`` and ``adapters`` meet through the
 registry, so not even the engine names one."""

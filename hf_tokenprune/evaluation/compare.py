@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_text
 from ..benchmark import BenchmarkReport
 from ..benchmark.medians import cell, explained, over, shown
 from ..config import PruneConfig
@@ -157,7 +158,7 @@ class Comparison:
             config.save_pretrained(configs / name)
         for name, text in files.items():
             below = f"\n\n```bash\n{command}\n```\n" if name.endswith(".md") else ""
-            (folder / name).write_text(text + below, encoding="utf-8")
+            write_text(folder / name, text + below)
         return [*(folder / name for name in files), configs]
 
     def draw(self, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..atomic import write_text
 from ..config import PruneConfig
 from ..engine import find_adapter
 from ..errors import ConfigError
@@ -138,7 +139,7 @@ def search_images(
         bar.close()
     report = {**result.to_dict(), "asked": asked}
     result.config.save_pretrained(out)
-    (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
     return report, summary(result, out)
 
 

@@ -153,7 +153,11 @@ def choose_config(
     if file is not None:
         found.append((f"its {CONFIG_NAME}", PruneConfig.from_pretrained(file)))
     if config_key is not None:
-        found.append((f"the key prune_config of its {MODEL_CONFIG_NAME}", as_config(config_key)))
+        source = f"the key prune_config of its {MODEL_CONFIG_NAME}"
+        try:
+            found.append((source, PruneConfig.from_dict(config_key)))  # a string would be a path or repository to read
+        except ConfigError as error:
+            raise ConfigError(f"{str(path_or_repo)!r}: {source}: {error}") from error
     if argument is not None:
         same = str(argument) == str(path_or_repo)  # then all that is said of the checkpoint's repository is said of it
         own = {name: value for name, value in hub_kwargs.items() if same or name not in OF_ONE_REPOSITORY}

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..config import PruneConfig, as_config
+from ..config import PruneConfig
 from ..config_files import MODEL_CONFIG_NAME
 from ..engine import current_config
 from ..errors import UnsupportedModelError
@@ -28,8 +28,9 @@ class PruningCallback(TrainerCallback):
         now = _pruned_by(model)
         carried = getattr(getattr(model, "config", None), "prune_config", None)
         if now is None and carried is not None:
+            says = PruneConfig.from_dict(carried)
             warnings.warn(
-                f"this model trains dense, but its config says that it is pruned by {as_config(carried)}, and so will "
+                f"this model trains dense, but its config says that it is pruned by {says}, and so will "
                 "what it saves; prune(model), or del model.config.prune_config",
                 stacklevel=2,
             )
@@ -41,7 +42,7 @@ class PruningCallback(TrainerCallback):
         if file is None:  # a checkpoint of adapters alone
             return
         key = json.loads(file.read_text(encoding="utf-8")).get("prune_config")
-        then = None if key is None else as_config(key)
+        then = None if key is None else PruneConfig.from_dict(key)
         if then != now:
             warnings.warn(
                 f"training goes on from {file.parent} with a model that is pruned otherwise: it was {_words(then)}, "

@@ -10,11 +10,13 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCard
 from torch import nn
 
+from ..atomic import write_text
 from ..config import PruneConfig
 from ..config_files import CONFIG_NAME
 from ..engine import current_config
 from ..errors import PruneStateError
 from .card import Report, model_card, read_card, row_of
+from .in_place import save_in_place
 from .upload import CARD_NAME, check_repo_id, upload
 
 OF_THE_UPLOAD = ("private", "commit_message", "commit_description", "create_pr", "revision")
@@ -62,14 +64,13 @@ def save_pretrained(
     about = {name: kwargs.pop(name) for name in OF_THE_UPLOAD if name in kwargs and push_to_hub}
     tags = kwargs.pop("tags", None) if push_to_hub else None
     before = _times(folder)
-    model.save_pretrained(save_directory, **kwargs)  # type: ignore[operator]
-    config.save_pretrained(folder, also_in_model=True)
+    save_in_place(model, config, folder, **kwargs)
     card = folder / CARD_NAME
     if push_to_hub:
         saved = [path for path, time in _times(folder).items() if before.get(path) != time or path == card]
         return push_files(saved, model, config, repo_id, tags, reports, token=token, **about)
     if reports:
-        model_card(model, config, repo_id, read_card(card), reports=reports).save(card)
+        write_text(card, str(model_card(model, config, repo_id, read_card(card), reports=reports)))
     return None
 
 

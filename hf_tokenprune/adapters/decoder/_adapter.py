@@ -53,7 +53,7 @@ class DecoderState:
     short: bool = False
     handles: list[Any] = field(default_factory=list)
     config: Any = None
-    recorder: Any = None
+    recorders: list[Any] = field(default_factory=list, compare=False)
 
 
 class DecoderAdapter(DecoderParts):
@@ -273,8 +273,8 @@ class DecoderAdapter(DecoderParts):
                 "get_image_features returns is what stays"
             )
         with ExitStack() as undo:
-            undo.callback(setattr, state, "recorder", state.recorder)
-            state.recorder = recorder
+            state.recorders.append(recorder)
+            undo.callback(state.recorders.remove, recorder)
             if state.tower:
                 encoder = self.tower(self.inner(model))
                 of_tower = recorder.of_tower(len(tower_blocks(encoder)))

@@ -1,0 +1,58 @@
+"""Saving a pruned checkpoint so that a folder holds, wherever that is interrupted, the former one or the new one."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..atomic import beside, put
+from ..config import PruneConfig
+from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME
+
+INDEX = ".index.json"
+WEIGHTS = re.compile(rf"(?P<stem>.+?)(?P<shard>-\d{{5}}-of-\d{{5}})?\.(safetensors|bin)({re.escape(INDEX)})?")
+
+
+def save_in_place(model: nn.Module, config: PruneConfig, folder: Path, **kwargs: Any) -> None:
+    """``model.save_pretrained(folder, **kwargs)``, with the prune config beside it.
+
+    All is written before any of it is moved into place, file by file. Moving takes no time, yet it is no single step: a
+    process killed there leaves weights that are whole, the former or the new, or a folder that loading refuses.
+    """
+    if kwargs.get("distributed_checkpoint"):  # written by all processes into one folder, for going on with training
+        model.save_pretrained(folder, **kwargs)  # type: ignore[operator]
+        config.save_pretrained(folder, also_in_model=True)
+        return
+    with beside(folder) as new:
+        model.save_pretrained(new, **kwargs)  # type: ignore[operator]
+        config.save_pretrained(new, also_in_model=True)
+        *names, last = sorted(os.listdir(new), key=_order)
+        former = _former(folder, names)
+        if any(path.name in names for path in former if "-of-" in path.name):  # shards of both would be loaded together
+            for path in former:
+                if path.name.endswith(INDEX):
+                    path.unlink()
+        for name in names:
+            put(new / name, folder / name)
+        for path in former:  # Transformers would load one file rather than shards, whichever is newer
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+        put(new / last, folder / last)
+
+
+def _order(name: str) -> int:
+    """When a file is moved: the two configs first and last. In between they disagree, which loading refuses."""
+    if name in (CONFIG_NAME, MODEL_CONFIG_NAME):
+        return -1 if name == CONFIG_NAME else 2
+    return 1 if name.endswith(INDEX) else 0
+
+
+def _former(folder: Path, names: list[str]) -> list[Path]:
+    """The weights in a folder that those called ``names`` take the place of: files, shards and their index."""
+    stems = {match["stem"] for name in names if (match := WEIGHTS.fullmatch(name))}
+    found = [(path, WEIGHTS.fullmatch(path.name)) for path in folder.iterdir()]
+    return [path for path, match in found if match and match["stem"] in stems]
