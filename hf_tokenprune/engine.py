@@ -38,7 +38,8 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
     raises, the model is as it was.
 
     Args:
-        model: a ``PreTrainedModel`` of a family with an adapter (:func:`list_adapters`), not pruned.
+        model: a ``PreTrainedModel`` of a family with an adapter (:func:`list_adapters`), not pruned, or the
+            ``PeftModel`` around one, whose adapters stay.
         config: a :class:`PruneConfig`, its dictionary, the name of a method or preset, or a path or Hub repository that
             holds a ``prune_config.json``. None: what the checkpoint carries, else what to take, :func:`default_config`.
 
@@ -47,22 +48,23 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
         UnsupportedModelError: there is no adapter, or the model's head needs every token.
         PruneStateError: the model is already pruned.
     """
-    adapter = find_adapter(model)
-    if adapter.states(model):
-        _check_own(model)
-        raise PruneStateError(f"this model is already pruned by {current_config(model)}; call unprune(model) first")
-    config = default_config(model) if config is None else as_config(config)
-    shape = adapter.shape(model)
+    stock = unwrapped(model)
+    adapter = find_adapter(stock)
+    if adapter.states(stock):
+        _check_own(stock)
+        raise PruneStateError(f"this model is already pruned by {current_config(stock)}; call unprune(model) first")
+    config = default_config(stock) if config is None else as_config(config)
+    shape = adapter.shape(stock)
     stages, asked = plan(config, shape), options(config, shape)
-    adapter.check(model, stages, **asked)
+    adapter.check(stock, stages, **asked)
     try:
-        adapter.attach(model, stages, **asked)
-        for state in adapter.states(model):
+        adapter.attach(stock, stages, **asked)
+        for state in adapter.states(stock):
             state.config = config
     except BaseException:
-        adapter.detach(model)
+        adapter.detach(stock)
         raise
-    model.config.prune_config = config.to_dict()  # type: ignore[union-attr]
+    stock.config.prune_config = config.to_dict()
     return model
 
 
@@ -71,14 +73,17 @@ def unprune(model: Model) -> Model:
 
     Raises:
         PruneStateError: the model is not pruned.
+        UnsupportedModelError: PEFT has copied pruned parts since (``modules_to_save``).
     """
-    adapter = find_adapter(model)
-    if not adapter.states(model):
+    stock = unwrapped(model)
+    adapter = find_adapter(stock)
+    if not adapter.states(stock):
         raise PruneStateError("this model is not pruned; call prune(model, config) first")
-    _check_own(model)
-    adapter.detach(model)
-    if hasattr(model.config, "prune_config"):
-        del model.config.prune_config
+    _check_own(stock)
+    adapter.check_copies(stock)
+    adapter.detach(stock)
+    if hasattr(stock.config, "prune_config"):
+        del stock.config.prune_config
     return model
 
 
@@ -86,7 +91,8 @@ def unprune(model: Model) -> Model:
 def pruned(model: Model, config: ConfigLike | None = None) -> Iterator[Model]:
     """Prune for the length of a ``with`` block. A model that was pruned before gets its former config back."""
     config = default_config(model) if config is None else as_config(config)
-    former, carried = current_config(model), getattr(model.config, "prune_config", None)
+    stock = unwrapped(model)
+    former, carried = current_config(stock), getattr(stock.config, "prune_config", None)
     if former is not None:
         unprune(model)
     try:
@@ -99,7 +105,7 @@ def pruned(model: Model, config: ConfigLike | None = None) -> Iterator[Model]:
         if former is not None:
             prune(model, former)
         elif carried is not None:  # by a dense model that stock from_pretrained loaded
-            model.config.prune_config = carried  # type: ignore[union-attr]
+            stock.config.prune_config = carried
 
 
 def default_config(model: nn.Module) -> PruneConfig:
@@ -112,6 +118,7 @@ def default_config(model: nn.Module) -> PruneConfig:
         ConfigError: what ``model.config.prune_config`` says is no valid config.
         UnsupportedModelError: there is no adapter, or the model cannot be pruned; the message says why.
     """
+    model = unwrapped(model)
     adapter = find_adapter(model)
     carried = getattr(model.config, "prune_config", None)
     if carried is not None:
@@ -130,7 +137,14 @@ def default_config(model: nn.Module) -> PruneConfig:
 def current_config(model: nn.Module) -> PruneConfig | None:
     """The config a model is pruned with, or None if it is dense."""
     # Not from model.config: it may be shared with another model, and anybody can write to it.
-    return next((state.config for state in find_adapter(model).states(model)), None)
+    stock = unwrapped(model)
+    return next((state.config for state in find_adapter(stock).states(stock)), None)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model in PEFT's ``PeftModel``, which has the adapters in its layers; any other model as it is."""
+    # Of the class: attributes of other wrappers, as of torch.compile, may lead to what they wrap.
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model  # type: ignore[operator]
 
 
 def _check_own(model: nn.Module) -> None:
@@ -238,6 +252,7 @@ def plan_on(model: nn.Module, config: PruneConfig, shape: Shape) -> tuple[Stage,
         ConfigError: the config prunes videos only, and what is counted or timed is a prompt with one image.
         UnsupportedModelError: the adapter refuses it.
     """
+    model = unwrapped(model)
     stages, adapter = plan(config, shape), find_adapter(model)
     if not adapter.states(model):  # blocks of a pruned model are no stock ones, which a check would refuse
         adapter.check(model, stages, **options(config, shape))

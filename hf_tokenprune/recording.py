@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .engine import find_adapter
+from .engine import find_adapter, unwrapped
 from .errors import PruneStateError
 
 
@@ -123,6 +123,7 @@ def record(model: nn.Module) -> Iterator[Record]:
     Raises:
         PruneStateError: the model is not pruned.
     """
+    model = unwrapped(model)
     adapter = find_adapter(model)
     if not adapter.states(model):
         raise PruneStateError(

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..config_files import CONFIG_NAME
 from ..engine import current_config
-from ..errors import PruneStateError
+from ..errors import PruneStateError, UnsupportedModelError
+from .adapters import adapter_folders, save_beside_adapters
 
 OF_THE_COMMIT = ("commit_message", "commit_description", "create_pr", "revision")
 OF_THE_REPOSITORY = ("private", "tags")
@@ -26,6 +27,8 @@ def save_pretrained(
 ) -> None:
     """Save a pruned model as a stock checkpoint with ``prune_config.json`` beside it.
 
+    Of a model with adapters of PEFT these are saved alone, as PEFT does, each with the file beside it.
+
     Args:
         push_to_hub: upload what was saved as well, in one commit, to ``repo_id`` (None: the folder's name).
         token: of the Hub; None: the one you are logged in with.
@@ -34,6 +37,7 @@ def save_pretrained(
 
     Raises:
         PruneStateError: the model is not pruned.
+        UnsupportedModelError: ``push_to_hub`` of adapters.
     """
     config, folder = current_config(model), Path(save_directory)
     if config is None:
@@ -41,9 +45,18 @@ def save_pretrained(
         raise PruneStateError(
             f"this model is not pruned; call prune first, or save it with model.save_pretrained{left}"
         )
+    adapters = adapter_folders(model, folder)
+    if adapters and push_to_hub:
+        raise UnsupportedModelError(
+            "push_to_hub=True uploads a whole model, and this one's adapters are saved alone: call "
+            "model.push_to_hub(repo_id), then push_to_hub(repo_id) of its prune config"
+        )
     hub = {name: kwargs.pop(name) for name in (*OF_THE_COMMIT, *OF_THE_REPOSITORY) if name in kwargs and push_to_hub}
     before = _times(folder)
     model.save_pretrained(save_directory, **kwargs)  # type: ignore[operator]
+    if adapters:
+        save_beside_adapters(model, folder, **kwargs)
+        return
     config.save_pretrained(folder, also_in_model=True)
     if push_to_hub:
         saved = [path for path, time in _times(folder).items() if before.get(path) != time]
