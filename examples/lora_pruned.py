@@ -48,9 +48,9 @@ def main() -> None:
 
         loaded = from_pretrained(args.out)  # its model, the adapter, pruned as it was trained
         print(f"{cost(loaded).ratio:.1%} of the multiply-adds")
-        print(f"the same logits after loading: {torch.equal(loaded(pixels).logits, trained)}")
+        print(f"the same logits after loading: {torch.allclose(loaded(pixels).logits, trained, atol=1e-4)}")
         merged = loaded.merge_and_unload()  # a stock model, still pruned
-        print(f"after merging, but for rounding: {torch.allclose(merged(pixels).logits, trained, atol=1e-4)}")
+        print(f"after merging: {torch.allclose(merged(pixels).logits, trained, atol=1e-4)}")
         with model.disable_adapter():
             print(f"without the adapter: {torch.allclose(model(pixels).logits, trained, atol=1e-4)}")
         unprune(merged)
