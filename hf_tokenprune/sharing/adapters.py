@@ -25,6 +25,8 @@ def read_adapter(path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> dic
     """What ``adapter_config.json`` says; None if there is none."""
     from transformers.utils import find_adapter_config_file
 
+    if os.path.isdir(path_or_repo):  # of subfolders there older versions know nothing
+        path_or_repo = Path(path_or_repo, hub_kwargs.pop("subfolder", None) or "")
     file = find_adapter_config_file(os.fspath(path_or_repo), **hub_kwargs)
     about: dict[str, Any] | None = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     return about
