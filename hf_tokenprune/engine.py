@@ -39,7 +39,8 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
     raises, the model is as it was.
 
     Args:
-        model: a ``PreTrainedModel`` of a family with an adapter (:func:`list_adapters`), not pruned.
+        model: a ``PreTrainedModel`` of a family with an adapter (:func:`list_adapters`), not pruned, or the
+            ``PeftModel`` around one, whose adapters stay.
         config: a :class:`PruneConfig`, its dictionary, the name of a method or preset, or a path or Hub repository that
             holds a ``prune_config.json``. None: what the checkpoint carries, else what to take, :func:`default_config`.
 
@@ -48,29 +49,30 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
         UnsupportedModelError: there is no adapter, or the model's head needs every token.
         PruneStateError: the model is already pruned, or another thread is running it.
     """
-    return attach(model, config)
+    attach(model, config)
+    return model
 
 
-def attach(model: Model, config: ConfigLike | None, short: bool = False) -> Model:
+def attach(model: Model, config: ConfigLike | None, short: bool = False) -> None:
     """:func:`prune`; ``short``: tokens leave before the prompt, see :func:`hf_tokenprune.serving.short_prompts`."""
-    adapter = find_adapter(model)
-    if adapter.states(model):
-        _check_own(model)
-        raise PruneStateError(f"this model is already pruned by {current_config(model)}; call unprune(model) first")
-    config = default_config(model) if config is None else as_config(config)
-    shape = adapter.shape(model)
+    stock = unwrapped(model)
+    adapter = find_adapter(stock)
+    if adapter.states(stock):
+        _check_own(stock)
+        raise PruneStateError(f"this model is already pruned by {current_config(stock)}; call unprune(model) first")
+    config = default_config(stock) if config is None else as_config(config)
+    shape = adapter.shape(stock)
     stages, asked = plan(config, shape, stacklevel=4), options(config, shape) | ({"short": True} if short else {})
-    adapter.check(model, stages, **asked)
-    with nobody_runs(model):
+    adapter.check(stock, stages, **asked)
+    with nobody_runs(stock):
         try:
-            adapter.attach(model, stages, **asked)
-            for state in adapter.states(model):
+            adapter.attach(stock, stages, **asked)
+            for state in adapter.states(stock):
                 state.config = config
         except BaseException:
-            adapter.detach(model)
+            adapter.detach(stock)
             raise
-        model.config.prune_config = config.to_dict()  # type: ignore[union-attr]
-    return model
+        stock.config.prune_config = config.to_dict()
 
 
 def unprune(model: Model) -> Model:
@@ -78,15 +80,18 @@ def unprune(model: Model) -> Model:
 
     Raises:
         PruneStateError: the model is not pruned, or another thread is running it.
+        UnsupportedModelError: PEFT has copied pruned parts since (``modules_to_save``).
     """
-    adapter = find_adapter(model)
-    if not adapter.states(model):
+    stock = unwrapped(model)
+    adapter = find_adapter(stock)
+    if not adapter.states(stock):
         raise PruneStateError("this model is not pruned; call prune(model, config) first")
-    _check_own(model)
-    with nobody_runs(model):
-        adapter.detach(model)
-        if hasattr(model.config, "prune_config"):
-            del model.config.prune_config
+    _check_own(stock)
+    adapter.check_copies(stock)
+    with nobody_runs(stock):
+        adapter.detach(stock)
+        if hasattr(stock.config, "prune_config"):
+            del stock.config.prune_config
     return model
 
 
@@ -97,8 +102,9 @@ def pruned(model: Model, config: ConfigLike | None = None) -> Iterator[Model]:
     It is pruned for all threads. Where another one is running it at the end, it stays so, and that is an error.
     """
     config = default_config(model) if config is None else as_config(config)
-    former, carried = current_config(model), getattr(model.config, "prune_config", None)
-    short = any(getattr(state, "short", False) for state in find_adapter(model).states(model))
+    stock = unwrapped(model)
+    former, carried = current_config(stock), getattr(stock.config, "prune_config", None)
+    short = any(getattr(state, "short", False) for state in find_adapter(stock).states(stock))
     if former is not None:
         unprune(model)
     try:
@@ -113,7 +119,7 @@ def pruned(model: Model, config: ConfigLike | None = None) -> Iterator[Model]:
         elif former is not None:
             attach(model, former, short)
         elif carried is not None:  # by a dense model that stock from_pretrained loaded
-            model.config.prune_config = carried  # type: ignore[union-attr]
+            stock.config.prune_config = carried
 
 
 def default_config(model: nn.Module) -> PruneConfig:
@@ -126,6 +132,7 @@ def default_config(model: nn.Module) -> PruneConfig:
         ConfigError: what ``model.config.prune_config`` says is no valid config.
         UnsupportedModelError: there is no adapter, or the model cannot be pruned; the message says why.
     """
+    model = unwrapped(model)
     adapter = find_adapter(model)
     carried = getattr(model.config, "prune_config", None)
     if carried is not None:
@@ -144,7 +151,14 @@ def default_config(model: nn.Module) -> PruneConfig:
 def current_config(model: nn.Module) -> PruneConfig | None:
     """The config a model is pruned with, or None if it is dense."""
     # Not from model.config: it may be shared with another model, and anybody can write to it.
-    return next((state.config for state in find_adapter(model).states(model)), None)
+    stock = unwrapped(model)
+    return next((state.config for state in find_adapter(stock).states(stock)), None)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model in PEFT's ``PeftModel``, which has the adapters in its layers; any other model as it is."""
+    # Of the class: attributes of other wrappers, as of torch.compile, may lead to what they wrap.
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model  # type: ignore[operator]
 
 
 def _check_own(model: nn.Module) -> None:
@@ -254,6 +268,7 @@ def plan_on(model: nn.Module, config: PruneConfig, shape: Shape) -> tuple[Stage,
         ConfigError: the config prunes videos only, and what is counted or timed is a prompt with one image.
         UnsupportedModelError: the adapter refuses it.
     """
+    model = unwrapped(model)
     stages, adapter = plan(config, shape), find_adapter(model)
     if not adapter.states(model):  # blocks of a pruned model are no stock ones, which a check would refuse
         adapter.check(model, stages, **options(config, shape))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import find_adapter
+from .engine import find_adapter, unwrapped
 from .errors import PruneStateError
 
 _RECORDING: ContextVar[frozenset[object]] = ContextVar("hf_tokenprune_recording", default=frozenset())
@@ -142,6 +142,7 @@ def record(model: nn.Module) -> Iterator[Record]:
     Raises:
         PruneStateError: the model is not pruned.
     """
+    model = unwrapped(model)
     adapter = find_adapter(model)
     if not adapter.states(model):
         raise PruneStateError(

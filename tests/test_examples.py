@@ -192,6 +192,28 @@ MAKES_THE_PACKAGE = (
 
 
 @pytest.mark.slow
+def test_finetune_pruned(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    options = ("--limit", 32, "--epochs", 1, "--macs", 0.4, "--out", tmp_path / "out")
+    output = run("finetune_pruned.py", *options, cwd=tmp_path)
+    rows = [line.split("|")[1:3] for line in output.splitlines() if line.startswith("| ")][2:]
+    assert [name.strip() for name, _ in rows] == ["dense", "pruned", "pruned, fine-tuned", "fine-tuned, dense"]
+    assert "32 images (32 labelled)" in output
+    assert cost(from_pretrained(tmp_path / "out")).ratio <= 0.4
+
+
+@pytest.mark.slow
+def test_lora_pruned(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    output = run("lora_pruned.py", "--limit", 64, "--out", tmp_path / "out", cwd=tmp_path)
+    assert "the same logits after loading: True" in output and "after merging: True" in output
+    assert "without the adapter: False" in output and "dense, what it was not trained for: " in output
+    (checkpoint,) = (tmp_path / "out" / "trainer").glob("checkpoint-*")
+    for folder in (tmp_path / "out", checkpoint):
+        assert PruneConfig.from_pretrained(folder) == SalienceMergeConfig()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in MAKES_THE_PACKAGE)
 )

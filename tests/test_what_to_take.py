@@ -101,13 +101,12 @@ class Peft(nn.Module):
 @pytest.mark.parametrize(
     "wrap",
     [
-        Peft,
         Tuner,
         nn.DataParallel,
         lambda model: nn.DataParallel(Peft(model)),
         lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
     ],
-    ids=["peft", "tuner", "parallel", "parallel peft", "compiled parallel"],
+    ids=["tuner", "parallel", "parallel peft", "compiled parallel"],
 )
 def test_the_hint_leads_to_the_model_in_one_step(wrap: Any) -> None:
     inner = vit()

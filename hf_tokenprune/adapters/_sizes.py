@@ -1,5 +1,6 @@
 """What adapters read off modules and configs to tell the sizes of a model."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -8,11 +9,23 @@ from torch import nn
 def linear_macs(*modules: nn.Module | None) -> int:
     """Multiply-adds of applying the linear layers in ``modules`` to one token.
 
-    A convolution is one where it makes a token of a square of patches.
+    A convolution is one where it makes a token of a square of patches. What adapters of PEFT add does not count.
     """
-    layers = [m for module in modules if module is not None for m in module.modules()]
+    layers = [m for module in modules if module is not None for m in _stock_modules(module)]
     linear = sum(layer.in_features * layer.out_features for layer in layers if isinstance(layer, nn.Linear))
     return linear + sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Conv2d))
+
+
+def _stock_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Like ``module.modules()``, with what PEFT has wrapped in place of its wrappers and what these add."""
+    children = dict(module.named_children())
+    wrapped = children.get("base_layer") or children.get("original_module")  # of a tuner; of modules_to_save
+    if wrapped is not None:
+        yield from _stock_modules(wrapped)
+        return
+    yield module
+    for child in children.values():
+        yield from _stock_modules(child)
 
 
 def as_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ makes of a block's class another one that mixes ``FSDPModule`` in before it; so 
 """
 
 import sys
+from collections.abc import Iterable
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -26,6 +27,30 @@ def check_swappable(block: nn.Module, stock_class: type[nn.Module], place: str) 
     hooked_by_accelerate = "_old_forward" in block.__dict__
     if forward is not None and not hooked_by_accelerate and not _is_own_forward(block, forward):
         raise UnsupportedModelError(f"{place} has a forward of its own ({forward!r}); remove it before pruning")
+
+
+def check_copies(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Raise UnsupportedModelError where PEFT's ``modules_to_save`` has a copy of a block, or of its attention.
+
+    One of the two would be pruned and the other not, or other than it was when it was copied.
+    """
+    parts = {
+        part for block in blocks for part in (block, *block.children()) if part is block or hasattr(part, "config")
+    }
+    for name, module in model.named_modules():
+        if len(with_copies(module)) > 1 and not parts.isdisjoint(module.modules()):
+            raise UnsupportedModelError(
+                f"PEFT keeps a copy of {name!r}, which pruning changes: leave it out of modules_to_save, and train "
+                "it by adapters (target_modules)"
+            )
+
+
+def with_copies(module: nn.Module) -> list[nn.Module]:
+    """The module, or the original and the copies that a wrapper of PEFT has (``modules_to_save``)."""
+    children = dict(module.named_children())
+    if not {"original_module", "modules_to_save"} <= children.keys():
+        return [module]
+    return [children["original_module"], *children["modules_to_save"].children()]
 
 
 def swap_class(block: nn.Module, new_class: type[nn.Module]) -> None:

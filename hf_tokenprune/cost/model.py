@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan_on
+from ..engine import ConfigLike, as_config, current_config, find_adapter, options, plan_on, unwrapped
 from ..errors import ConfigError
 from ..signals import DecoderShape, Shape, Stage
 from .decoder import NEW_TOKENS, TEXT_TOKENS, GenerationCostReport, generation_cost
@@ -30,6 +30,8 @@ def cost(
     new_tokens: int | None = None,
 ) -> CostReport | GenerationCostReport:
     """MACs of ``model``, dense and pruned, for one image; the model is not run and not changed.
+
+    Adapters of PEFT do not count: merged into the model, they cost nothing.
 
     Args:
         model: a model with an adapter, pruned or not.
@@ -63,6 +65,7 @@ def counter(
     model: Any, image_size: tuple[int, int] | None, text_tokens: int | None, new_tokens: int | None
 ) -> tuple[Shape, Count]:
     """The model's shape, and the function from stages (and ``options``) to a ``ModelCost`` or ``GenerationCost``."""
+    model = unwrapped(model)
     adapter = find_adapter(model)
     shape: Shape = adapter.shape(model)
     if isinstance(shape, DecoderShape):

@@ -1,6 +1,7 @@
 """How a prune config travels with its checkpoint: loading, saving, and stock loading that knows of it."""
 
-from .pretrained import disable_auto, enable_auto, from_pretrained
+from .auto import disable_auto, enable_auto
+from .pretrained import from_pretrained
 from .saving import save_pretrained
 from .upload import push_config
 

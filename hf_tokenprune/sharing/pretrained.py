@@ -7,7 +7,6 @@ have to agree, because stock code that saves into a used folder writes the key a
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import warnings
@@ -21,16 +20,15 @@ from ..config import ALSO_IN, PruneConfig, as_config
 from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file, read_json
 from ..engine import ConfigLike, prune
 from ..errors import ConfigError
+from .adapters import OF_PEFT, base_of, read_adapter, with_adapter
 from .fit import check_fit
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 OF_ONE_REPOSITORY = ("revision", "subfolder")
 """Those that say something about the checkpoint's repository; the others are about the machine and its user."""
 
-_originals: dict[type, Any] = {}
-_for_all: list[PruneConfig] = []
-"""What :func:`enable_auto` was given, if anything."""
-_part_of_a_load: ContextVar[bool] = ContextVar("part_of_a_load", default=False)
+PART_OF_A_LOAD: ContextVar[bool] = ContextVar("part_of_a_load", default=False)
+"""Whether a load goes on whose caller prunes the whole."""
 
 
 def from_pretrained(
@@ -42,18 +40,18 @@ def from_pretrained(
     """Load a checkpoint and prune it.
 
     Args:
-        path_or_repo: local folder, or ``owner/name`` on the Hub.
+        path_or_repo: local folder, or ``owner/name`` on the Hub; also of an adapter of PEFT, which names its model.
         prune_config: a config, its dictionary, the name of a method or preset, or a path or repository that holds one.
             None: the checkpoint's own. ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` hold for
             its repository too; ``revision`` and ``subfolder`` are those of the checkpoint. For others give
             ``PruneConfig.from_pretrained("owner/name", revision=...)``.
         auto_class: such as ``AutoModelForImageClassification``. None: the class named in the checkpoint's
             ``architectures``, if it is one of Transformers' own, else ``AutoModel``.
-        kwargs: for ``auto_class.from_pretrained``.
+        kwargs: for ``auto_class.from_pretrained``; of an adapter also ``adapter_name`` and ``is_trainable``.
 
     Returns:
         The pruned model, in eval mode as stock ``from_pretrained`` leaves it (with ``output_loading_info=True``: the
-        same pair as there).
+        same pair as there). Of an adapter a ``PeftModel``.
 
     Raises:
         ConfigError: there is no such folder or repository; no config was given and the checkpoint has none, or two that
@@ -70,7 +68,11 @@ def from_pretrained(
         try:
             model_config = AutoConfig.from_pretrained(where, **hub_kwargs, **remote)
         except (OSError, ValueError) as error:
-            if find_config_file(where, **hub_kwargs) is None:  # raises for a path or repository that is not there
+            file = find_config_file(where, **hub_kwargs)  # raises for a path or repository that is not there
+            adapter = read_adapter(where, **hub_kwargs) if where == path_or_repo else None
+            if adapter is not None:
+                return _from_adapter(path_or_repo, adapter, prune_config, auto_class, hub_kwargs, kwargs)
+            if file is None:
                 raise
             raise ConfigError(
                 f"{str(where)!r} holds a {CONFIG_NAME} and no model; give it beside a checkpoint: "
@@ -78,59 +80,52 @@ def from_pretrained(
             ) from error
     chosen = choose_config(path_or_repo, prune_config, getattr(model_config, "prune_config", None), hub_kwargs)
     if chosen is None:
-        raise ConfigError(
-            f"no prune config for {str(path_or_repo)!r}: give prune_config=..., or add a {CONFIG_NAME}; "
-            "to load it dense, use Transformers' own from_pretrained"
-        )
+        raise _no_config(path_or_repo)
     model_class: Any = auto_class or class_of(model_config)
     source = f"the config {str(prune_config)!r}" if isinstance(prune_config, (str, os.PathLike)) else f"{chosen}"
     check_fit(model_class, model_config, chosen, path_or_repo, source)
-    with _one_load():
+    with one_load():
         loaded = model_class.from_pretrained(path_or_repo, **kwargs)
-    prune(_model_of(loaded), chosen)
+    prune(model_of(loaded), chosen)
     return loaded
 
 
-def enable_auto(prune_config: ConfigLike | None = None) -> None:
-    """Let stock ``AnyModel.from_pretrained`` and ``pipeline(model=path)`` prune by themselves, from now on.
+def _from_adapter(
+    path_or_repo: str | os.PathLike[str],
+    about: dict[str, Any],
+    prune_config: ConfigLike | None,
+    auto_class: Any,
+    hub_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """:func:`from_pretrained` of an adapter; ``about``: its adapter_config.json. Its model's own config comes last."""
+    base = base_of(about, path_or_repo)
+    chosen = choose_config(path_or_repo, prune_config, None, hub_kwargs)
+    of_base = {name: value for name, value in hub_kwargs.items() if name not in OF_ONE_REPOSITORY}
+    of_base["revision"] = about.get("revision")
+    of_peft = {name: kwargs[name] for name in OF_PEFT if name in kwargs}
+    rest = {name: value for name, value in kwargs.items() if name not in (*HUB_KWARGS, *OF_PEFT)}
+    model_class = auto_class or _class_called((about.get("auto_mapping") or {}).get("base_model_class"))
+    if model_class is None:
+        from transformers import AutoConfig
 
-    They then take ``prune_config=`` and follow the config that a checkpoint carries; checkpoints without one load dense
-    as ever. A ``Trainer`` made from now on warns where it resumes with a model that is pruned otherwise. Calling it
-    twice changes nothing, but for the config of the last call; :func:`disable_auto` undoes it.
-
-    Args:
-        prune_config: for programs that load models themselves, such as a server or an evaluation harness: every model
-            that is loaded without ``prune_config=`` is pruned by it, whatever its checkpoint carries.
-
-    Raises:
-        ConfigError: ``prune_config`` is invalid.
-    """
-    from transformers import AutoConfig, PreTrainedModel
-    from transformers.trainer import DEFAULT_CALLBACKS
-
-    from .resume import PruningCallback
-
-    _for_all[:] = [] if prune_config is None else [as_config(prune_config)]
-    if _originals:
-        return
-    DEFAULT_CALLBACKS.append(PruningCallback)
-    for cls, wrap in ((PreTrainedModel, _pruning_loader), (AutoConfig, _argument_keeper)):
-        _originals[cls] = cls.__dict__["from_pretrained"]
-        cls.from_pretrained = classmethod(wrap(_originals[cls].__func__))
+        model_class = class_of(AutoConfig.from_pretrained(base, **of_base))
+    with one_load():
+        loaded = model_class.from_pretrained(base, **of_base, **rest)
+        stock = model_of(loaded)
+        if chosen is None:
+            chosen = choose_config(base, None, getattr(stock.config, "prune_config", None), of_base)
+        if chosen is None:
+            raise _no_config(path_or_repo)
+        model = prune(with_adapter(stock, path_or_repo, **hub_kwargs, **of_peft), chosen)
+    return (model, *loaded[1:]) if isinstance(loaded, tuple) else model
 
 
-def disable_auto() -> None:
-    """Give Transformers its own ``from_pretrained`` back. Models loaded before stay as they are."""
-    from transformers.trainer import DEFAULT_CALLBACKS
-
-    from .resume import PruningCallback
-
-    if _originals:
-        DEFAULT_CALLBACKS.remove(PruningCallback)
-    for cls, original in _originals.items():
-        cls.from_pretrained = original  # type: ignore[attr-defined]
-    _originals.clear()
-    _for_all.clear()
+def _no_config(path_or_repo: str | os.PathLike[str]) -> ConfigError:
+    return ConfigError(
+        f"no prune config for {str(path_or_repo)!r}: give prune_config=..., or add a {CONFIG_NAME}; "
+        "to load it dense, use Transformers' own from_pretrained"
+    )
 
 
 def choose_config(
@@ -196,63 +191,29 @@ def _keys(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _model_of(loaded: Any) -> Any:
+def model_of(loaded: Any) -> Any:
     return loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns a pair
 
 
 def class_of(model_config: Any) -> Any:
+    from transformers import AutoModel
+
+    return next(filter(None, map(_class_called, model_config.architectures or ())), AutoModel)
+
+
+def _class_called(name: Any) -> Any:
+    """A model class of Transformers, or None."""
     import transformers
 
-    for name in model_config.architectures or ():
-        candidate = getattr(transformers, name, None)
-        if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
-            return candidate
-    return transformers.AutoModel
+    candidate = getattr(transformers, name, None) if isinstance(name, str) else None
+    return candidate if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel) else None
 
 
 @contextmanager
-def _one_load() -> Iterator[None]:
+def one_load() -> Iterator[None]:
     """What is loaded inside stays dense unless it has an argument of its own: its caller prunes the whole."""
-    token = _part_of_a_load.set(True)
+    token = PART_OF_A_LOAD.set(True)
     try:
         yield
     finally:
-        _part_of_a_load.reset(token)
-
-
-def _pruning_loader(load: Any) -> Any:
-    """``PreTrainedModel.from_pretrained`` that prunes what it loaded."""
-
-    @functools.wraps(load)
-    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        argument = kwargs.pop("prune_config", None)
-        with _one_load():
-            loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
-        if argument is None and _part_of_a_load.get():
-            return loaded
-        argument = next(iter(_for_all), None) if argument is None else argument
-        model = _model_of(loaded)
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        config_key = getattr(model.config, "prune_config", None)
-        chosen = choose_config(pretrained_model_name_or_path, argument, config_key, hub_kwargs)
-        if chosen is not None:
-            prune(model, chosen)
-        return loaded
-
-    return from_pretrained
-
-
-def _argument_keeper(load: Any) -> Any:
-    """``AutoConfig.from_pretrained``, which every auto class and pipeline asks first, that leaves ``prune_config=`` to
-    the model: it would overwrite what the checkpoint's own config says."""
-
-    @functools.wraps(load)
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        argument = {name: kwargs.pop(name) for name in ("prune_config",) if name in kwargs}
-        loaded = load(cls, *args, **kwargs)
-        if kwargs.get("return_unused_kwargs"):
-            config, unused = loaded
-            return config, {**unused, **argument}
-        return loaded
-
-    return from_pretrained
+        PART_OF_A_LOAD.reset(token)

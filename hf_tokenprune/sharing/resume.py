@@ -1,4 +1,5 @@
-"""Training with the stock ``Trainer``: a word where a checkpoint and what goes on from it are pruned differently."""
+"""Training with the stock ``Trainer``: every checkpoint says how its model was pruned, and a word where what goes on
+from one is pruned differently."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import PruneConfig
-from ..config_files import MODEL_CONFIG_NAME
-from ..engine import current_config
-from ..errors import UnsupportedModelError
+from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME
+from .adapters import pruned_by, save_beside_adapters, words
 
 
 class PruningCallback(TrainerCallback):
     """Warns when training begins with a model that is pruned otherwise than what it goes on from, or than it says.
+
+    Beside the adapters of PEFT in a checkpoint, which has no config.json then, it writes ``prune_config.json``.
 
     ``Trainer(..., callbacks=[PruningCallback()])``; after :func:`hf_tokenprune.enable_auto` every new ``Trainer`` has
     it. The checkpoint is that of ``args.resume_from_checkpoint``, else that of the step it goes on from in
@@ -25,7 +27,7 @@ class PruningCallback(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        now = _pruned_by(model)
+        now = pruned_by(model)
         carried = getattr(getattr(model, "config", None), "prune_config", None)
         if now is None and carried is not None:
             says = PruneConfig.from_dict(carried)
@@ -36,29 +38,32 @@ class PruningCallback(TrainerCallback):
             )
         if not state.global_step:
             return
-        usual = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        files = [Path(folder) / MODEL_CONFIG_NAME for folder in (args.resume_from_checkpoint, usual) if folder]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:  # a checkpoint of adapters alone
+        folders = [Path(folder) for folder in (args.resume_from_checkpoint, _folder(args, state)) if folder]
+        folder = next((folder for folder in folders if folder.is_dir()), None)
+        if folder is None:
             return
-        key = json.loads(file.read_text(encoding="utf-8")).get("prune_config")
-        then = None if key is None else PruneConfig.from_dict(key)
+        then = _said_in(folder)
         if then != now:
             warnings.warn(
-                f"training goes on from {file.parent} with a model that is pruned otherwise: it was {_words(then)}, "
-                f"and is now {_words(now)}",
+                f"training goes on from {folder} with a model that is pruned otherwise: it was {words(then)}, "
+                f"and is now {words(now)}",
                 stacklevel=2,
             )
 
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and (folder := _folder(args, state)).is_dir():
+            save_beside_adapters(model, folder)
 
-def _words(config: PruneConfig | None) -> str:
-    return "dense" if config is None else f"pruned by {config}"
+
+def _folder(args: Any, state: Any) -> Path:
+    """Where the ``Trainer`` puts the checkpoint of this step."""
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
-def _pruned_by(model: Any) -> PruneConfig | None:
-    """The config of a model or of the one inside PEFT's wrapper; None also for families without an adapter."""
-    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-    try:
-        return current_config(inner)
-    except UnsupportedModelError:
-        return None
+def _said_in(checkpoint: Path) -> PruneConfig | None:
+    """How the model of a checkpoint was pruned: of a whole one in its config.json, of adapters beside them."""
+    whole = checkpoint / MODEL_CONFIG_NAME
+    if whole.is_file():
+        key = json.loads(whole.read_text(encoding="utf-8")).get("prune_config")
+        return None if key is None else PruneConfig.from_dict(key)
+    return next((PruneConfig.from_pretrained(file) for file in sorted(checkpoint.glob(f"**/{CONFIG_NAME}"))), None)

@@ -14,7 +14,8 @@ from ..atomic import write_text
 from ..config import PruneConfig
 from ..config_files import CONFIG_NAME
 from ..engine import current_config
-from ..errors import PruneStateError
+from ..errors import PruneStateError, UnsupportedModelError
+from .adapters import adapter_folders, save_beside_adapters
 from .card import Report, model_card, read_card, row_of
 from .in_place import save_in_place
 from .upload import CARD_NAME, check_repo_id, upload
@@ -33,6 +34,8 @@ def save_pretrained(
 ) -> CommitInfo | None:
     """Save a pruned model as a stock checkpoint with ``prune_config.json`` beside it.
 
+    Of a model with adapters of PEFT these are saved alone, as PEFT does, each with the file beside it.
+
     Args:
         push_to_hub: upload what was saved as well, in one commit with a model card, to ``repo_id`` (None: the folder's
             name). The card is the folder's ``README.md``, else that of the repository, else a new one; its text stays.
@@ -49,6 +52,7 @@ def save_pretrained(
         PruneStateError: the model is not pruned.
         ConfigError: ``repo_id`` is no name of a repository, the card that is there cannot be read, or reports do not
             say which run is of this model.
+        UnsupportedModelError: ``push_to_hub`` of adapters.
     """
     config, folder = current_config(model), Path(save_directory)
     if config is None:
@@ -56,6 +60,16 @@ def save_pretrained(
         raise PruneStateError(
             f"this model is not pruned; call prune first, or save it with model.save_pretrained{left}"
         )
+    adapters = adapter_folders(model, folder)
+    if adapters and (push_to_hub or reports):
+        raise UnsupportedModelError(
+            "push_to_hub=True and reports are of a whole model, and this one's adapters are saved alone: save without "
+            "them, call model.push_to_hub(repo_id), then push_to_hub(repo_id) of its prune config"
+        )
+    if adapters:
+        model.save_pretrained(save_directory, **kwargs)  # type: ignore[operator]
+        save_beside_adapters(model, folder, **kwargs)
+        return None
     repo_id = repo_id or folder.resolve().name
     if push_to_hub:
         check_repo_id(repo_id)

@@ -11,12 +11,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...signals import Stage
 from .._capture import disable_capture, is_captured
-from .._swap import check_swappable, swap_class
+from .._swap import check_copies, check_swappable, swap_class
 from ._encoder import check_encoder, encoder_adapter
 from ._entrance import CountProposals, EnterDecoder
 from ._exit import LeaveDecoder
@@ -30,6 +31,7 @@ from ._tower import (
     Choice,
     ChooseStates,
     attach_tower,
+    detach_projector,
     feature_block,
     scoring_attention,
     tower_blocks,
@@ -188,8 +190,19 @@ class DecoderAdapter(DecoderParts):
                     f"are of {', '.join(sorted(others))} too, which have no attention to read and states that padding "
                     "changes. Use a method that works at the entrance, such as divprune"
                 )
+        check_copies(model, self._changed(model, stages, tower))
         for index, block in enumerate(self.blocks(model)):
             check_swappable(block, LAYER_CLASSES[kind].stock_class, f"decoder layer {index}")
+
+    def check_copies(self, model: PreTrainedModel) -> None:
+        """Raise UnsupportedModelError where PEFT has copied what pruning has changed."""
+        for state in self.states(model):
+            check_copies(model, self._changed(model, state.stages, state.tower))
+
+    def _changed(self, model: PreTrainedModel, stages: tuple[Stage, ...], tower: tuple[Stage, ...]) -> list[nn.Module]:
+        """The blocks that pruning so changes, or whose attention it reads."""
+        in_tower = tower or any(stage.where == "vision_tower" for stage in stages)
+        return [*self.blocks(model), *(tower_blocks(self.tower(self.inner(model))) if in_tower else ())]
 
     def check_earlier(self, model: PreTrainedModel, stage: Stage) -> None:
         """Raise UnsupportedModelError where the vision tower has no earlier block such as ``stage`` wants to read."""
@@ -254,6 +267,7 @@ class DecoderAdapter(DecoderParts):
             for module in self.tower(inner).modules():
                 if is_captured(module):  # of a block that the config may no longer name
                     disable_capture(module)
+            detach_projector(inner.get_submodule(self.connector_name))
         for block in self.blocks(model):
             if isinstance(block, PrunedDecoderLayer):
                 swap_class(block, block.stock_class)

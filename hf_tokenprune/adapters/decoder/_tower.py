@@ -26,6 +26,7 @@ from ...errors import UnsupportedModelError
 from ...signals import Signals, Stage
 from ...tokens import with_protected
 from .._capture import CURRENT, Capture, enable_capture
+from .._swap import with_copies
 
 HAS_CLS = {
     "clip_vision_model": True,
@@ -302,8 +303,14 @@ def attach_tower(tower: PreTrainedModel, block: int, projector: nn.Module, choic
         tower.register_forward_hook(choice, with_kwargs=True, always_call=True),
     ]
     if isinstance(choice, ChooseStates):  # else the projector is a part of the tower
-        handles += [
-            projector.register_forward_pre_hook(HideMarks()),
-            projector.register_forward_hook(RestoreMarks()),
-        ]
+        for each in with_copies(projector):  # which outlive their wrapper
+            handles += [each.register_forward_pre_hook(HideMarks()), each.register_forward_hook(RestoreMarks())]
     return handles
+
+
+def detach_projector(projector: nn.Module) -> None:
+    """Remove the hooks of :func:`attach_tower` from the copies too that PEFT has made since."""
+    for each in with_copies(projector):
+        for hooks in (each._forward_pre_hooks, each._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, (HideMarks, RestoreMarks))]:
+                del hooks[key]

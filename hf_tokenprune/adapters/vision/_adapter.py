@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ...errors import DOCS, UnsupportedModelError
 from ...signals import ModelShape, Stage
 from .._capture import disable_capture, enable_capture, is_captured
-from .._swap import check_swappable, own_class, swap_class
+from .._swap import check_copies, check_swappable, own_class, swap_class
 from ._block import BlockState, PrunedVisionBlock, Recorder
 from ._carry import RestoreStates, StartCarry, check_bias
 
@@ -107,12 +107,17 @@ class VisionAdapter:
                 )
         if any(stage.proportional for stage in stages):
             check_bias(self.encoder(model).config._attn_implementation)
+        self.check_copies(model)
         for index, block in enumerate(self.blocks(model)):
             check_swappable(block, self.block_class.stock_class, f"block {index}")
             if is_captured(self.attention(block)):
                 raise UnsupportedModelError(f"the attention of block {index} {READ}")
         if any(getattr(hook, "chooses_tokens", False) for hook in model._forward_hooks.values()):
             raise UnsupportedModelError(f"the output of this encoder {READ}")
+
+    def check_copies(self, model: PreTrainedModel) -> None:
+        """Raise UnsupportedModelError where PEFT keeps copies of what pruning changes, or has changed."""
+        check_copies(model, self.blocks(model))
 
     def attach(
         self,
