@@ -14,6 +14,7 @@ from .config import PruneConfig, Where, as_config
 from .errors import ConfigError, PruneStateError, UnsupportedModelError
 from .registry import get_adapter, list_adapters, list_methods
 from .signals import DecoderShape, Shape, Stage
+from .threads import nobody_runs
 
 Model = TypeVar("Model", bound=nn.Module)
 KINDS = {"vision": "vision encoders", "decoder": "vision-language models with a decoder"}
@@ -45,7 +46,7 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
     Raises:
         ConfigError: the config is invalid, does not fit this model, or would prune nothing.
         UnsupportedModelError: there is no adapter, or the model's head needs every token.
-        PruneStateError: the model is already pruned.
+        PruneStateError: the model is already pruned, or another thread is running it.
     """
     adapter = find_adapter(model)
     if adapter.states(model):
@@ -55,14 +56,15 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
     shape = adapter.shape(model)
     stages, asked = plan(config, shape), options(config, shape)
     adapter.check(model, stages, **asked)
-    try:
-        adapter.attach(model, stages, **asked)
-        for state in adapter.states(model):
-            state.config = config
-    except BaseException:
-        adapter.detach(model)
-        raise
-    model.config.prune_config = config.to_dict()  # type: ignore[union-attr]
+    with nobody_runs(model):
+        try:
+            adapter.attach(model, stages, **asked)
+            for state in adapter.states(model):
+                state.config = config
+        except BaseException:
+            adapter.detach(model)
+            raise
+        model.config.prune_config = config.to_dict()  # type: ignore[union-attr]
     return model
 
 
@@ -70,21 +72,25 @@ def unprune(model: Model) -> Model:
     """Undo :func:`prune`, also on a copy: the model computes bit for bit what it did before. Returns the model.
 
     Raises:
-        PruneStateError: the model is not pruned.
+        PruneStateError: the model is not pruned, or another thread is running it.
     """
     adapter = find_adapter(model)
     if not adapter.states(model):
         raise PruneStateError("this model is not pruned; call prune(model, config) first")
     _check_own(model)
-    adapter.detach(model)
-    if hasattr(model.config, "prune_config"):
-        del model.config.prune_config
+    with nobody_runs(model):
+        adapter.detach(model)
+        if hasattr(model.config, "prune_config"):
+            del model.config.prune_config
     return model
 
 
 @contextmanager
 def pruned(model: Model, config: ConfigLike | None = None) -> Iterator[Model]:
-    """Prune for the length of a ``with`` block. A model that was pruned before gets its former config back."""
+    """Prune for the length of a ``with`` block. A model that was pruned before gets its former config back.
+
+    It is pruned for all threads. Where another one is running it at the end, it stays so, and that is an error.
+    """
     config = default_config(model) if config is None else as_config(config)
     former, carried = current_config(model), getattr(model.config, "prune_config", None)
     if former is not None:
@@ -96,7 +102,9 @@ def pruned(model: Model, config: ConfigLike | None = None) -> Iterator[Model]:
         finally:
             unprune(model)
     finally:
-        if former is not None:
+        if current_config(model) is not None:
+            pass  # another thread is running it, so it could not be unpruned
+        elif former is not None:
             prune(model, former)
         elif carried is not None:  # by a dense model that stock from_pretrained loaded
             model.config.prune_config = carried  # type: ignore[union-attr]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .engine import find_adapter
 from .errors import PruneStateError
+
+_RECORDING: ContextVar[frozenset[object]] = ContextVar("hf_tokenprune_recording", default=frozenset())
+"""Keys of the records whose ``with`` blocks this thread, or asyncio task, is in."""
 
 
 class LayerDict(Mapping[str, Any]):
@@ -48,6 +53,7 @@ class Record:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self.tower: Record | None = None
+        self._key = object()
         self._local: dict[str, Tensor] = {}
         self._original: dict[str, Tensor] = {}
         self._lengths: dict[str, int] = {}
@@ -55,23 +61,33 @@ class Record:
     def of_tower(self, depth: int) -> Record:
         """A new record for a vision tower of so many blocks."""
         self.tower = Record(depth)
+        self.tower._key = self._key
         return self.tower
 
+    def _hears(self) -> bool:
+        """Whether what runs now is called from inside the ``with`` block."""
+        # A compiler cannot read the variable: a compiled model tells every thread's forwards.
+        return torch.compiler.is_compiling() or self._key in _RECORDING.get()
+
     def on_start(self) -> None:
-        self._local.clear()
-        self._original.clear()
-        self._lengths.clear()
+        if self._hears():
+            self._local.clear()
+            self._original.clear()
+            self._lengths.clear()
 
     def on_reduction(self, name: str, keep: Tensor) -> None:
         """``keep``: (B, n) positions among the prunable tokens that entered the stage."""
-        self._local[name] = keep
+        if self._hears():
+            self._local[name] = keep
 
     def on_kept(self, name: str, kept: Tensor) -> None:
         """``kept``: (B, n) positions among the original prunable tokens, -1 behind the last one of a sample."""
-        self._original[name] = kept
+        if self._hears():
+            self._original[name] = kept
 
     def on_block(self, layer: int, num_tokens: int) -> None:
-        self._lengths[str(layer)] = num_tokens
+        if self._hears():
+            self._lengths[str(layer)] = num_tokens
 
     @property
     def kept(self) -> LayerDict:
@@ -96,7 +112,7 @@ class Record:
     def summary(self) -> str:
         """A table with a row a block: tokens that entered, and prunable tokens that its pruning layer kept."""
         if not self._lengths:
-            return "nothing recorded yet: call the model inside the with block"
+            return "nothing recorded yet: call the model inside the with block, in the same thread"
         kept = self.kept
         before = [name for name in kept if not name.isdigit()]
         width = max(5, *(len(name) for name in before)) if before else 5
@@ -120,6 +136,9 @@ def _count(kept: Tensor | None) -> str:
 def record(model: nn.Module) -> Iterator[Record]:
     """Record which tokens stay at every pruned layer, for the forwards inside a ``with`` block (the last one counts).
 
+    Forwards of the thread, or asyncio task, that the block is in; others may have blocks of their own. Of a compiled
+    model those of all threads.
+
     Raises:
         PruneStateError: the model is not pruned.
     """
@@ -129,5 +148,9 @@ def record(model: nn.Module) -> Iterator[Record]:
             "this model is not pruned, so there is nothing to record; call prune(model, config) first"
         )
     rec = Record(len(adapter.blocks(model)))
-    with adapter.recording(model, rec):
-        yield rec
+    token = _RECORDING.set(_RECORDING.get() | {rec._key})
+    try:
+        with adapter.recording(model, rec):
+            yield rec
+    finally:
+        _RECORDING.reset(token)

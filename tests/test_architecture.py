@@ -22,6 +22,7 @@ MAX_LINES = 350
 CORE = {
     *(
         "errors",
+        "threads",
         "atomic",
         "field_types",
         "config_files",
@@ -41,6 +42,7 @@ GROUND = {"errors", "registry", "tokens", "signals"}
 MAY_IMPORT = {
     "errors": set(),
     "atomic": set(),
+    "threads": {"errors"},
     "registry": {"errors"},
     "field_types": set(),
     "config_files": {"errors"},
@@ -58,7 +60,7 @@ MAY_IMPORT = {
     "signals": set(),
     "methods": GROUND | {"config", "methods"},
     "adapters": GROUND | {"adapters"},
-    "engine": GROUND | {"config"},
+    "engine": GROUND | {"config", "threads"},
     "recording": {"engine", "errors"},
     "cost": {"engine", "config", "errors", "signals", "cost"},
     "presets": {"config", "errors"},

@@ -50,7 +50,7 @@ class DecoderState:
     tower: tuple[Stage, ...] = ()
     handles: list[Any] = field(default_factory=list)
     config: Any = None
-    recorder: Any = None
+    recorders: list[Any] = field(default_factory=list, compare=False)
 
 
 class DecoderAdapter(DecoderParts):
@@ -223,8 +223,8 @@ class DecoderAdapter(DecoderParts):
         """Tell ``recorder`` what happens in the forwards inside a ``with`` block that have an image in them."""
         (state,) = self.states(model)
         with ExitStack() as undo:
-            undo.callback(setattr, state, "recorder", state.recorder)
-            state.recorder = recorder
+            state.recorders.append(recorder)
+            undo.callback(state.recorders.remove, recorder)
             if state.tower:
                 encoder = self.tower(self.inner(model))
                 of_tower = recorder.of_tower(len(tower_blocks(encoder)))

@@ -163,7 +163,7 @@ def with_images(
         side_inputs = None if side_inputs is None else side_inputs.unpacked(packed)
     forward = begin(decoder, starts, embeds, kwargs, past)
     forward.stages = {stage.layer: stage for stage in state.stages if stage.layer >= 0}
-    forward.recorder, forward.packed, forward.proposed = state.recorder, packed, images.proposed
+    forward.recorders, forward.packed, forward.proposed = tuple(state.recorders), packed, images.proposed
     forward.placeholders = images.mask.to(embeds.device)
     tokens = let_leave(forward, embeds, images, state)
     check_recurrent(decoder, forward)
@@ -203,9 +203,10 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
         check_marks(tower, told, forward.layout)
     if len(forward.layout.tail) > 1 or forward.proposed > forward.layout.tail[0]:
         forward.proposed = 0  # candidates are text behind the last image of the one prompt there is
-    if forward.recorder is not None:
+    if forward.recorders:
         forward.image_rank = images.mask.long().cumsum(1) - 1
-        forward.recorder.on_start()
+    for recorder in forward.recorders:
+        recorder.on_start()
     if min(forward.layout.lengths) == kinds.shape[1]:
         everything.valid = None
         everything.key_valid = extended(forward.past[0].valid, forward.held[0], None, kinds.shape[1], kinds)

@@ -78,7 +78,7 @@ class Forward:
         self.length = view.slots.shape[1]
         self.image_rank: Tensor | None = None
         self.originals: tuple[tuple[int, ...], ...] = ()
-        self.recorder: Any = None
+        self.recorders: tuple[Any, ...] = ()
         self.proposed = 0
         self.packed: Packed | None = None
         self.side_inputs: SideInputs | None = None
@@ -325,18 +325,20 @@ class Forward:
             shift=shift,
             key_valid=extended(self.past[segment].valid, self.held[segment], valid, longest, take),
         )
-        if stage is not None and self.recorder is not None:
+        if stage is not None and self.recorders:
             self.record(stage.name, view)
         return view
 
     def record(self, name: str, view: View) -> None:
-        """Tell the recorder which image tokens are left: (B, n), ascending, -1 behind the last one of a sample."""
+        """Tell the recorders which image tokens are left: (B, n), ascending, -1 behind the last one of a sample."""
         assert self.layout is not None and self.image_rank is not None
         most = max(sum(images) for images in self.layout.images)
         rank = self.image_rank.gather(1, view.slots)
         rank = torch.where(self.layout.is_image, rank, rank.new_tensor(torch.iinfo(rank.dtype).max))
         kept = rank.sort(dim=1).values[:, :most]
-        self.recorder.on_kept(name, torch.where(kept == torch.iinfo(kept.dtype).max, -1, kept))
+        kept = torch.where(kept == torch.iinfo(kept.dtype).max, -1, kept)
+        for recorder in self.recorders:
+            recorder.on_kept(name, kept)
 
 
 def reads_text(stage: Stage, layer: str) -> bool:

@@ -61,8 +61,9 @@ class PrunedDecoderLayer(nn.Module):
         kwargs = token_prune.layer_inputs(layer, hidden_states, kwargs)
         if self.reads_positions:
             kwargs["position_ids"] = token_prune.view(token_prune.segment(layer), hidden_states.device).positions
-        if token_prune.recorder is not None and token_prune.layout is not None:
-            token_prune.recorder.on_block(layer, hidden_states.shape[1])
+        if token_prune.layout is not None:
+            for recorder in token_prune.recorders:
+                recorder.on_block(layer, hidden_states.shape[1])
         token_prune.look(self, layer, hidden_states, kwargs)
         observer = token_prune.observers(layer)
         if observer is None:

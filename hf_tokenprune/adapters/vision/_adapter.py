@@ -193,8 +193,8 @@ class VisionAdapter:
             for layer, block in enumerate(self.blocks(model)):
                 undo.callback(block.register_forward_pre_hook(count(layer)).remove)
             for state in self.states(model):
-                undo.callback(setattr, state, "recorder", state.recorder)
-                state.recorder = recorder
+                state.recorders.append(recorder)
+                undo.callback(state.recorders.remove, recorder)
             yield
 
 

@@ -54,7 +54,7 @@ class BlockState:
     exact: bool = False
     restore: bool = False
     config: Any = None
-    recorder: Recorder | None = field(default=None, compare=False)
+    recorders: list[Recorder] = field(default_factory=list, compare=False)
 
 
 class Projections(NamedTuple):
@@ -175,8 +175,8 @@ class PrunedVisionBlock(nn.Module):
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             signals = capture.signals(tokens, inputs, state.num_protected, state.has_cls, sizes)
             reduction = stage.reduce(signals, n_keep)
-        if state.recorder is not None:
-            state.recorder.on_reduction(stage.name, reduction.keep)
+        for recorder in tuple(state.recorders):  # another thread may end its recording
+            recorder.on_reduction(stage.name, reduction.keep)
         if carry is not None:
             carry.on_reduction(state.layer, reduction, tokens, state.num_protected, state.restore)
         if reduction.merged is not None and reduction.into is not None:
