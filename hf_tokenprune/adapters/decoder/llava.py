@@ -23,9 +23,6 @@ class LlavaAdapter(DecoderAdapter):
         first = model.config.vision_feature_select_strategy == "default"  # drops the first, CLS token or not
         return 1, tower.num_patches + tower.has_cls - first, 0
 
-    def no_short_prompts(self, model: PreTrainedModel) -> str:
-        return BREAKS if takes_any_size(self.tower(self.inner(model))) else ""
-
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         if not takes_any_size(inner.vision_tower):
             return given.as_encoded(is_one=given.as_one and given.total == self.image_tokens(inner, None)[1])
@@ -36,6 +33,9 @@ class LlavaAdapter(DecoderAdapter):
                 raise UnsupportedModelError(UNSIZED)
             return given.as_encoded()
         return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
+
+    def no_short_prompts(self, model: PreTrainedModel) -> str:
+        return BREAKS if takes_any_size(self.tower(self.inner(model))) else ""
 
     def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
         tower = super().tower_shape(model, image_size)
