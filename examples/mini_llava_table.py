@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_output/mini_llava_table"))
     args = parser.parse_args()
 
+    of_model = "packaged" if args.model == str(LLAVA_DIR) else args.model  # the same wherever the package lies
     model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
     processor = AutoProcessor.from_pretrained(args.model)
     pictures = load_pictures(args.pictures, "test")
@@ -181,7 +182,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, config in chosen.items():
             file = folder / f"{name}.json"
-            about = {"model": args.model, "pictures": args.pictures, "mosaics": args.mosaics}
+            about = {"model": of_model, "pictures": args.pictures, "mosaics": args.mosaics}
             about["config"] = None if config is None else config.to_dict()
             if not file.exists() or json.loads(file.read_text(encoding="utf-8"))["about"] != about:
                 row = measure(model, processor, questions, config, args.batch_size)

@@ -301,6 +301,16 @@ def test_a_resumed_search_ends_as_an_uninterrupted_one(strategy: str, tmp_path: 
     assert run(strategy, journal=journal).measured == 0
 
 
+def test_what_follows_a_line_that_was_cut_off_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    Journal(file).write("whole", [1.0])
+    with file.open("a") as out:
+        out.write('{"key": "cut o')
+    Journal(file).write("after", [2.0])
+    again = Journal(file)
+    assert (again.read("whole"), again.read("after"), again.known.keys()) == ([1.0], [2.0], {"whole", "after"})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["dynamic", "monte_carlo"])
 def test_fields_are_chosen_by_what_they_lead_to(strategy: str) -> None:

@@ -19,8 +19,11 @@ class Journal:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.known: dict[str, list[float]] = {}
+        self._torn = False
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            self._torn = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
                 try:
                     entry = json.loads(line)
                     self.known[entry["key"]] = [float(value) for value in entry["values"]]
@@ -36,7 +39,8 @@ class Journal:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "values": values}) + "\n")
+                file.write("\n" * self._torn + json.dumps({"key": key, "values": values}) + "\n")
+            self._torn = False
 
 
 def check_same_search(out: Path, asked: dict[str, Any]) -> None:
