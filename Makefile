@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all set-up in an environment of their own; nothing is needed but Python >= 3.10.
 # `make test` runs a covering design of the tests (tests/covering.py), `make test-all` the whole product (of methods that
-# adapters cannot tell apart, one) and slow tests.
+# adapters cannot tell apart, one) and slow tests, `make test-rest` what it has beyond `make test`.
 # TRANSFORMERS=5.17.0 tests another version, in an environment beside the first; TESTS="tests/test_engine.py ..." a part.
 PYTHON ?= python3
 TRANSFORMERS ?=
@@ -8,7 +8,7 @@ VENV ?= .venv$(if $(TRANSFORMERS),-$(TRANSFORMERS))
 PIP = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 VERSION = $(if $(TRANSFORMERS),"transformers==$(TRANSFORMERS)")
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-rest lint format clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/hf-tokenprune demo
@@ -18,6 +18,9 @@ test: $(VENV)/.dev lint
 
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --all $(TESTS)
+
+test-rest: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --rest $(TESTS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check
