@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import ConfigError, shown
 
-CONFIG_NAME, MODEL_CONFIG_NAME = "prune_config.json", "config.json"
+CONFIG_NAME, MODEL_CONFIG_NAME, ADAPTER_CONFIG_NAME = "prune_config.json", "config.json", "adapter_config.json"
 MAX_FILE_BYTES = 1 << 20  # a config is a few hundred bytes; a larger file is not one
 
 

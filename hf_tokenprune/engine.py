@@ -14,7 +14,7 @@ from .config import PruneConfig, Where, as_config
 from .errors import ConfigError, PruneStateError, UnsupportedModelError
 from .registry import get_adapter, list_adapters, list_methods
 from .signals import DecoderShape, Shape, Stage
-from .threads import nobody_runs
+from .threads import changing, nobody_runs
 
 Model = TypeVar("Model", bound=nn.Module)
 KINDS = {"vision": "vision encoders", "decoder": "vision-language models with a decoder"}
@@ -55,24 +55,25 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
 
 def attach(model: Model, config: ConfigLike | None, short: bool = False) -> None:
     """:func:`prune`; ``short``: tokens leave before the prompt, see :func:`hf_tokenprune.serving.short_prompts`."""
-    stock = unwrapped(model)
-    adapter = find_adapter(stock)
-    if adapter.states(stock):
-        _check_own(stock)
-        raise PruneStateError(f"this model is already pruned by {current_config(stock)}; call unprune(model) first")
-    config = default_config(stock) if config is None else as_config(config)
-    shape = adapter.shape(stock)
-    stages, asked = plan(config, shape, stacklevel=4), options(config, shape) | ({"short": True} if short else {})
-    adapter.check(stock, stages, **asked)
-    with nobody_runs(stock):
-        try:
-            adapter.attach(stock, stages, **asked)
-            for state in adapter.states(stock):
-                state.config = config
-        except BaseException:
-            adapter.detach(stock)
-            raise
-        stock.config.prune_config = config.to_dict()
+    config = default_config(model) if config is None else as_config(config)
+    with changing:
+        stock = unwrapped(model)
+        adapter = find_adapter(stock)
+        if adapter.states(stock):
+            _check_own(stock)
+            raise PruneStateError(f"this model is already pruned by {current_config(stock)}; call unprune(model) first")
+        shape = adapter.shape(stock)
+        stages, asked = plan(config, shape, stacklevel=4), options(config, shape) | ({"short": True} if short else {})
+        adapter.check(stock, stages, **asked)
+        with nobody_runs(stock):
+            try:
+                adapter.attach(stock, stages, **asked)
+                for state in adapter.states(stock):
+                    state.config = config
+            except BaseException:
+                adapter.detach(stock)
+                raise
+            stock.config.prune_config = config.to_dict()
 
 
 def unprune(model: Model) -> Model:
@@ -82,16 +83,17 @@ def unprune(model: Model) -> Model:
         PruneStateError: the model is not pruned, or another thread is running it.
         UnsupportedModelError: PEFT has copied pruned parts since (``modules_to_save``).
     """
-    stock = unwrapped(model)
-    adapter = find_adapter(stock)
-    if not adapter.states(stock):
-        raise PruneStateError("this model is not pruned; call prune(model, config) first")
-    _check_own(stock)
-    adapter.check_copies(stock)
-    with nobody_runs(stock):
-        adapter.detach(stock)
-        if hasattr(stock.config, "prune_config"):
-            del stock.config.prune_config
+    with changing:
+        stock = unwrapped(model)
+        adapter = find_adapter(stock)
+        if not adapter.states(stock):
+            raise PruneStateError("this model is not pruned; call prune(model, config) first")
+        _check_own(stock)
+        adapter.check_copies(stock)
+        with nobody_runs(stock):
+            adapter.detach(stock)
+            if hasattr(stock.config, "prune_config"):
+                del stock.config.prune_config
     return model
 
 

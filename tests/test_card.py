@@ -11,7 +11,17 @@ from huggingface_hub import ModelCard
 from transformers import ViTForImageClassification
 from transformers.pipelines import SUPPORTED_TASKS
 
-from hf_tokenprune import PruneConfig, StackConfig, ToMeConfig, list_methods, prune, record, save_pretrained, unprune
+from hf_tokenprune import (
+    PruneConfig,
+    StackConfig,
+    ToMeConfig,
+    UniformConfig,
+    list_methods,
+    prune,
+    record,
+    save_pretrained,
+    unprune,
+)
 from hf_tokenprune.engine import find_adapter, plan
 from hf_tokenprune.errors import ConfigError
 from hf_tokenprune.evaluation.answers_report import Answers, AnswersReport
@@ -20,7 +30,7 @@ from hf_tokenprune.evaluation.questions import QuestionDataset
 from hf_tokenprune.evaluation.report import PairedReport
 from hf_tokenprune.evaluation.retrieval import Recall, RetrievalReport, RetrievalRow
 from hf_tokenprune.registry import get_method
-from hf_tokenprune.sharing.card import config_card, model_card
+from hf_tokenprune.sharing.card import BEGIN, END, config_card, model_card
 from hf_tokenprune.sharing.fit import fits
 
 from .decoder_families import FAMILIES, SUPPORTED, WITH_VIDEOS, tiny_vlm
@@ -214,3 +224,21 @@ def test_reports_without_a_push_write_the_card_beside_the_model(tmp_path: Path) 
     text = (tmp_path / "README.md").read_text()
     assert "# Mine" in text and "On me/digits: 40 images" in text
     assert unprune(model) is model
+
+
+def test_words_behind_a_mark_whose_end_is_lost_stay() -> None:
+    config = UniformConfig()
+    card = ModelCard(f"# A\n{BEGIN}\nold\n\n## My own words\nprecious\n")
+    for _ in range(3):
+        card = model_card(vit(), config, "me/r", card)
+        assert "precious" in card.text
+    assert card.text.count(END) == 1
+
+
+def test_a_config_beside_a_model_says_so_and_a_model_beside_a_config_too() -> None:
+    config = UniformConfig()
+    card = config_card(config, "me/r", model_card(vit(), config, "me/r"), beside="model")
+    assert "There is no model here" not in card.text and card.data["library_name"] == "transformers"
+    alone = config_card(config, "me/r")
+    assert "There is no model here" in alone.text and alone.data["library_name"] == "hf_tokenprune"
+    assert model_card(vit(), config, "me/r", alone).data["library_name"] == "transformers"

@@ -187,6 +187,13 @@ def test_a_config_alone_is_the_bytes_of_its_file(hub: LoopbackHub, author: Machi
 
 
 @pytest.mark.slow
+def test_a_config_pushed_beside_a_model_does_not_deny_it(hub: LoopbackHub, author: Machine) -> None:
+    push(author, "model.push_to_hub('me/beside'); commit = config.push_to_hub('me/beside')")
+    card = files(hub.repositories["me/beside"])["README.md"].decode()
+    assert "the model of this repository" in card and "There is no model here" not in card
+
+
+@pytest.mark.slow
 def test_stock_push_to_hub_carries_the_key(hub: LoopbackHub, author: Machine, reader: Machine) -> None:
     _, _, expected = push(author, "commit = model.push_to_hub('me/stock')")
     assert json.loads(files(hub.repositories["me/stock"])["config.json"])["prune_config"] == CONFIG.to_dict()

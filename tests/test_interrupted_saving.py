@@ -17,7 +17,7 @@ import torch
 from transformers import ViTForImageClassification
 
 import hf_tokenprune
-from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, prune
+from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, prune, save_pretrained
 from hf_tokenprune.engine import current_config
 
 from .families import tiny_model
@@ -224,3 +224,15 @@ def test_a_model_is_saved_over_the_files_that_it_was_loaded_from(tmp_path: Path)
     hf_tokenprune.save_pretrained(model, tmp_path)
     loaded = hf_tokenprune.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """CTranslate2, for one, calls its weights so."""
+    (tmp_path / "model.bin").write_bytes(b"of another library")
+    save_pretrained(prune(tiny_model("vit", ViTForImageClassification), "tome"), tmp_path)
+    assert (tmp_path / "model.bin").read_bytes() == b"of another library"
+
+
+def test_processes_that_are_not_the_main_one_write_nothing(tmp_path: Path) -> None:
+    save_pretrained(prune(tiny_model("vit", ViTForImageClassification), "tome"), tmp_path, is_main_process=False)
+    assert not [*tmp_path.iterdir()]

@@ -482,3 +482,13 @@ def test_a_copy(base: Path) -> None:
     unprune(twin)
     assert current_config(model) == A and current_config(twin) is None
     close(run(twin), run(merged_by_hand(model, vit())))
+
+
+def test_a_merged_model_is_not_saved_beside_the_adapter_it_has(tmp_path: Path) -> None:
+    """Loading would put the adapter on top once more."""
+    model = with_lora(vit(UniformConfig()))
+    save_pretrained(model, tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"holds an adapter of PEFT .* give another folder"):
+        save_pretrained(model.merge_and_unload(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

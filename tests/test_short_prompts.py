@@ -289,3 +289,11 @@ def test_what_is_no_processor_of_the_model_is_refused() -> None:
             short_prompts(model, other, CONFIG)
     with pytest.raises(UnsupportedModelError, match="takes no prompt"):
         short_prompts(tiny_model("vit", ViTModel), processor_of("llava"), CONFIG)
+
+
+def test_a_processor_that_is_short_already_is_refused() -> None:
+    model, short = short_prompts(model_of("llava"), processor_of("llava"), CONFIG)
+    unprune(model)
+    with pytest.raises(ConfigError, match="makes short prompts already"):
+        short_prompts(model, short, CONFIG)
+    assert current_config(model) is None

@@ -376,3 +376,31 @@ def test_one_of_several_threads_prunes() -> None:
 
     assert sum(at_once(*[work] * 4)) == 1
     assert torch.equal(encode(model, 0), encode(prune(tiny_model("vit", ViTForImageClassification), "uniform"), 0))
+
+
+@pytest.mark.parametrize("change", ["prune", "unprune"])
+def test_a_hook_of_its_own_forward_does_not_change_a_model(change: str) -> None:
+    model = tiny_model("vit", ViTForImageClassification)
+    if change == "unprune":
+        prune(model, "tome")
+
+    def changes(*of_the_hook: Any) -> None:
+        prune(model, "tome") if change == "prune" else unprune(model)
+
+    with torch.no_grad():
+        expected = model(pixel_values=images()).logits
+        hook = model.vit.register_forward_pre_hook(changes)
+        with pytest.raises(PruneStateError, match="not in a hook of one"):
+            model(pixel_values=images())
+        hook.remove()
+        assert torch.equal(model(pixel_values=images()).logits, expected)
+
+
+def test_a_method_of_a_model_may_prune_it() -> None:
+    class Own(ViTForImageClassification):
+        def made_fast(self) -> None:
+            prune(self, "tome")
+
+    model = tiny_model("vit", ViTForImageClassification)
+    Own.made_fast(model)
+    assert current_config(model) is not None

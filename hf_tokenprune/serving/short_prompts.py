@@ -52,6 +52,10 @@ def short_prompts(model: Model, processor: Processor, config: ConfigLike | None 
             f"{type(processor).__name__} has image_token_id={token!r}, and this model {of_model}: expected the "
             "processor of this checkpoint, AutoProcessor.from_pretrained(...)"
         )
+    if isinstance(processor, ShortPlaceholders):
+        raise ConfigError(
+            "this processor makes short prompts already; give the stock one, AutoProcessor.from_pretrained(...)"
+        )
     attach(model, config, short=True)
     (state,) = adapter.states(model)
     return model, _shortened(processor, adapter.short_length(model, state.stages))

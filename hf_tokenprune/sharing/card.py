@@ -31,6 +31,8 @@ TAGS = ("hf_tokenprune", "token-pruning")
 EVALUATION = "### Evaluation"
 SOURCE = "hf_tokenprune"
 """Results in the metadata that come from reports say so, so that those of another config go with it."""
+CONFIG_ALONE = "hf_tokenprune"
+"""``library_name`` of a repository without a model, until it has one."""
 PIPELINES = {
     "image-classification": "AutoModelForImageClassification",
     "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
@@ -126,14 +128,24 @@ def config_card(
     *,
     revision: str | None = None,
     tags: Iterable[str] = (),
+    beside: str | None = None,
 ) -> ModelCard:
-    """The card of a repository that holds a config and no model. Arguments are those of :func:`model_card`."""
+    """The card of a repository that a config was pushed to. Arguments are those of :func:`model_card`.
+
+    Args:
+        beside: what the repository holds besides, in words ("model", "adapter of PEFT"); None: nothing.
+    """
     there = f'"{repo_id}"' if revision is None else f'PruneConfig.from_pretrained("{repo_id}", revision="{revision}")'
     name = "PruneConfig, from_pretrained" if revision else "from_pretrained"
+    alone = (
+        "There is no model here, so Transformers alone can do nothing with this repository."
+        if beside is None
+        else f'It says how the {beside} of this repository is pruned: `hf_tokenprune.from_pretrained("{repo_id}")`.'
+    )
     section = f"""## Token pruning config
 
 A config of {_method(config)}, for any checkpoint it fits:
-**{fits(config)}**. There is no model here, so Transformers alone can do nothing with this repository.
+**{fits(config)}**. {alone}
 `pip install hf-tokenprune` and
 
 ```python
@@ -146,7 +158,8 @@ A checkpoint that it does not fit is refused, before its weights are downloaded.
 `hf_tokenprune.prune(model, {there})`.
 
 {_fields(config)}"""
-    return _merged(card, repo_id, section, {"library_name": "hf_tokenprune"}, [*TAGS, config.method, *tags])
+    known = {"library_name": CONFIG_ALONE} if beside is None else {}
+    return _merged(card, repo_id, section, known, [*TAGS, config.method, *tags])
 
 
 def read_card(path: Path | None) -> ModelCard | None:
@@ -176,10 +189,12 @@ def _merged(
     name = repo_id.rpartition("/")[2]
     card = card or ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
     marked = f"{BEGIN}\n{section}\n{END}"
-    text, found = re.subn(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: marked, card.text, flags=re.DOTALL)
+    begin, end = re.escape(BEGIN), re.escape(END)
+    # Not from a mark whose end is lost: what follows it is the author's.
+    text, found = re.subn(f"{begin}(?:(?!{begin}).)*?{end}", lambda _: marked, card.text, flags=re.DOTALL)
     card.text = text if found else f"{card.text.rstrip()}\n\n{marked}\n"
     for key, value in known.items():
-        if value is not None and card.data.get(key) is None:
+        if value is not None and card.data.get(key) in (None, CONFIG_ALONE):
             card.data[key] = value
     before = card.data.get("tags", [])
     before = [before] if isinstance(before, str) else before

@@ -14,7 +14,7 @@ from ..config import PruneConfig
 from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME
 
 INDEX = ".index.json"
-WEIGHTS = re.compile(rf"(?P<stem>.+?)(?P<shard>-\d{{5}}-of-\d{{5}})?\.(safetensors|bin)({re.escape(INDEX)})?")
+WEIGHTS = re.compile(rf"(?P<stem>.+?)(?P<shard>-\d{{5}}-of-\d{{5}})?\.safetensors({re.escape(INDEX)})?")
 
 
 def save_in_place(model: nn.Module, config: PruneConfig, folder: Path, **kwargs: Any) -> None:

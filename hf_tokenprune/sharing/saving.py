@@ -12,9 +12,9 @@ from torch import nn
 
 from ..atomic import write_text
 from ..config import PruneConfig
-from ..config_files import CONFIG_NAME
+from ..config_files import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..engine import current_config
-from ..errors import PruneStateError, UnsupportedModelError
+from ..errors import ConfigError, PruneStateError, UnsupportedModelError
 from .adapters import adapter_folders, save_beside_adapters
 from .card import Report, model_card, read_card, row_of
 from .in_place import save_in_place
@@ -50,8 +50,8 @@ def save_pretrained(
 
     Raises:
         PruneStateError: the model is not pruned.
-        ConfigError: ``repo_id`` is no name of a repository, the card that is there cannot be read, or reports do not
-            say which run is of this model.
+        ConfigError: the folder holds an adapter of PEFT, ``repo_id`` is no name of a repository, the card that is there
+            cannot be read, or reports do not say which run is of this model.
         UnsupportedModelError: ``push_to_hub`` of adapters.
     """
     config, folder = current_config(model), Path(save_directory)
@@ -69,6 +69,13 @@ def save_pretrained(
     if adapters:
         model.save_pretrained(save_directory, **kwargs)  # type: ignore[operator]
         save_beside_adapters(model, folder, **kwargs)
+        return None
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        raise ConfigError(
+            f"{folder} holds an adapter of PEFT ({ADAPTER_CONFIG_NAME}), which loading puts on a model that is there, "
+            "though it may be merged into it already; give another folder"
+        )
+    if not kwargs.get("is_main_process", True):  # the main one writes, and uploads
         return None
     repo_id = repo_id or folder.resolve().name
     if push_to_hub:

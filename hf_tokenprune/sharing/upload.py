@@ -11,11 +11,13 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import PruneConfig
-from ..config_files import CONFIG_NAME
+from ..config_files import ADAPTER_CONFIG_NAME, CONFIG_NAME, MODEL_CONFIG_NAME
 from ..errors import ConfigError
 from .card import config_card, read_card
 
 CARD_NAME = "README.md"
+HOLDS = {MODEL_CONFIG_NAME: "model", ADAPTER_CONFIG_NAME: "adapter of PEFT"}
+"""What a repository holds that has a file of this name."""
 Describe = Callable[..., ModelCard]
 NO_ANSWER = HfHubHTTPError.__bases__[0]
 """Of the client's HTTP library, which is another one from release to release."""
@@ -76,7 +78,9 @@ def push_config(config: PruneConfig, repo_id: str, content: bytes, tags: Sequenc
     """Upload a config alone, see :meth:`PruneConfig.push_to_hub`; ``content`` is that of its file."""
 
     def describe(repo_id: str, card: ModelCard | None, **about: Any) -> ModelCard:
-        return config_card(config, repo_id, card, tags=tags, **about)
+        api, at = HfApi(token=kwargs.get("token")), about["revision"]
+        there = (what for file, what in HOLDS.items() if api.file_exists(repo_id, file, revision=at))
+        return config_card(config, repo_id, card, tags=tags, beside=next(there, None), **about)
 
     kwargs.setdefault("commit_message", f"Upload {CONFIG_NAME} ({config.method})")
     return upload({CONFIG_NAME: content}, describe, repo_id, **kwargs)
