@@ -57,6 +57,7 @@ class Record:
         self._local: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._original: dict[str, Tensor] = {}
         self._importance: dict[str, Tensor] = {}
+        self._averaging: set[str] = set()
         self._lengths: dict[str, int] = {}
 
     def of_tower(self, depth: int) -> Record:
@@ -77,6 +78,7 @@ class Record:
             self._lengths.clear()
             # What the vision tower says, it says before the decoder starts.
             self._importance = {name: told for name, told in self._importance.items() if name == "vision_tower"}
+            self._averaging &= {"vision_tower"}
 
     def on_reduction(self, name: str, keep: Tensor, owner: Tensor, importance: Tensor | None) -> None:
         """What a stage did to the N prunable tokens that entered it: ``keep`` (B, n) positions among them, ``owner``
@@ -93,6 +95,10 @@ class Record:
         """``importance``: (B, M) of the original prunable tokens, NaN for those that did not enter the stage."""
         if self._hears():
             self._importance[name] = importance
+
+    def on_average(self, name: str) -> None:
+        if self._hears():
+            self._averaging.add(name)
 
     def on_block(self, layer: int, num_tokens: int) -> None:
         if self._hears():
@@ -123,6 +129,12 @@ class Record:
                 nothing = torch.full(owner.shape, torch.nan, device=before.device)
                 found[name] = nothing.scatter(1, before, importance.float().to(before.device))
         return LayerDict(found)
+
+    @property
+    def averaging(self) -> frozenset[str]:
+        """Stages in a decoder or at its vision tower that average tokens which leave into some that stay; which ones
+        into which is not recorded."""
+        return frozenset(self._averaging)
 
     def _followed(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """(stage, original positions (B, N) of what enters it, (B, n) of what leaves it, owners (B, M)), in order."""

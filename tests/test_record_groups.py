@@ -94,3 +94,15 @@ def test_nothing_is_left_of_a_former_forward_of_another_method() -> None:
     with record(model) as rec:
         run(model, collate([sample(model, ".I")]))
     assert not rec.importance and not rec.owners, "DivPrune ranks no tokens, and a decoder says no groups"
+
+
+@pytest.mark.parametrize(
+    "case", [Case("visionzip"), Case("sparsevlm", choice=("recycle", True)), Case("fastv")], ids=str
+)
+def test_stages_that_average_tokens_into_others_are_told(case: Case) -> None:
+    model = tiny_vlm("llava")
+    config = case.config(model)
+    prune(model, config)
+    with record(model) as rec:
+        run(model, collate([sample(model, "..I..")]))
+    assert rec.averaging == ({*rec.kept} if case.method != "fastv" else set())

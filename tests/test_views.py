@@ -1,5 +1,4 @@
-"""Where tokens lie in an image, as adapters say: a spot that is painted changes the features of the token that lies there
-most."""
+"""Where tokens lie in an image, as adapters say: a painted spot changes the features of the token that lies there."""
 
 from typing import Any
 

@@ -263,6 +263,8 @@ class Forward:
             tell_importance(self.recorders, stage.name, self.rank(self.views[-1]), ranked)
         self.layout = layout.after(count, stage.budget)
         view = self.leave(keep, stage)
+        for recorder in self.recorders if merged else ():
+            recorder.on_average(stage.name)
         return view.with_states(states, merged) if merged else view
 
     def rate_text(self, stage: Stage, tokens: Tensor) -> None:

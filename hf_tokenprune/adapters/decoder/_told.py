@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...signals import Reduction
+
 
 def tell_kept(recorders: Iterable[Any], name: str, rank: Tensor, is_image: Tensor, most: int) -> None:
     """Which image tokens are left: (B, most) int64, ascending, -1 behind the last one of a sample.
@@ -38,3 +40,11 @@ def tell_importance(
         found[rows, rank[rows, index]] = importance.float()
     for recorder in recorders:
         recorder.on_importance(name, found)
+
+
+def tell_reduction(recorder: Any, name: str, reduction: Reduction) -> None:
+    """What a stage found of the tokens of each image, of which ``reduction`` (I, ...) chooses."""
+    if reduction.importance is not None:
+        recorder.on_importance(name, reduction.importance)
+    if reduction.tokens is not None:
+        recorder.on_average(name)

@@ -27,6 +27,7 @@ from ...signals import Signals, Stage
 from ...tokens import with_protected
 from .._capture import CURRENT, Capture, enable_capture
 from .._swap import with_copies
+from ._told import tell_reduction
 
 HAS_CLS = {
     "clip_vision_model": True,
@@ -126,9 +127,8 @@ class Choice:
         """``signals.tokens`` (I, P + n, D), NaN where they leave, and with new states where the stage merges."""
         tokens, num_protected = signals.tokens, signals.num_protected
         reduction = self.stage.reduce(signals, self.stage.num_kept(tokens.shape[1] - num_protected))
-        if reduction.importance is not None:
-            for recorder in self.recorders:
-                recorder.on_importance(self.stage.name, reduction.importance)
+        for recorder in self.recorders:
+            tell_reduction(recorder, self.stage.name, reduction)
         keep = with_protected(reduction.keep, num_protected)
         return mark(tokens, keep, reduction.tokens, reduction.keep + num_protected)
 
