@@ -13,6 +13,7 @@ from .bench import bench
 from .compare import compare
 from .demo import demo
 from .eval import evaluate
+from .explore import explore
 from .info import info
 from .list import list_
 from .presets import presets
@@ -44,5 +45,6 @@ app.command()(compare)
 app.command()(search)
 app.command()(bench)
 app.command()(viz)
+app.command()(explore)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(demo)

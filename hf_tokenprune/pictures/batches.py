@@ -40,6 +40,6 @@ def visualize(model: nn.Module, pixel_values: Tensor, processor: Any = None, col
         raise PruneStateError("this model is not pruned, so nothing leaves it; call prune(model, config) first")
     traces = []
     for pixels in pixel_values:
-        said = Classes(model, {"pixel_values": pixels.unsqueeze(0)}, *classifier(model, processor, None))
+        said = Classes(model, {"pixel_values": pixels.unsqueeze(0)}, *classifier(model, processor, None, ()))
         traces.append(trace_inputs(model, to_image(pixels, processor), {config.method: config}, said, processor))
     return as_image(sheet(traces, columns))

@@ -25,19 +25,19 @@ TOWER, NOTHING = "tower block", "as it came"
 
 def write_page(trace: Trace, path: str | PathLike[str]) -> None:
     """Write a page with a slider through the blocks, which moves the pictures of all runs."""
-    places = _places(trace)
+    places = places_of(trace)
     data = {
         "title": trace.model,
         "asked": asked(trace),
         "left": AVERAGED if any(step.averages for run in trace.runs for step in run.steps) else LEFT,
         "places": [NOTHING, *(f"behind {'' if place[-1].isdigit() else 'the '}{place}" for place in places[1:])],
-        "runs": [_run(trace, run, places) for run in trace.runs],
+        "runs": [_run(trace, run) for run in trace.runs],
     }
     text = json.dumps(data).replace("<", "\\u003c")  # nothing in it ends the script
     write_text(Path(path), TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1))
 
 
-def _places(trace: Trace) -> list[str]:
+def places_of(trace: Trace) -> list[str]:
     """Where the slider can stop: everything in front of the first block, then each block."""
     names = {step.name for run in trace.runs for step in run.steps}
     noun = "block" if trace.question is None else "layer"
@@ -46,14 +46,21 @@ def _places(trace: Trace) -> list[str]:
     return [NOTHING, *tower, *front, *(f"{noun} {i}" for i in range(len(trace.runs[0].tokens)))]
 
 
-def _run(trace: Trace, run: TracedRun, places: list[str]) -> dict[str, Any]:
-    text, colour = verdict(trace, run)
+def steps_at(trace: Trace, run: TracedRun) -> list[Step]:
+    """By place, the last pruning point of a run that the tokens have passed there."""
     whole = Step(NOTHING, trace.grids, torch.arange(trace.num_tokens))
-    steps = {step.name: step for step in (whole, *run.steps)}
-    order, at = list(steps), list[int]()
+    steps, at = {step.name: step for step in run.steps}, list[Step]()
+    places = places_of(trace)
     for place, before in zip(places, ["", *places], strict=False):
         back = before.startswith(TOWER) and not place.startswith(TOWER)  # all tokens are there again
-        at.append(order.index(place) if place in steps else 0 if back or not at else at[-1])
+        at.append(steps.get(place, whole if back or not at else at[-1]))
+    return at
+
+
+def _run(trace: Trace, run: TracedRun) -> dict[str, Any]:
+    text, colour = verdict(trace, run)
+    at = steps_at(trace, run)
+    steps = list(dict.fromkeys(at))
     return {
         "name": run.name,
         "verdict": {SAME: "same", CHANGED: "changed"}.get(colour, ""),
@@ -64,9 +71,9 @@ def _run(trace: Trace, run: TracedRun, places: list[str]) -> dict[str, Any]:
         "config": "" if run.config is None else json.dumps(run.config.to_dict(), indent=2),
         "pictures": [
             {"source": _data_uri(draw_tokens(step, WIDTH)), "kept": step.num_kept, "total": len(step.owner)}
-            for step in steps.values()
+            for step in steps
         ],
-        "at": at,
+        "at": [steps.index(step) for step in at],
     }
 
 

@@ -56,6 +56,10 @@ class Classes:
         self.reference = self.logits(self.inputs)
         return self.pruned()
 
+    def forward(self) -> None:
+        """What is timed: the image alone."""
+        self.logits(self.inputs)
+
     def pruned(self) -> Said:
         """Of the model as it is now, beside the dense one."""
         logits = self.logits(self.inputs)
@@ -67,7 +71,9 @@ class Classes:
         return Said(called[0], tuple(zip(called, best.values.tolist(), strict=True)), kl)
 
 
-def classifier(model: Any, processor: Any, class_names: Sequence[str] | None) -> tuple[Logits, Sequence[str] | None]:
+def classifier(
+    model: Any, processor: Any, class_names: Sequence[str] | None, templates: Sequence[str]
+) -> tuple[Logits, Sequence[str] | None]:
     """The function from inputs to logits, and what its classes are called, for ``Classes``.
 
     Raises:
@@ -76,7 +82,7 @@ def classifier(model: Any, processor: Any, class_names: Sequence[str] | None) ->
     stock = unwrapped(model)
     if hasattr(stock, "get_text_features"):
         if class_names is not None:
-            return similarity_to_classes(stock, processor, class_names), class_names
+            return similarity_to_classes(stock, processor, class_names, templates), class_names
         model = find_adapter(stock).encoder(stock)
     elif class_names is not None:
         raise TokenPruneError(f"class_names have no effect: {type(stock).__name__} has no text tower")
@@ -120,6 +126,10 @@ class Answers:
         self.counts = up_to_end(self.stock, self.tokens)
         self.reference = self._logits()
         return Said(self._text(self.tokens), (), 0.0)
+
+    def forward(self) -> None:
+        """What is timed: the prefill."""
+        self.stock(**self.inputs, use_cache=True, logits_to_keep=1)
 
     def pruned(self) -> Said:
         """Of the model as it is now, beside the dense one."""

@@ -20,6 +20,7 @@ from ..evaluation.prompts import prompts
 from ..evaluation.questions import is_right
 from ..evaluation.tables import plain
 from ..evaluation.turns import DENSE, eval_mode
+from ..evaluation.zero_shot import TEMPLATES
 from ..recording import Record, record
 from .pixels import to_image
 from .said import Answers, Classes, classifier
@@ -146,6 +147,7 @@ def trace(
     question: str | None = None,
     prompt: str | None = None,
     class_names: Sequence[str] | None = None,
+    templates: Sequence[str] = TEMPLATES,
     expected: str | None = None,
     max_new_tokens: int = NEW_TOKENS,
 ) -> Trace:
@@ -158,6 +160,7 @@ def trace(
         question: for a vision-language model, which has to be asked one.
         prompt: text with ``{}`` where the question goes; None: the processor's chat template.
         class_names: for a model with a text tower: what the image may show. None: it says nothing.
+        templates: for these, texts with ``{}`` where the name goes.
         expected: the right class or answer, if it is known.
         max_new_tokens: of an answer.
 
@@ -165,18 +168,33 @@ def trace(
         TokenPruneError: a question to a model that answers none, or none to one that does; what ``prompts`` raises.
         UnsupportedModelError, ConfigError: a config does not fit the model.
     """
-    image, is_decoder = image.convert("RGB"), find_adapter(model).shape(unwrapped(model)).kind == "decoder"
+    texts: dict[str, Any] = {"class_names": class_names, "templates": templates, "max_new_tokens": max_new_tokens}
+    image = image.convert("RGB")
+    said = saying(model, image, processor, question=question, prompt=prompt, **texts)
+    return replace(trace_inputs(model, image, configs, said, processor), question=question, expected=expected)
+
+
+def saying(
+    model: nn.Module,
+    image: Image.Image,
+    processor: Any,
+    *,
+    question: str | None,
+    prompt: str | None = None,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    max_new_tokens: int = NEW_TOKENS,
+) -> Classes | Answers:
+    """What the model says of an RGB image, to be asked; arguments and errors are those of :func:`trace`."""
+    is_decoder = find_adapter(model).shape(unwrapped(model)).kind == "decoder"
     if is_decoder != (question is not None):
         wanted = "is asked: give a question" if is_decoder else "answers no questions: leave the question out"
         raise TokenPruneError(f"{type(unwrapped(model)).__name__} {wanted}")
-    texts = {} if question is None else {"text": [prompts(processor, prompt)(question)]}
-    inputs = dict(processor(images=[image], **texts, return_tensors="pt"))
-    said = (
-        Answers(model, inputs, processor, max_new_tokens)
-        if is_decoder
-        else Classes(model, inputs, *classifier(model, processor, class_names))
-    )
-    return replace(trace_inputs(model, image, configs, said, processor), question=question, expected=expected)
+    asked = {} if question is None else {"text": [prompts(processor, prompt)(question)]}
+    inputs = dict(processor(images=[image], **asked, return_tensors="pt"))
+    if is_decoder:
+        return Answers(model, inputs, processor, max_new_tokens)
+    return Classes(model, inputs, *classifier(model, processor, class_names, templates))
 
 
 def trace_inputs(

@@ -1,0 +1,107 @@
+"""The models that the page has loaded, which all who look at it share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..demo.digits import MODEL_DIR, load_digits_split
+from ..demo.mosaics import CLIP_DIR, LLAVA_DIR, Mosaics, digit_pictures
+from ..engine import default_config, find_adapter
+from ..registry import get_method, list_methods
+
+KEPT = 2
+"""Models in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that comes with the package, with images that it was made for."""
+
+    folder: str
+    images: Callable[[], Sequence[Image.Image]]
+    question: str = ""
+    class_names: tuple[str, ...] = ()
+
+
+def digits() -> list[Image.Image]:
+    """Of the test split."""
+    split = load_digits_split("test")
+    return [split[i]["image"] for i in (0, 3, 5, 11)]
+
+
+def mosaics() -> list[Image.Image]:
+    """Of test digits, crowded and sparse."""
+    pictures = digit_pictures("test")
+    return [Mosaics(pictures, 2, seed=0, layout=layout)[i].image for layout in ("crowded", "sparse") for i in (0, 1)]
+
+
+PACKAGED = {
+    "digits ViT": Packaged(str(MODEL_DIR), digits),
+    "mini CLIP": Packaged(str(CLIP_DIR), mosaics, class_names=tuple(f"the {digit}" for digit in range(10))),
+    "mini LLaVA": Packaged(str(LLAVA_DIR), mosaics, question="where is the 7 ?"),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor. It is pruned in place for every look, so only who holds ``lock`` may run it."""
+
+    model: Any
+    processor: Any
+    lock: Lock = field(default_factory=Lock, compare=False)
+
+    @property
+    def kind(self) -> str:
+        """ "vision" or "decoder"."""
+        return str(find_adapter(self.model).shape(self.model).kind)
+
+    @property
+    def methods(self) -> list[str]:
+        """Those for models of its kind."""
+        return [name for name in list_methods() if self.kind in get_method(name).prunes]
+
+    @property
+    def default(self) -> str:
+        """What ``prune`` takes by itself."""
+        return default_config(self.model).method
+
+    @property
+    def reads_names(self) -> bool:
+        """Whether it says which of some texts fits an image."""
+        return hasattr(self.model, "get_text_features")
+
+
+class Models:
+    """Loads a model when it is first asked for, and keeps the ``KEPT`` that were asked for last."""
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self._device = device
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._lock = Lock()
+
+    def __getitem__(self, name: str) -> Loaded:
+        """The model called ``name``: a packaged one, a folder, or owner/name on the Hub.
+
+        Raises:
+            TokenPruneError: there is none, or no adapter fits.
+        """
+        from ..cli.options import load_dense
+        from ..evaluation.run import processor_of
+
+        with self._lock:
+            if name not in self._loaded:
+                path = PACKAGED[name].folder if name in PACKAGED else name
+                model = load_dense(path, self._device).eval()
+                find_adapter(model)
+                self._loaded[name] = Loaded(model, processor_of(path, model))
+                while len(self._loaded) > KEPT:
+                    self._loaded.popitem(last=False)
+            self._loaded.move_to_end(name)
+            return self._loaded[name]

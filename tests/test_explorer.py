@@ -1,0 +1,212 @@
+"""The page of ``hf-tokenprune explore`` in a real browser: what is chosen there is what is shown, and saved."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hf_tokenprune import PruneConfig
+from hf_tokenprune.demo.digits import MODEL_DIR
+from hf_tokenprune.engine import current_config
+
+pytest.importorskip("gradio", reason="pip install hf-tokenprune[app]")
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
+playwright = pytest.importorskip("playwright.sync_api")
+
+from hf_tokenprune.explorer.models import PACKAGED, Models
+from hf_tokenprune.explorer.page import Page
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DESKTOP, PHONE = {"width": 1300, "height": 1000}, {"width": 390, "height": 844}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium on the path"),
+]
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return Models()
+
+
+@pytest.fixture(scope="module")
+def address(models: Models) -> Iterator[str]:
+    """Where the page is served."""
+    page = Page(models)
+    _, url, _ = page.blocks.launch(prevent_thread_lock=True, quiet=True)
+    yield url
+    page.blocks.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Visitor:
+    """A tab of the browser, with what somebody does there."""
+
+    def __init__(self, browser: Any, address: str, size: dict[str, int] = DESKTOP) -> None:
+        self.tab = browser.new_context(viewport=size, accept_downloads=True).new_page()
+        self.tab.set_default_timeout(60_000)
+        self.foreign: list[str] = []
+        self.tab.on("request", lambda request: self.foreign.append(request.url))
+        self.tab.goto(address)
+        self.tab.locator("#picture1 img").wait_for()
+        self.foreign = [url for url in self.foreign if not url.startswith((address, "data:", "blob:"))]
+
+    def choose(self, what: str, value: str) -> None:
+        """Of a list."""
+        box = self.tab.locator(f"#{what} input")
+        box.fill(value)
+        box.press("Enter")
+
+    def write(self, what: str, value: str) -> None:
+        """Into a box of text."""
+        box = self.tab.locator(f"#{what} textarea, #{what} input").first
+        box.fill(value)
+        box.press("Enter")
+
+    def slide(self, what: str, value: int) -> None:
+        """To a value, written beside the slider."""
+        number = self.tab.locator(f"#{what} input[type=number]")
+        number.fill(str(value))
+        number.press("Enter")
+
+    def expect(self, what: str, text: str) -> None:
+        """Wait until a part of the page says this."""
+        playwright.expect(self.tab.locator(f"#{what}")).to_contain_text(text, timeout=60_000)
+
+    def expect_not(self, what: str) -> None:
+        playwright.expect(self.tab.locator(f"#{what}")).to_be_hidden(timeout=60_000)
+
+    def picture(self, number: int) -> str:
+        """Its address, which is another one for every picture."""
+        return str(self.tab.locator(f"#picture{number} img").get_attribute("src"))
+
+    def expect_other_picture(self, number: int, before: str) -> None:
+        playwright.expect(self.tab.locator(f"#picture{number} img")).not_to_have_attribute("src", before)
+
+    def config(self, number: int, folder: Path) -> PruneConfig:
+        """Download it and load it."""
+        with self.tab.expect_download() as download:
+            self.tab.locator(f"#download{number}").click()
+        download.value.save_as(folder / "prune_config.json")
+        return PruneConfig.from_pretrained(folder)
+
+
+@pytest.fixture
+def visitor(browser: Any, address: str) -> Iterator[Visitor]:
+    visitor = Visitor(browser, address)
+    yield visitor
+    visitor.tab.context.close()
+
+
+def test_it_opens_with_a_model_and_an_image(visitor: Visitor, tmp_path: Path) -> None:
+    visitor.expect("said0", "7")
+    visitor.expect("numbers", "59 of 196")
+    assert visitor.config(0, tmp_path) == PruneConfig.for_method("salience_merge")
+    assert not visitor.foreign, "no other server is asked for anything"
+
+
+def test_sliders_change_what_is_shown(visitor: Visitor, models: Models, tmp_path: Path) -> None:
+    visitor.expect("picture1", "59 of 196")
+    behind_the_last = visitor.picture(1)
+    visitor.slide("layer", 2)
+    visitor.expect("picture1", "block 1: 148 of 196")
+    visitor.expect_other_picture(1, behind_the_last)
+    visitor.slide("budget", 70)
+    model = models["digits ViT"].model
+    expected = PruneConfig.for_method("salience_merge").for_budget(model, speedup=1 / 0.7)
+    visitor.expect("config0", f'"r": {expected.to_dict()["r"]}')
+    assert visitor.config(0, tmp_path) == expected
+    assert current_config(model) is None, "it is pruned for the length of a look"
+
+
+def test_two_methods_beside_each_other_and_their_fields(visitor: Visitor, tmp_path: Path) -> None:
+    visitor.choose("method0", "uniform")
+    visitor.expect("picture1", "uniform")
+    visitor.choose("method1", "zero_tprune")
+    visitor.expect("picture2", "zero_tprune")
+    visitor.tab.locator("#settings0").get_by_role("button").first.click()
+    visitor.write("method0-keep_ratios", "0.5")
+    visitor.expect("config0", '"keep_ratios": 0.5')
+    visitor.expect("python0", "UniformConfig(keep_ratios=0.5)")
+    visitor.expect("command0", "-m uniform -s keep_ratios=0.5")
+    visitor.choose("method0-where", "mid_block")
+    visitor.expect("config0", '"where": "mid_block"')
+    assert visitor.config(0, tmp_path).to_dict()["keep_ratios"] == 0.5
+    visitor.tab.locator("#settings1").get_by_role("button").first.click()
+    visitor.tab.locator("#method1-cls_boost input").click()
+    visitor.expect("config1", '"cls_boost": false')
+
+
+def test_an_image_of_ones_own_and_one_that_is_none(visitor: Visitor, tmp_path: Path) -> None:
+    Image.new("RGB", (90, 60), "white").save(tmp_path / "white.png")
+    before = visitor.picture(0)
+    visitor.tab.locator("#image button[aria-label*=lear]").click()
+    visitor.expect("error", "upload one")
+    visitor.tab.locator("#image input[type=file]").set_input_files(tmp_path / "white.png")
+    visitor.expect_other_picture(0, before)
+    visitor.expect_not("error")
+    (tmp_path / "words.png").write_text("no picture")
+    white = visitor.picture(0)
+    visitor.tab.locator("#image button[aria-label*=lear]").click()
+    visitor.tab.locator("#image input[type=file]").set_input_files(tmp_path / "words.png")
+    visitor.expect("error", "upload one")
+    assert visitor.picture(0) == white
+    visitor.tab.locator("#examples img").nth(1).click()
+    visitor.expect_other_picture(0, white)
+
+
+def test_errors_are_the_librarys_own_and_break_nothing(visitor: Visitor) -> None:
+    visitor.slide("budget", 20)
+    visitor.expect("error", "budget")
+    visitor.slide("budget", 60)
+    visitor.expect_not("error")
+    visitor.tab.locator("#settings0").get_by_role("button").first.click()
+    visitor.write("method0-layers", "[40]")
+    visitor.expect("error", "layers")
+    visitor.write("method0-layers", "null")
+    visitor.expect_not("error")
+    visitor.choose("model", "nowhere/to be found")
+    playwright.expect(visitor.tab.get_by_text("there is no folder")).to_be_visible()
+    visitor.choose("model", str(MODEL_DIR))
+    visitor.expect("command0", f"viz {MODEL_DIR}")
+
+
+@pytest.mark.parametrize("name", [name for name in PACKAGED if name != "digits ViT"])
+def test_other_packaged_models(visitor: Visitor, name: str) -> None:
+    visitor.choose("model", name)
+    if PACKAGED[name].question:
+        visitor.expect("picture1", "divprune")
+        visitor.write("question", "how many 7s are there ?")
+        visitor.expect("command0", "how many 7s are there ?")
+    else:
+        visitor.write("texts", "the 1, the 2")
+        visitor.expect("said1", "the 1")
+
+
+def test_two_visitors_do_not_see_each_others_choices(browser: Any, address: str, tmp_path: Path) -> None:
+    one, other = Visitor(browser, address), Visitor(browser, address)
+    one.choose("method0", "uniform")
+    other.choose("method0", "tome")
+    one.slide("budget", 80)
+    other.slide("budget", 60)
+    one.expect("picture1", "uniform")
+    other.expect("picture1", "tome")
+    one.expect("command0", "keep_ratios")
+    other.expect("command0", "-s r=")
+    assert one.config(0, tmp_path / "one").method == "uniform"
+    assert other.config(0, tmp_path / "other").method == "tome"
+
+
+def test_it_fits_a_phone(browser: Any, address: str) -> None:
+    visitor = Visitor(browser, address, PHONE)
+    assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
