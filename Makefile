@@ -13,7 +13,7 @@ VERSION = $(if $(TRANSFORMERS),"transformers==$(TRANSFORMERS)")
 demo: $(VENV)/.demo
 	$(VENV)/bin/hf-tokenprune demo
 
-test: $(VENV)/.dev lint
+test: $(VENV)/.dev $(if $(TRANSFORMERS),,lint)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(TESTS)
 
 test-all: $(VENV)/.dev
