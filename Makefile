@@ -33,7 +33,7 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format
 
 docs: .venv-docs/.docs
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info demo_output site
