@@ -29,7 +29,7 @@ WHAT_TO_TAKE: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "decoder": ({"method": "divprune", "keep_ratio": 1 / 3},),
 }
-"""What a model without a config of its own is pruned with: the first that it can take. docs/methods.md says why."""
+"""What a model without a config of its own is pruned with: the first that it can take (docs/which_method.md)."""
 
 
 def prune(model: Model, config: ConfigLike | None = None) -> Model:

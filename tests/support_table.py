@@ -74,35 +74,20 @@ def cell(models: Sequence[PreTrainedModel], config: PruneConfig) -> str:
     return "yes ¹" if any(found) else "no"
 
 
-def decoder_cell(model: PreTrainedModel, method: str) -> str:
-    """What the default config of a method does on a vision-language model."""
-    default = get_method(method)()
-    if works(model, default):
-        return "yes"
-    return "yes ⁴" if works(model, fitted(model, method)) else "no"
-
-
-def table(cells: dict[str, list[str]], methods: list[str]) -> str:
-    """Of a row of ``cells`` for each family."""
-    rows = [[f"`{family}`", *row] for family, row in cells.items()]
-    return markdown(["family", *(f"`{name}`" for name in methods)], rows)
-
-
-def tables() -> str:
-    """Both tables, of models of their families' default sizes (without memory for weights)."""
-    of_encoders, of_decoders = methods_for("vision"), methods_for("decoder")
+def encoder_table() -> str:
+    """Of models of their families' default sizes (without memory for weights)."""
+    methods = methods_for("vision")
     encoders: dict[str, list[PreTrainedModel]] = {}
     with torch.device("meta"):
         for family, cls in supported_classes():
             masked = {"mask_ratio": 0.0} if family == "vit_mae" else {}
             encoders.setdefault(family, []).append(cls(AutoConfig.for_model(family, **masked)))
-    decoders = {name: stock_decoder(name) for name in DECODERS}
-    first = {name: [cell(models, get_method(each)()) for each in of_encoders] for name, models in encoders.items()}
-    second = {name: [decoder_cell(model, each) for each in of_decoders] for name, model in decoders.items()}
-    return f"{table(first, of_encoders)}\n\n{table(second, of_decoders)}\n"
+    header = ["family", *(f"`{name}`" for name in methods)]
+    cells = {name: [cell(models, get_method(each)()) for each in methods] for name, models in encoders.items()}
+    return f"{markdown(header, [[f'`{family}`', *row] for family, row in cells.items()])}\n"
 
 
-# -- docs/vision_language_models.md ----------------------------------------------------------------------------------
+# -- docs/vision_language_families.md -------------------------------------------------------------------------------
 
 
 def stock_decoder(family: str) -> PreTrainedModel:
@@ -144,8 +129,8 @@ def decoder_table() -> str:
 
 
 PAGES: dict[Path, Callable[[], str]] = {
-    DOCS / "methods.md": tables,
-    DOCS / "vision_language_models.md": decoder_table,
+    DOCS / "methods.md": encoder_table,
+    DOCS / "vision_language_families.md": decoder_table,
 }
 
 

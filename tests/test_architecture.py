@@ -272,9 +272,7 @@ def test_public_names_are_documented(module: ModuleType, name: str) -> None:
     assert doc
     assert not doc.startswith(f"{name}("), "that is what dataclass writes where there is none"
     if inspect.isclass(thing):
-        own = [
-            member.__name__ for member in vars(thing).values() if inspect.isfunction(member)
-        ]  # or a default: a lambda
+        own = [member.__name__ for member in vars(thing).values() if inspect.isfunction(member)]  # or lambdas
         assert not [key for key in own if key[0] not in "_<" and not inspect.getdoc(getattr(thing, key))]
 
 
