@@ -100,7 +100,7 @@ def stock_decoder(family: str) -> PreTrainedModel:
 
 
 def decoder_table() -> str:
-    """What each family can be and what works on it, and the reasons for what is refused.
+    """What each family can be, what is refused on it, and the reasons.
 
     Without methods that are made of others: these work where their parts do.
     """
@@ -111,7 +111,6 @@ def decoder_table() -> str:
         model = stock_decoder(family)
         found = {f"`{name}`": refusal(model, fitted(model, name)) for name in methods}
         reasons += [reason for reason in dict.fromkeys(found.values()) if reason and reason not in reasons]
-        works_here = [name for name, reason in found.items() if not reason]
         refused = [f"{name} ({1 + reasons.index(reason)})" for name, reason in found.items() if reason]
         axes = get_adapter(family).position_axes
         rows.append(
@@ -119,11 +118,10 @@ def decoder_table() -> str:
                 f"`{family}`",
                 ", ".join(f"`{text}`" for text in texts_of(family)),
                 "renumbered or original" if axes == 1 else f"original, of {axes} axes",
-                ", ".join(works_here) if refused else "all",
                 ", ".join(refused) or "none",
             ]
         )
-    header = ["family", "language models", "positions", "methods that work", "refused"]
+    header = ["family", "language models", "positions", "refused"]
     notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))
     return f"{markdown(header, rows).replace('---:', '---')}\n\n{notes}\n"
 
