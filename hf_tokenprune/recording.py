@@ -42,7 +42,7 @@ def _order(name: str) -> int:
 
 
 class Record:
-    """What happened in the last forward inside :func:`record` (of a decoder: the last one with an image in it).
+    """What happened in the last forward inside ``record`` (of a decoder: the last one with an image in it).
 
     Attributes:
         depth: number of blocks, or of decoder layers.

@@ -3,7 +3,7 @@
 Repositories live in memory: branches, commits, pull requests, large files beside the others, private and gated ones,
 and connections that are lost in the middle of a download. Written from the client's requests and the Hub's documented
 answers, not from what this package does. ``HF_ENDPOINT`` is read when the client is imported, so whatever uses it runs
-in a process of its own: :class:`Machine`.
+in a process of its own: ``Machine``.
 """
 
 import base64
@@ -137,7 +137,7 @@ class Machine:
     """A process with a cache of its own that uses a Hub: ``machine("result = 1 + 1")`` is 2.
 
     The code finds ``hf_tokenprune``, ``torch`` and ``transformers`` there, and what is given by name; what it leaves in
-    ``result`` comes back, as JSON. An error is raised as :class:`RemoteError`.
+    ``result`` comes back, as JSON. An error is raised as ``RemoteError``.
 
     Attributes:
         warnings: of the last call.

@@ -20,7 +20,7 @@ def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
     A run whose speed could not be told from noise (None) stands over its work only; where that is all, it is said.
 
     Args:
-        rows: of :meth:`hf_tokenprune.evaluation.compare.Comparison.rows`, the dense run first.
+        rows: of ``hf_tokenprune.evaluation.compare.Comparison.rows``, the dense run first.
 
     Raises:
         ImportError: matplotlib is not installed.

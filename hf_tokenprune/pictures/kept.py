@@ -39,7 +39,7 @@ def kept_sheet(images: Sequence[Image.Image], rec: Record, grid: tuple[int, int]
 
     Args:
         images: the batch that was recorded, as the model saw it.
-        rec: from :func:`hf_tokenprune.record`, after a forward of these images.
+        rec: from ``hf_tokenprune.record``, after a forward of these images.
         grid: rows and columns of patches.
         size: width of a picture in pixels.
 

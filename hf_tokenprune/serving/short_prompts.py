@@ -30,7 +30,7 @@ def short_prompts(model: Model, processor: Processor, config: ConfigLike | None 
     Args:
         model: a vision-language model that is not pruned; changed in place.
         processor: of this model, from ``AutoProcessor``.
-        config: as :func:`hf_tokenprune.prune` takes it. It has to choose in front of the decoder, by each image alone.
+        config: as ``hf_tokenprune.prune`` takes it. It has to choose in front of the decoder, by each image alone.
 
     Returns:
         The same model, and a processor of the same class that shares tokenizer and image processor with the given one.

@@ -11,11 +11,11 @@ from .adapters import save_beside_adapters, warn_of_other_pruning
 from .pretrained import HUB_KWARGS, PART_OF_A_LOAD, choose_config, model_of, one_load
 
 _originals: dict[tuple[type, str], Any] = {}
-"""What stands at an attribute of a class where :func:`enable_auto` was not called."""
+"""What stands at an attribute of a class where ``enable_auto`` was not called."""
 
 
 _for_all: list[PruneConfig] = []
-"""What :func:`enable_auto` was given, if anything."""
+"""What ``enable_auto`` was given, if anything."""
 
 
 def enable_auto(prune_config: ConfigLike | None = None) -> None:
@@ -24,7 +24,7 @@ def enable_auto(prune_config: ConfigLike | None = None) -> None:
     They then take ``prune_config=`` and follow the config that a checkpoint carries; checkpoints without one load dense
     as ever. A ``Trainer`` made from now on warns where it resumes with a model that is pruned otherwise. Where PEFT is
     installed, adapters are saved with the config beside them, and loading one warns where the model under it is pruned
-    otherwise. Calling it twice changes nothing, but for the config of the last call; :func:`disable_auto` undoes it.
+    otherwise. Calling it twice changes nothing, but for the config of the last call; ``disable_auto`` undoes it.
 
     Args:
         prune_config: for programs that load models themselves, such as a server or an evaluation harness: every model

@@ -130,7 +130,7 @@ def config_card(
     tags: Iterable[str] = (),
     beside: str | None = None,
 ) -> ModelCard:
-    """The card of a repository that a config was pushed to. Arguments are those of :func:`model_card`.
+    """The card of a repository that a config was pushed to. Arguments are those of ``model_card``.
 
     Args:
         beside: what the repository holds besides, in words ("model", "adapter of PEFT"); None: nothing.

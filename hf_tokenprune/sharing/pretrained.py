@@ -98,7 +98,7 @@ def _from_adapter(
     hub_kwargs: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> Any:
-    """:func:`from_pretrained` of an adapter; ``about``: its adapter_config.json. Its model's own config comes last."""
+    """``from_pretrained`` of an adapter; ``about``: its adapter_config.json. Its model's own config comes last."""
     base = base_of(about, path_or_repo)
     chosen = choose_config(path_or_repo, prune_config, None, hub_kwargs)
     of_base = {name: value for name, value in hub_kwargs.items() if name not in OF_ONE_REPOSITORY}
@@ -138,7 +138,7 @@ def choose_config(
 
     Args:
         config_key: the key ``prune_config`` of the model's config.
-        hub_kwargs: of the checkpoint, those of :data:`HUB_KWARGS`.
+        hub_kwargs: of the checkpoint, those of ``HUB_KWARGS``.
 
     Raises:
         ConfigError: there is no argument, and file and key disagree; or a config is invalid.

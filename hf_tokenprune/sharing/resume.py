@@ -21,7 +21,7 @@ class PruningCallback(TrainerCallback):
 
     Beside the adapters of PEFT in a checkpoint, which has no config.json then, it writes ``prune_config.json``.
 
-    ``Trainer(..., callbacks=[PruningCallback()])``; after :func:`hf_tokenprune.enable_auto` every new ``Trainer`` has
+    ``Trainer(..., callbacks=[PruningCallback()])``; after ``hf_tokenprune.enable_auto`` every new ``Trainer`` has
     it. The checkpoint is that of ``args.resume_from_checkpoint``, else that of the step it goes on from in
     ``args.output_dir``.
     """

@@ -108,7 +108,7 @@ def push_files(
 
     Args:
         model: pruned, or dense; the card tells its sizes.
-        kwargs: for :func:`upload`.
+        kwargs: for ``upload``.
     """
     all_tags = [*(getattr(model, "model_tags", None) or ()), *(tags or ())]
 

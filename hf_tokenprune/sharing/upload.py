@@ -75,7 +75,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def push_config(config: PruneConfig, repo_id: str, content: bytes, tags: Sequence[str], **kwargs: Any) -> CommitInfo:
-    """Upload a config alone, see :meth:`PruneConfig.push_to_hub`; ``content`` is that of its file."""
+    """Upload a config alone, see ``PruneConfig.push_to_hub``; ``content`` is that of its file."""
 
     def describe(repo_id: str, card: ModelCard | None, **about: Any) -> ModelCard:
         api, at = HfApi(token=kwargs.get("token")), about["revision"]

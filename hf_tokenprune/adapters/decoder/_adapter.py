@@ -86,7 +86,7 @@ class DecoderAdapter(DecoderParts):
         return several if self.position_axes > 1 else ""
 
     def short_length(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> ShortLength:
-        """How many tokens of an image stay; for a model that :meth:`check` has passed."""
+        """How many tokens of an image stay; for a model that ``check`` has passed."""
         protected = 0
         for choice in (self.choice(model, stage) for stage in stages if stage.where == "vision_tower"):
             assert isinstance(choice, ChooseStates)
@@ -105,7 +105,7 @@ class DecoderAdapter(DecoderParts):
         return feature_block(self.tower(self.inner(model)), self.feature_layer(model))
 
     def choice(self, model: PreTrainedModel, stage: Stage) -> Choice:
-        """The hook that makes the vision tower choose; for a model that :meth:`check` has passed."""
+        """The hook that makes the vision tower choose; for a model that ``check`` has passed."""
         layer = self.feature_layer(model)
         assert not isinstance(layer, list)
         has_cls = HAS_CLS[self.tower(self.inner(model)).config.model_type]
@@ -225,7 +225,7 @@ class DecoderAdapter(DecoderParts):
         tower: tuple[Stage, ...] = (),
         short: bool = False,
     ) -> None:
-        """Make the model prune. Call :meth:`check` before."""
+        """Make the model prune. Call ``check`` before."""
         inner = self.inner(model)
         decoder = self.decoder(inner)
         state = DecoderState(stages, tower, short)
@@ -251,7 +251,7 @@ class DecoderAdapter(DecoderParts):
             state.handles.append(model.register_forward_pre_hook(CountProposals(), with_kwargs=True))
 
     def detach(self, model: PreTrainedModel) -> None:
-        """Undo :meth:`attach`, whatever part of it there is."""
+        """Undo ``attach``, whatever part of it there is."""
         inner = self.inner(model)
         state: DecoderState | None = self.decoder(inner).__dict__.pop("token_prune", None)
         if state is None:
