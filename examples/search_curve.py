@@ -9,10 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from hf_tokenprune.pictures.curves import COLOURS
+from hf_tokenprune.pictures.style import COLOURS, new_figure
 
 
 def curve(result: dict[str, Any]) -> list[tuple[float, float]]:
@@ -38,8 +35,7 @@ def main() -> None:
 
     results = [json.loads((folder / "search.json").read_text(encoding="utf-8")) for folder in args.folders]
     strategies = list(dict.fromkeys(result["settings"]["strategy"] for result in results))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     with args.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)

@@ -54,8 +54,10 @@ class Record:
         self.depth = depth
         self.tower: Record | None = None
         self._key = object()
-        self._local: dict[str, Tensor] = {}
+        self._local: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._original: dict[str, Tensor] = {}
+        self._importance: dict[str, Tensor] = {}
+        self._averaging: set[str] = set()
         self._lengths: dict[str, int] = {}
 
     def of_tower(self, depth: int) -> Record:
@@ -74,16 +76,29 @@ class Record:
             self._local.clear()
             self._original.clear()
             self._lengths.clear()
+            # What the vision tower says, it says before the decoder starts.
+            self._importance = {name: told for name, told in self._importance.items() if name == "vision_tower"}
+            self._averaging &= {"vision_tower"}
 
-    def on_reduction(self, name: str, keep: Tensor) -> None:
-        """``keep``: (B, n) positions among the prunable tokens that entered the stage."""
+    def on_reduction(self, name: str, keep: Tensor, owner: Tensor, importance: Tensor | None) -> None:
+        """What a stage did to the N prunable tokens that entered it: ``keep`` (B, n) positions among them, ``owner``
+        (B, N) of each the place in ``keep`` of the one that stands for it, -1: none; ``importance`` (B, N)."""
         if self._hears():
-            self._local[name] = keep
+            self._local[name] = keep, owner, importance
 
     def on_kept(self, name: str, kept: Tensor) -> None:
         """``kept``: (B, n) positions among the original prunable tokens, -1 behind the last one of a sample."""
         if self._hears():
             self._original[name] = kept
+
+    def on_importance(self, name: str, importance: Tensor) -> None:
+        """``importance``: (B, M) of the original prunable tokens, NaN for those that did not enter the stage."""
+        if self._hears():
+            self._importance[name] = importance
+
+    def on_average(self, name: str) -> None:
+        if self._hears():
+            self._averaging.add(name)
 
     def on_block(self, layer: int, num_tokens: int) -> None:
         if self._hears():
@@ -95,14 +110,46 @@ class Record:
 
         Where samples keep different numbers (decoders with ragged batches), shorter rows end in -1.
         """
-        kept = dict(self._original)
-        original: Tensor | None = None
+        kept = {name: after.sort(dim=1).values for name, _, after, _ in self._followed()}
+        return LayerDict({**self._original, **kept})
+
+    @property
+    def owners(self) -> LayerDict:
+        """By stage of a vision encoder: (B, M) int64, of each original prunable token the position of the one that
+        stands for it behind the stage: its own, or that of the one it was merged into; -1: it has left."""
+        return LayerDict({name: owner for name, _, _, owner in self._followed()})
+
+    @property
+    def importance(self) -> LayerDict:
+        """By stage, where its method ranks tokens: (B, M) float32 of each original prunable token, higher = keep; NaN
+        for those that did not enter. Of a stage in a vision tower a row is an image, crop or frame."""
+        found = dict(self._importance)
+        for name, before, _, owner in self._followed():
+            if (importance := self._local[name][2]) is not None:
+                nothing = torch.full(owner.shape, torch.nan, device=before.device)
+                found[name] = nothing.scatter(1, before, importance.float().to(before.device))
+        return LayerDict(found)
+
+    @property
+    def averaging(self) -> frozenset[str]:
+        """Stages in a decoder or at its vision tower that average tokens which leave into some that stay; which ones
+        into which is not recorded."""
+        return frozenset(self._averaging)
+
+    def _followed(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """(stage, original positions (B, N) of what enters it, (B, n) of what leaves it, owners (B, M)), in order."""
+        before: Tensor | None = None
         # Not when they come in: gradient checkpointing runs the blocks once more, last one first.
         for name in sorted(self._local, key=_order):
-            keep = self._local[name]
-            original = keep if original is None else original.gather(1, keep.to(original.device))
-            kept[name] = original.sort(dim=1).values
-        return LayerDict(kept)
+            keep, owner, _ = self._local[name]
+            if before is None:
+                before = torch.arange(owner.shape[1], device=keep.device).expand(len(keep), -1)
+                stands = before  # place of each original token among those that enter
+            keep, owner = keep.to(before.device), owner.to(before.device)
+            stands = torch.where(stands >= 0, owner.gather(1, stands.clamp(min=0)), -1)
+            after = before.gather(1, keep)
+            yield name, before, after, torch.where(stands >= 0, after.gather(1, stands.clamp(min=0)), -1)
+            before = after
 
     @property
     def tokens(self) -> LayerDict:

@@ -150,8 +150,7 @@ class Signals:
         text_keys: decoders: (B, H', R, d) keys of these rows in the attention that ``Stage.text_rows`` names, rotated
             by positions counted from the sample's first token; ``keys`` (B, H', N, d) are those of the image tokens.
         text_scores: decoders: (B, R) float32, what ``Stage.rate_text`` returned at the entrance.
-        frames: decoders: F, the frames of which ``tokens`` has equally many each, one after the other, for a stage that
-            prunes ``videos_only``; else 1.
+        frames: decoders: F, frames of equally many ``tokens`` each, for a stage that prunes ``videos_only``; else 1.
         columns: vision towers of decoders: columns of the grid of an image's N tokens, which come row by row.
     """
 
@@ -207,6 +206,7 @@ class Reduction:
         into: (B, m) int64, the place in ``keep`` of that survivor.
         weights: (B, N) float32.
         tokens: (B, n, D) new states of the tokens at ``keep`` instead, in a decoder or its vision tower.
+        importance: (B, N) float32 by which the method ranks tokens, higher = keep; for records. None: it has no such.
     """
 
     keep: Tensor
@@ -214,6 +214,7 @@ class Reduction:
     into: Tensor | None = None
     weights: Tensor | None = None
     tokens: Tensor | None = None
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)

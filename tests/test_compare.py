@@ -105,19 +105,3 @@ def test_what_does_not_fit_is_left_out_and_said() -> None:
     assert {name.partition("@")[0] for name in found} == {"pitome", "random", "tome", "uniform", "zero_tprune"}
     with pytest.raises(ConfigError, match="no method fits"), pytest.warns(UserWarning, match="is left out"):
         every_method(tiny_model("clip_vision_model", CLIPVisionModel), [1e-9])
-
-
-@pytest.mark.parametrize("rate", [None, 50.0])
-def test_a_picture_without_any_speed_says_so(
-    rate: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    axes = pytest.importorskip("matplotlib.axes")
-    from hf_tokenprune.pictures.curves import draw_comparison
-
-    said: list[str] = []
-    monkeypatch.setattr(axes.Axes, "text", lambda self, x, y, text, **style: said.append(text))
-    measured = {"n": 8, "top1": None, "agreement": 1.0, "kl_nats": 0.1, "gmacs": 1.0}
-    rows = [{**measured, "method": "dense", "images_per_second": 40.0}]
-    rows += [{**measured, "method": "tome", "images_per_second": rate}]
-    draw_comparison(rows, tmp_path / "picture.png")
-    assert said == ([] if rate else ["no speed to be told from noise, or too few rounds"] * 2)

@@ -1,4 +1,5 @@
-"""``hf-tokenprune``: list, presets, info, apply, push, eval, compare, search, bench, serve, demo; one file a command.
+"""``hf-tokenprune``: list, presets, info, apply, push, eval, compare, search, bench, viz,
+serve, demo; one file a command.
 
 What a command needs besides its options is imported when it runs, so that help and completion do not wait for it.
 """
@@ -19,6 +20,7 @@ from .push import push
 from .search import search
 from .serve import serve
 from .version import VersionOpt
+from .viz import viz
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,5 +43,6 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(search)
 app.command()(bench)
+app.command()(viz)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(demo)

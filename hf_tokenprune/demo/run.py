@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 
 from ..config import PruneConfig
 from ..cost import config_for_macs, cost
-from ..engine import find_adapter, prune, pruned, unprune
+from ..engine import find_adapter, prune, unprune
 from ..errors import TokenPruneError
 from ..evaluation import (
     AnswersReport,
     PairedReport,
-    QuestionDataset,
-    collect_answers,
     evaluate_answers,
     evaluate_paired,
     evaluate_zero_shot,
@@ -26,17 +22,15 @@ from ..evaluation import (
     load_questions,
     mean_text_tokens,
 )
-from ..evaluation.questions import AskedSample
 from ..evaluation.run import arms, macs_of
 from ..methods.decoderwise import Positions
 from ..methods.stack import StackConfig
 from ..methods.visionzip import VisionZipConfig
-from ..pictures import kept_sheet, visualize
-from ..recording import record
+from ..pictures import sheet, trace
 from ..registry import get_method, list_methods
 from ..sharing import from_pretrained, save_pretrained
 from .digits import MODEL_DIR, load_digits_split
-from .mosaics import CLIP_DIR, LLAVA_DIR, PATCH, SIDE, Mosaics, digit_pictures
+from .mosaics import CLIP_DIR, LLAVA_DIR, Mosaics, digit_pictures
 from .questions import KINDS, MosaicQuestions
 
 BUDGET = 0.7
@@ -46,7 +40,6 @@ FOR_EIGHT_LAYERS = {"transprune": {"accumulate_layers": (1, 2, 3, 4), "layers": 
 """Fields of methods that name layers, for the mini-LLaVA's decoder of 8."""
 MOSAICS = 20  # five questions each
 SINGLES = 200
-CAPTION = 18  # pixels above a row of pictures
 
 
 @dataclass(frozen=True)
@@ -157,11 +150,13 @@ def _digits(out: Path, limit: int | None, progress: bool) -> tuple[PairedReport,
         model, images, processor, arms(model, configs), macs=macs_of(model, configs), progress=progress
     )
     checkpoint, picture = out / "digits_vit_zero_tprune", out / "kept_patches.png"
-    few = [images[i]["image"] for i in range(0, len(images), max(1, len(images) // 6))][:6]
-    pixels = processor(images=few, return_tensors="pt").pixel_values
+    few = [images[i] for i in range(0, len(images), max(1, len(images) // 4))][:4]
+    pixels = processor(images=[each["image"] for each in few], return_tensors="pt").pixel_values
+    shown = {name: configs[name] for name in ("salience_merge", "zero_tprune")}
+    traces = [trace(model, each["image"], shown, processor, expected=str(each["label"])) for each in few]
+    sheet(traces, columns=1).savefig(picture)
     save_pretrained(prune(model, configs["zero_tprune"]), checkpoint)
     processor.save_pretrained(checkpoint)
-    visualize(model, pixels, processor, size=168).save(picture)
     with torch.no_grad():
         if not torch.equal(from_pretrained(checkpoint)(pixels).logits, model(pixels).logits):
             raise TokenPruneError(f"the checkpoint in {checkpoint} does not give the logits it was saved with")
@@ -214,35 +209,10 @@ def _llava(out: Path, limit: int | None, progress: bool) -> tuple[AnswersReport,
     )
     picture = out / "kept_for_questions.png"
     chosen = [KINDS.index("what"), KINDS.index("where")]
-    with pruned(model, configs["transprune"]):
-        questions_sheet(model, processor, [questions[i] for i in chosen if i < len(questions)]).save(picture)
+    shown = {name: configs[name] for name in ("transprune", "divprune")}
+    traces = [
+        trace(model, one["image"], shown, processor, question=one["question"], expected=one["answers"][0])
+        for one in (questions[i] for i in chosen if i < len(questions))
+    ]
+    sheet(traces, columns=4).savefig(picture)
     return report, picture
-
-
-def questions_sheet(model: Any, processor: Any, samples: Sequence[AskedSample], size: int = 168) -> Image.Image:
-    """A row a question: above it the question and the answer, below which image tokens each stage kept.
-
-    Args:
-        model: pruned inside the decoder.
-        samples: questions, one after the other in the picture.
-        size: width of a picture in pixels.
-    """
-    rows, side = [], SIDE // PATCH
-    for sample in samples:
-        one = QuestionDataset(
-            load_images([{"image": sample["image"]}], label_column=None),
-            [sample["question"]],
-            [sample["answers"]],
-            [sample["kind"]],
-        )
-        with record(model) as rec:
-            answer = collect_answers(model, one, processor, max_new_tokens=8, progress=False).texts[0]
-        sheet = kept_sheet([sample["image"]], rec, (side, side), size)
-        row = Image.new("RGB", (sheet.width, sheet.height + CAPTION), "white")
-        ImageDraw.Draw(row).text((6, 4), f"{sample['question']}  {answer}", fill="black")
-        row.paste(sheet, (0, CAPTION))
-        rows.append(row)
-    picture = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-    for i, row in enumerate(rows):
-        picture.paste(row, (0, sum(above.height for above in rows[:i])))
-    return picture

@@ -167,10 +167,11 @@ class Comparison:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from ..pictures.curves import draw_comparison
+        from ..pictures.reports import curves
 
-        picture = folder / "comparison.png"
-        draw_comparison(self.rows(), picture)
+        figure, picture = curves(self.to_dict()), folder / "comparison.png"
+        figure.suptitle(f"{self.accuracy.rows[0].n} images, every run on the same ones")
+        figure.savefig(picture)
         return picture
 
 

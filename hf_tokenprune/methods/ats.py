@@ -59,7 +59,7 @@ class ATSStage(Stage):
         if self.sampling == "inverse_transform":
             scores = scores / scores.sum(1, keepdim=True).clamp_min(1e-12)
             scores = scores + 2 * sampled(scores, n_keep)  # those that were hit come before all others
-        return Reduction(top_tokens(scores, n_keep))
+        return Reduction(top_tokens(scores, n_keep), importance=scores)
 
 
 def sampled(scores: Tensor, count: int) -> Tensor:

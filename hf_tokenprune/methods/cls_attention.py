@@ -47,4 +47,4 @@ class ClsAttentionStage(RatioStage):
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
         importance = signals.need("cls_attention")[..., signals.num_protected :].mean(1)
-        return Reduction(top_tokens(importance, n_keep))
+        return Reduction(top_tokens(importance, n_keep), importance=importance)

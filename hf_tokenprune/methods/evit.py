@@ -7,7 +7,7 @@ Axes: B batch, H heads, N prunable tokens, k attentive tokens.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -67,8 +67,8 @@ class EViTStage(Stage):
         if n_keep == attention.shape[1]:
             return everything(signals)
         if not self.fuse:
-            return Reduction(top_tokens(attention, n_keep))
-        return fused(attention, n_keep - 1)
+            return Reduction(top_tokens(attention, n_keep), importance=attention)
+        return replace(fused(attention, n_keep - 1), importance=attention)
 
 
 def fused(attention: Tensor, n_attentive: int) -> Reduction:

@@ -65,5 +65,5 @@ class FastVStage(Stage):
         return num_rounded(num_prunable, self.keep_ratio)
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        last_row = signals.need("text_attention")[:, :, -1]  # (B, H, N)
-        return Reduction(top_tokens(last_row.mean(1), n_keep))
+        attention = signals.need("text_attention")[:, :, -1].mean(1)
+        return Reduction(top_tokens(attention, n_keep), importance=attention)

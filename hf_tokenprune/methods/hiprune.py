@@ -85,7 +85,7 @@ class HiPruneStage(RatioStage):
             for name in ("earlier_attention", "received_attention")
         )
         assert signals.columns is not None, "tokens of a vision tower have a grid"
-        return Reduction(hiprune(objects, deep, n_keep, self.alpha, signals.columns))
+        return Reduction(hiprune(objects, deep, n_keep, self.alpha, signals.columns), importance=deep)
 
 
 def hiprune(objects: Tensor, deep: Tensor, n_keep: int, alpha: float, columns: int) -> Tensor:

@@ -68,8 +68,8 @@ class PyramidDropStage(Stage):
         return num_to_keep(num_prunable, self.keep_ratio)
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        last_row = signals.need("text_attention")[:, :, -1]  # (B, H, N)
-        return Reduction(top_tokens(last_row.mean(1), n_keep))
+        attention = signals.need("text_attention")[:, :, -1].mean(1)
+        return Reduction(top_tokens(attention, n_keep), importance=attention)
 
 
 def evenly(count: int, depth: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ One-step-ahead Attention for Efficient Vision Transformers" (MCTF, CVPR 2024, ar
 Axes: B batch, N prunable tokens.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -79,7 +79,7 @@ class SalienceMergeStage(MergeStage):
         keys = keys_by_head(signals) if self.similarity == "per_head" else mean_keys(signals)
         matching = match_alternate(keys, signals.num_protected)
         cost = salience[:, matching.looking] * (1 - matching.similarity)
-        return merge_cheapest(matching, cost, salience, n_keep)
+        return replace(merge_cheapest(matching, cost, salience, n_keep), importance=salience)
 
 
 def contrast(signals: Signals) -> Tensor:

@@ -100,7 +100,7 @@ class SparseVLMStage(Stage):
         scores = rated(signals.need("text_attention"), rows, self.heads)
         num_clustered, num_clusters = recycled(scores.shape[1] - n_keep, n_keep) if self.recycle else (0, 0)
         if num_clusters == 0:
-            return Reduction(top_tokens(scores, n_keep))
+            return Reduction(top_tokens(scores, n_keep), importance=scores)
         states = signals.tokens[:, signals.num_protected :]
         order = stable_order(scores, descending=True)
         best, pool = order[:, : n_keep - num_clusters], order[:, n_keep - num_clusters :][:, :num_clustered]
@@ -108,7 +108,7 @@ class SparseVLMStage(Stage):
         slots = pool.gather(1, centres)
         states = states.scatter(1, slots.unsqueeze(-1).expand_as(merged), merged)
         keep = torch.cat([best, slots], 1).sort(dim=1).values
-        return Reduction(keep, tokens=gather_tokens(states, keep))
+        return Reduction(keep, tokens=gather_tokens(states, keep), importance=scores)
 
 
 def text_relevance(images: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ class TransPruneStage(Stage):
         if "text_attention" in self.needs:
             guided = instruction_guided_attention(signals.need("text_attention"), signals.need("text_mask"))
             terms.append((1 - self.alpha) * share(guided))
-        return Reduction(top_tokens(torch.stack(terms).sum(0), n_keep))
+        importance = torch.stack(terms).sum(0)
+        return Reduction(top_tokens(importance, n_keep), importance=importance)
 
 
 def transition_variation(before: Tensor, after: Tensor, mask: Tensor, direction: Direction) -> Tensor:

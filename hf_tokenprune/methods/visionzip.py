@@ -100,7 +100,7 @@ class VisionZipStage(Stage):
         patches = signals.tokens[:, num_protected:]
         scores = signals.need(self.scores)[..., num_protected:].sum(1)
         if n_keep == patches.shape[1]:
-            return Reduction(top_tokens(scores, n_keep))
+            return Reduction(top_tokens(scores, n_keep), importance=scores)
         metric = signals.need("keys").float().mean(1)[:, num_protected:]
 
         dominant = top_tokens(scores, self.dominant - self.keep_cls)
@@ -114,7 +114,7 @@ class VisionZipStage(Stage):
             merged = torch.cat([merged, signals.tokens[:, :1]], 1)
         states = patches.scatter(1, slots.unsqueeze(-1).expand_as(merged), merged)
         keep = torch.cat([dominant, slots], 1).sort(1).values
-        return Reduction(keep, tokens=gather_tokens(states, keep))
+        return Reduction(keep, tokens=gather_tokens(states, keep), importance=scores)
 
 
 def complement(chosen: Tensor, num_tokens: int) -> Tensor:

@@ -66,7 +66,8 @@ class VisPrunerStage(RatioStage):
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
         tokens = signals.tokens[:, signals.num_protected :]
         attention = signals.need(self.attention)[..., signals.num_protected :].mean(1)
-        return Reduction(vispruner(tokens, attention, n_keep, self.important).sort(dim=1).values)
+        keep = vispruner(tokens, attention, n_keep, self.important).sort(dim=1).values
+        return Reduction(keep, importance=attention)
 
 
 def vispruner(features: Tensor, attention: Tensor, n_keep: int, important: float = 0.5) -> Tensor:

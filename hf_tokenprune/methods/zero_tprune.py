@@ -212,18 +212,20 @@ class ZeroTPruneStage(Stage):
 
         n_dissimilar = self.num_dissimilar(num_tokens)
         if n_dissimilar == num_tokens:
-            return Reduction(top_tokens(rank(self.num_iterations), n_keep))
+            scores = rank(self.num_iterations)
+            return Reduction(top_tokens(scores, n_keep), importance=scores)
+        scores = rank(1)
         candidates = least_similar(
             similarity_features(signals, config.similarity_feature),
-            rank(1),
+            scores,
             n_dissimilar,
             config.partition,
             config.similarity_metric,
         )
         if n_keep == n_dissimilar:
-            return Reduction(candidates)
+            return Reduction(candidates, importance=scores)
         best = top_tokens(rank(self.num_iterations, with_protected(candidates, num_protected)), n_keep)
-        return Reduction(candidates.gather(1, best))
+        return Reduction(candidates.gather(1, best), importance=scores)
 
 
 def default_iterations(layer: int, depth: int) -> int:

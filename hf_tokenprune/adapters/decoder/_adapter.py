@@ -6,18 +6,19 @@ its model and how many tokens an image has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...signals import Stage
 from .._capture import disable_capture, is_captured
 from .._swap import check_copies, check_swappable, swap_class
+from .._views import ImageView, raster
 from ._encoder import check_encoder, encoder_adapter
 from ._entrance import CountProposals, EnterDecoder
 from ._exit import LeaveDecoder
@@ -116,6 +117,27 @@ class DecoderAdapter(DecoderParts):
     def images(self, inner: Any, given: GivenImages) -> list[ImageTokens]:
         """How many tokens each image of a forward of ``inner`` has, and which are newlines; in the prompts' order."""
         return given.as_encoded()
+
+    def views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> list[ImageView]:
+        """How the language model sees the one image of a prompt, of ``size`` (height, width) pixels.
+
+        Args:
+            inputs: what the processor made of the prompt.
+        """
+        grid = self.token_grid(model)
+        _, total, _ = self.image_tokens(model, None)
+        return [ImageView(raster(grid, total - grid[0] * grid[1]), inputs["pixel_values"][0])]
+
+    def token_grid(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Rows and columns of tokens of what the vision tower encodes as one image."""
+        (rows, columns), side = self.tower_shape(model, None).grid, self.squares(model).side
+        return rows // side, columns // side
+
+    def tower_views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[ImageView]:
+        """What the vision tower encodes of the one image of a prompt; the patches are numbered through."""
+        height, width = self.tower_shape(model, None).grid
+        pixels = inputs["pixel_values"].flatten(0, -4)
+        return [ImageView(raster((height, width), i * height * width), each) for i, each in enumerate(pixels)]
 
     def take_side_inputs(self, inner: Any, call: dict[str, Any]) -> SideInputs | None:
         """What is added to tokens between layers of the language model, taken out of the arguments of its ``call``."""
@@ -287,8 +309,10 @@ class DecoderAdapter(DecoderParts):
                 "get_image_features returns is what stays"
             )
         with ExitStack() as undo:
-            state.recorders.append(recorder)
-            undo.callback(state.recorders.remove, recorder)
+            hooks = self.tower(self.inner(model))._forward_hooks.values()
+            for recorders in (state.recorders, *(hook.recorders for hook in hooks if isinstance(hook, Choice))):
+                recorders.append(recorder)
+                undo.callback(recorders.remove, recorder)
             if state.tower:
                 encoder = self.tower(self.inner(model))
                 of_tower = recorder.of_tower(len(tower_blocks(encoder)))

@@ -25,6 +25,7 @@ from ._packed import Packed
 from ._side_inputs import SideInputs
 from ._text import Text, text_rows
 from ._text_rows import all_keys, text_attention
+from ._told import tell_importance, tell_kept
 from ._view import View, moved
 
 
@@ -233,7 +234,7 @@ class Forward:
         assert self.layout is not None
         layout, text, count = self.layout, self.text, self.counter(stage, self.layout)
         keep, self.text = ~layout.is_image, None
-        merged: list[tuple[Tensor, Tensor, Tensor]] = []
+        merged, ranked = list[tuple[Tensor, Tensor, Tensor]](), list[tuple[Tensor, Tensor, Tensor]]()
         scores = [self.observed[layer] for layer in stage.observes] if "layer_scores" in stage.needs else []
         for group in layout.groups(count, stage.budget):
             rows, index = group.rows, group.index
@@ -255,9 +256,15 @@ class Forward:
                 chosen = index.gather(1, reduction.keep)
                 if reduction.tokens is not None:
                     merged.append((rows, chosen, reduction.tokens))
+                if reduction.importance is not None:
+                    ranked.append((rows, index, reduction.importance))
             keep[rows, chosen] = True
+        if self.recorders and ranked:
+            tell_importance(self.recorders, stage.name, self.rank(self.views[-1]), ranked)
         self.layout = layout.after(count, stage.budget)
         view = self.leave(keep, stage)
+        for recorder in self.recorders if merged else ():
+            recorder.on_average(stage.name)
         return view.with_states(states, merged) if merged else view
 
     def rate_text(self, stage: Stage, tokens: Tensor) -> None:
@@ -326,19 +333,14 @@ class Forward:
             key_valid=extended(self.past[segment].valid, self.held[segment], valid, longest, take),
         )
         if stage is not None and self.recorders:
-            self.record(stage.name, view)
+            most = max(sum(images) for images in self.layout.images)
+            tell_kept(self.recorders, stage.name, self.rank(view), self.layout.is_image, most)
         return view
 
-    def record(self, name: str, view: View) -> None:
-        """Tell the recorders which image tokens are left: (B, n), ascending, -1 behind the last one of a sample."""
-        assert self.layout is not None and self.image_rank is not None
-        most = max(sum(images) for images in self.layout.images)
-        rank = self.image_rank.gather(1, view.slots)
-        rank = torch.where(self.layout.is_image, rank, rank.new_tensor(torch.iinfo(rank.dtype).max))
-        kept = rank.sort(dim=1).values[:, :most]
-        kept = torch.where(kept == torch.iinfo(kept.dtype).max, -1, kept)
-        for recorder in self.recorders:
-            recorder.on_kept(name, kept)
+    def rank(self, view: View) -> Tensor:
+        """(B, L) int64: of each image token in a view its number in the sample, where that is recorded."""
+        assert self.image_rank is not None
+        return self.image_rank.gather(1, view.slots)
 
 
 def reads_text(stage: Stage, layer: str) -> bool:

@@ -6,6 +6,7 @@ of each image or video, and which tokens are of which kind.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from ...errors import UnsupportedModelError
 from ...signals import ModelShape, Stage
 from .._sizes import as_pair, mlp_matrices
+from .._views import ImageView, raster
 from ._adapter import DecoderAdapter
 from ._frames import by_positions
 from ._images import GivenImages, ImageTokens, given_kinds, is_token, without_pixels
@@ -69,6 +71,11 @@ class GridAdapter(DecoderAdapter):
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         return 1, self.tower_shape(model, image_size).num_patches // self.squares(model).side ** 2, 0
+
+    def views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> list[ImageView]:
+        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        side = self.squares(model).side
+        return [ImageView(raster((rows // side, columns // side)))]
 
     def squares(self, model: PreTrainedModel) -> Squares:
         return Squares(self.tower(self.inner(model)).spatial_merge_size, raster=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from ...signals import Signals, Stage
 from ...tokens import with_protected
 from .._capture import CURRENT, Capture, enable_capture
 from .._swap import with_copies
+from ._told import tell_reduction
 
 HAS_CLS = {
     "clip_vision_model": True,
@@ -96,6 +97,7 @@ class Choice:
     """Forward hook of the tower, also where that raises: states that ``stage`` drops become NaN in its output."""
 
     stage: Stage
+    recorders: list[Any] = field(default_factory=list, compare=False, kw_only=True)
 
     chooses_tokens: ClassVar[bool] = True
     """What an adapter of the tower by itself knows this hook by."""
@@ -125,6 +127,8 @@ class Choice:
         """``signals.tokens`` (I, P + n, D), NaN where they leave, and with new states where the stage merges."""
         tokens, num_protected = signals.tokens, signals.num_protected
         reduction = self.stage.reduce(signals, self.stage.num_kept(tokens.shape[1] - num_protected))
+        for recorder in self.recorders:
+            tell_reduction(recorder, self.stage.name, reduction)
         keep = with_protected(reduction.keep, num_protected)
         return mark(tokens, keep, reduction.tokens, reduction.keep + num_protected)
 

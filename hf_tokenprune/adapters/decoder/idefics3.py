@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...registry import register_adapter
+from .._views import ImageView, arrangement, raster, tiled
 from ._adapter import DecoderAdapter
 from ._images import PIECES, GivenImages, ImageTokens, is_token
 from ._tower import Squares
@@ -49,6 +51,12 @@ class Idefics3Adapter(DecoderAdapter):
         short, long = sorted(image_size or (1, 1))
         tiles = TILES_A_SIDE * math.ceil(TILES_A_SIDE * short / long) + 1  # the last one is the whole
         return tiles, tiles * self.inner(model).image_seq_len, 0
+
+    def views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> list[ImageView]:
+        """The tiles as one, and the whole behind them."""
+        grid, tiles = self.token_grid(model), inputs["pixel_values"].shape[1] - 1
+        whole = ImageView(raster(grid, tiles * grid[0] * grid[1]))
+        return [ImageView(tiled(arrangement(tiles, size), grid)), whole] if tiles else [whole]
 
     def squares(self, model: PreTrainedModel) -> Squares:
         return Squares(model.config.scale_factor)

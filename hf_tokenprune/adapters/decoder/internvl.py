@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from ...registry import register_adapter
+from .._views import ImageView, raster, tiled
 from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens
 from ._tower import Squares
@@ -37,6 +40,14 @@ class InternVLAdapter(DecoderAdapter):
         columns, rows = get_optimal_tiled_canvas(image_size or (2 * height, 2 * width), (height, width), 1, MOST_TILES)
         tiles = columns * rows + (columns * rows > 1)  # several have a thumbnail of the whole behind them
         return tiles, tiles * tower.num_patches // self.squares(model).side ** 2, 0
+
+    def views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> list[ImageView]:
+        """The tiles as one, and the thumbnail of the whole behind them."""
+        grid, tiles = self.token_grid(model), len(inputs["pixel_values"]) - 1
+        if not tiles:
+            return [ImageView(raster(grid))]
+        columns, rows = get_optimal_tiled_canvas(size, self.tower_shape(model, None).image_size, tiles, tiles)
+        return [ImageView(tiled((rows, columns), grid)), ImageView(raster(grid, tiles * grid[0] * grid[1]))]
 
     def squares(self, model: PreTrainedModel) -> Squares:
         return Squares(round(1 / model.config.downsample_ratio))

@@ -1,5 +1,6 @@
 """LLaVA 1.5 and its kind: an image has as many tokens as its vision tower has patches."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from ...errors import UnsupportedModelError
 from ...registry import register_adapter
 from ...signals import ModelShape
 from .._sizes import in_rows
+from .._views import ImageView, raster
 from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens, by_tower, encoded, is_alone
 from ._short import BREAKS
@@ -36,6 +38,13 @@ class LlavaAdapter(DecoderAdapter):
 
     def no_short_prompts(self, model: PreTrainedModel) -> str:
         return BREAKS if takes_any_size(self.tower(self.inner(model))) else ""
+
+    def views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> list[ImageView]:
+        tower = self.tower(self.inner(model))
+        if not takes_any_size(tower):
+            return super().views(model, inputs, size)
+        height, width = inputs["image_sizes"][0].tolist()
+        return [ImageView(raster((height // tower.patch_size, width // tower.patch_size)))]
 
     def tower_shape(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> ModelShape:
         tower = super().tower_shape(model, image_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from ...errors import UnsupportedModelError
 from ...registry import register_adapter
+from .._views import ImageView, raster
 from ._adapter import DecoderAdapter
 from ._images import GivenImages, ImageTokens
 
@@ -29,6 +30,16 @@ class LlavaNextAdapter(DecoderAdapter):
             return with_newlines(features) if given.with_newlines else encoded
         crops = self.num_crops(inner, sizes, given)
         return [self.packed(inner, *image) for image in zip(sizes, crops, strict=True)]
+
+    def views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> list[ImageView]:
+        """The whole, and its crops as one: both are of the whole image, without filling."""
+        inner, sizes = self.inner(model), inputs["image_sizes"].tolist()
+        (crops,) = self.num_crops(inner, sizes, GivenImages("image", (), inputs, with_newlines=True))
+        image, grid = self.packed(inner, sizes[0], crops), self.token_grid(model)
+        first = grid[0] * grid[1]
+        columns, rows = image.newlines[0] - first, len(image.newlines)
+        whole, details = ImageView(raster(grid)), raster((rows, columns + 1), first)[:, :-1]  # a newline ends each row
+        return [whole, ImageView(details)] if columns else [whole]
 
     def num_crops(self, inner: Any, sizes: list[list[int]], given: GivenImages) -> list[int]:
         """Of each image of ``sizes`` (height, width) pixels, what the tower encodes: the whole, and crops."""

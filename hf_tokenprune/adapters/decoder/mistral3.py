@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.models.ministral3.modeling_ministral3 import Ministral3Decoder
 from ...registry import register_adapter
 from ...signals import ModelShape
 from .._sizes import in_rows
+from .._views import ImageView, raster
 from ._adapter import DecoderAdapter
 from ._grids import USUAL_SIDE
 from ._images import GivenImages, ImageTokens
@@ -46,6 +48,10 @@ class Mistral3Adapter(DecoderAdapter):
             return given.as_encoded()
         side = token_side(inner)
         return [ImageTokens((height // side) * (width // side)) for height, width in sizes]
+
+    def views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> list[ImageView]:
+        (height, width), side = inputs["image_sizes"][0].tolist(), token_side(self.inner(model))
+        return [ImageView(raster((height // side, width // side)))]
 
     def image_tokens(self, model: PreTrainedModel, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         height, width = self.tower_shape(model, image_size).image_size

@@ -6,7 +6,7 @@ A family (one file) names its stock block class, restates that block's two halve
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from ...errors import DOCS, UnsupportedModelError
 from ...signals import ModelShape, Stage
 from .._capture import disable_capture, enable_capture, is_captured
 from .._swap import check_copies, check_swappable, own_class, swap_class
+from .._views import ImageView, raster
 from ._block import BlockState, PrunedVisionBlock, Recorder
 from ._carry import RestoreStates, StartCarry, check_bias
 
@@ -52,6 +53,12 @@ class VisionAdapter:
         if tuple(pixels.shape[-2:]) == self.shape(model).image_size:
             return {"pixel_values": pixels}
         return {"pixel_values": pixels, "interpolate_pos_encoding": True}
+
+    def views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> list[ImageView]:
+        """How the model sees an image of ``size`` (height, width) pixels, of which ``inputs`` were made."""
+        (pixels,) = inputs["pixel_values"]
+        rows, columns = (n // side for n, side in zip(pixels.shape[-2:], self.shape(model).patch_size, strict=True))
+        return [ImageView(raster((rows, columns)), pixels)]
 
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
         """The blocks, in order."""

@@ -17,7 +17,7 @@ from ...errors import UnsupportedModelError
 from ...signals import Stage
 from ...tokens import gather_tokens, merge_tokens, with_protected
 from .._capture import CAPTURE_ARGUMENT, Capture, check_all_heads
-from ._carry import Carry
+from ._carry import Carry, owner_of
 
 
 class Recorder(Protocol):
@@ -25,7 +25,7 @@ class Recorder(Protocol):
 
     def on_start(self) -> None: ...
 
-    def on_reduction(self, name: str, keep: Tensor) -> None: ...
+    def on_reduction(self, name: str, keep: Tensor, owner: Tensor, importance: Tensor | None) -> None: ...
 
     def on_kept(self, name: str, kept: Tensor) -> None: ...
 
@@ -180,7 +180,8 @@ class PrunedVisionBlock(nn.Module):
             signals = capture.signals(tokens, inputs, state.num_protected, state.has_cls, sizes)
             reduction = stage.reduce(signals, n_keep)
         for recorder in tuple(state.recorders):  # another thread may end its recording
-            recorder.on_reduction(stage.name, reduction.keep)
+            owner = owner_of(reduction, tokens.shape[1] - state.num_protected)
+            recorder.on_reduction(stage.name, reduction.keep, owner, reduction.importance)
         if carry is not None:
             carry.on_reduction(state.layer, reduction, tokens, state.num_protected, state.restore)
         if reduction.merged is not None and reduction.into is not None:

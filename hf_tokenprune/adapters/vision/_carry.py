@@ -68,7 +68,7 @@ class Carry:
 
     def _remember(self, layer: int, reduction: Reduction, tokens: Tensor) -> None:
         batch, entering, width = tokens.shape
-        stands = _owner(reduction, entering)
+        stands = owner_of(reduction, entering)
         owner, left = self.owner.get(layer), self.left.get(layer)
         if left is None and _stays_of(reduction) == entering:  # nothing has left: merging alone needs no states
             self.owner[layer + 1] = stands if owner is None else stands.gather(1, owner)
@@ -108,7 +108,7 @@ def _sums(sizes: Tensor, reduction: Reduction) -> Tensor:
     return kept.scatter_add(1, reduction.into, sizes.gather(1, reduction.merged))
 
 
-def _owner(reduction: Reduction, entering: int) -> Tensor:
+def owner_of(reduction: Reduction, entering: int) -> Tensor:
     """(B, N) int64: the survivor that stands for each token that entered; -1: none does."""
     keep = reduction.keep
     places = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)

@@ -1,6 +1,7 @@
 """SigLIP 2's vision tower, for images that fill its patches: the blocks of SigLIP with images of any aspect ratio."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from transformers.models.siglip2.modeling_siglip2 import (
 )
 
 from ...registry import register_adapter
+from .._views import ImageView, raster
 from ._block import require
 from .clip import CLIPHalves
 from .siglip import SiglipAdapter
@@ -62,6 +64,10 @@ class Siglip2Adapter(SiglipAdapter):
             "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.int64, device=pixels.device),
             "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=pixels.device),
         }
+
+    def views(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> list[ImageView]:
+        rows, columns = inputs["spatial_shapes"][0].tolist()
+        return [ImageView(raster((rows, columns)))]
 
     def image_size(self, tower: PreTrainedModel) -> tuple[int, int]:
         config: Any = tower.config  # as a square: it names the number of patches only

@@ -1,0 +1,106 @@
+"""``hf-tokenprune viz``: what methods leave of an image, and what the model then says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .options import (
+    ClassNamesOpt,
+    ConfigOpt,
+    DeviceOpt,
+    DtypeOpt,
+    JsonOpt,
+    MacsOpt,
+    MethodOpt,
+    ModelArg,
+    NewTokensOpt,
+    PromptOpt,
+    SetOpt,
+    check_effect,
+    configs_for,
+    device_for,
+    dtype_for,
+    empty_model,
+    kind_of,
+    load_dense,
+    readable_errors,
+    show,
+)
+from .output import writable_folder
+
+SUFFIXES = (".png", ".jpg", ".svg", ".pdf", ".html")
+SHOWN = ("tokens", "importance", "chart")
+
+
+@readable_errors
+def viz(
+    model: ModelArg,
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="File of one image.")],
+    out: Annotated[Path, typer.Option(help=f"Picture to write: {', '.join(SUFFIXES[:-1])}; or a page: .html.")],
+    method: MethodOpt = None,
+    set_: SetOpt = None,
+    gmacs: MacsOpt = None,
+    prune_config: ConfigOpt = None,
+    question: Annotated[str | None, typer.Option(help="Vision-language models: what to ask about the image.")] = None,
+    prompt: PromptOpt = None,
+    new_tokens: NewTokensOpt = None,
+    class_names: ClassNamesOpt = None,
+    expected: Annotated[
+        str | None, typer.Option(help="The right class or answer. Default: what the dense model says.")
+    ] = None,
+    columns: Annotated[
+        int, typer.Option(min=1, help="Layers to show, evenly spread; 1: methods beside each other.")
+    ] = 5,
+    shown: Annotated[
+        str, typer.Option("--show", help="tokens, importance (a heat map) or chart (tokens a layer).")
+    ] = "tokens",
+    html: Annotated[bool, typer.Option("--html", help="Also one HTML file with a slider, beside the picture.")] = False,
+    device: DeviceOpt = "cpu",
+    dtype: DtypeOpt = "float32",
+    as_json: JsonOpt = False,
+) -> None:
+    """Draw which tokens of an image stay, merge or leave, layer by layer, and whether the model still says the same.
+
+    Several methods come below each other; with --columns 1 beside each other.
+    """
+    from ..evaluation import load_images
+    from ..evaluation.run import processor_of
+    from ..pictures import sheet, token_chart, trace, write_page
+    from ..pictures.sheets import summary
+    from ..pictures.tracing import NEW_TOKENS
+
+    placement = (device_for(device), dtype_for(dtype))
+    if out.suffix not in SUFFIXES:
+        raise ConfigError(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if shown not in SHOWN:
+        raise ConfigError(f"--show {shown}: expected one of {', '.join(SHOWN)}")
+    decoder = kind_of(empty_model(model)) != "vision"
+    of_questions = {"--question": question, "--prompt": prompt, "--new-tokens": new_tokens}
+    check_effect(decoder, {"--class-names": class_names} if decoder else of_questions)
+    if decoder and question is None:
+        raise ConfigError(
+            f"{model!r} is a vision-language model, which has to be asked something: give --question TEXT"
+        )
+    writable_folder(out.parent)
+    sample = load_images([{"image": image}], label_column=None)[0]
+    loaded = load_dense(model, *placement).eval()
+    processor = processor_of(model, loaded)
+    names = None if class_names is None else class_names.read_text(encoding="utf-8-sig").splitlines()
+    found = trace(
+        loaded, sample["image"], configs_for(loaded, model, method, set_, gmacs, prune_config), processor,
+        question=question, prompt=prompt, class_names=names, expected=expected, max_new_tokens=new_tokens or NEW_TOKENS,
+    )  # fmt: skip
+    files = [out]
+    if out.suffix != ".html":
+        what: Any = shown  # checked above
+        figure = token_chart(found) if what == "chart" else sheet(found, columns, what)
+        figure.savefig(out)
+        files += [out.with_suffix(".html")] if html else []
+    if files[-1].suffix == ".html":
+        write_page(found, files[-1])
+    data: dict[str, Any] = {"files": [str(file) for file in files], "runs": found.to_dict()["runs"]}
+    show(as_json, data, "\n".join([summary(found), *map(str, files)]))
