@@ -31,7 +31,6 @@ from hf_tokenprune.registry import get_method
 
 from .decoder_families import FAMILIES, small_size, tiny_vlm
 from .llava_checkpoint import save_tiny_llava
-from .two_processes import alone_and_together
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
 DIGITS = str(MODEL_DIR)
@@ -233,15 +232,6 @@ def test_config_file_by_path(tmp_path: Path) -> None:
         data = json.loads(ok("info", DIGITS, "-c", source, "--json"))
         (report,) = data.values()
         assert report["config"]["keep_ratios"] == 0.5
-
-
-@pytest.mark.slow
-def test_two_processes_of_accelerate_give_the_same_numbers(folder: Path) -> None:
-    alone, together = alone_and_together("eval", DIGITS, folder, "-m", "zero_tprune", "--batch-size", 3)
-    measured = ("name", "n", "accuracy", "accuracy_interval", "top5_accuracy", "agreement", "macs")
-    for one, two in zip(alone["rows"], together["rows"], strict=True):
-        assert [one[key] for key in measured] == [two[key] for key in measured]
-        assert (one["kl"] or 0) == pytest.approx(two["kl"] or 0, rel=1e-5, abs=0)  # None for the dense run
 
 
 # -- vision-language models ------------------------------------------------------------------------------------------

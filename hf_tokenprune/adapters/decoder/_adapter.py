@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...errors import UnsupportedModelError
 from ...signals import Stage
@@ -85,6 +86,15 @@ class DecoderAdapter(DecoderParts):
         """Why an image cannot have fewer placeholders; empty where it can."""
         several = "image tokens have positions in time, row and column, which a shorter prompt does not tell"
         return several if self.position_axes > 1 else ""
+
+    def check_short_prompts(self, model: PreTrainedModel) -> None:
+        """Raise UnsupportedModelError where an image cannot have fewer placeholders, whatever is pruned."""
+        if reason := self.no_short_prompts(model):
+            raise UnsupportedModelError(f"no short prompts for {model.config.model_type!r}: {reason}. {OTHERWISE}")
+
+    def processor_name(self, model: PreTrainedModel) -> str:
+        """The class of the processors that write its prompts; empty where Transformers does not say."""
+        return PROCESSOR_MAPPING_NAMES.get(model.config.model_type) or ""
 
     def short_length(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> ShortLength:
         """How many tokens of an image stay; for a model that ``check`` has passed."""
@@ -159,8 +169,6 @@ class DecoderAdapter(DecoderParts):
         """
         inner = self.inner(model)
         if short:
-            if reason := self.no_short_prompts(model):
-                raise UnsupportedModelError(f"no short prompts for {model.config.model_type!r}: {reason}. {OTHERWISE}")
             check_short(model, self.shape(model), stages)
         if tower:
             check_encoder(self.tower(inner), tower)
