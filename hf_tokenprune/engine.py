@@ -158,9 +158,18 @@ def current_config(model: nn.Module) -> PruneConfig | None:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model in PEFT's ``PeftModel``, which has the adapters in its layers; any other model as it is."""
-    # Of the class: attributes of other wrappers, as of torch.compile, may lead to what they wrap.
-    return model.get_base_model() if hasattr(type(model), "get_base_model") else model  # type: ignore[operator]
+    """The model in PEFT's ``PeftModel``, which has the adapters in its layers; any other model as it is.
+
+    Also in one around another (``get_peft_model`` called twice), and in a ``PeftMixedModel``.
+    """
+    module: Any = model
+    while True:  # Asked of the class: attributes of other wrappers, as of torch.compile, may lead to what they wrap.
+        if hasattr(type(module), "get_base_model"):
+            module = module.get_base_model()
+        elif type(module).__name__ == "PeftMixedModel":
+            module = module.base_model.model
+        else:
+            return module
 
 
 def _check_own(model: nn.Module) -> None:

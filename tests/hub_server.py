@@ -78,6 +78,7 @@ class LoopbackHub:
         lost: names of files whose next so many downloads break in the middle.
         lost_before: names of files whose next so many downloads break before their first byte.
         lost_commits: how many of the next commits find no answer.
+        pushed_after: repositories and files that are committed there, once, when a file of this name is downloaded.
         log: method and path of every request.
     """
 
@@ -86,6 +87,7 @@ class LoopbackHub:
         self.lost: dict[str, int] = {}
         self.lost_before: dict[str, int] = {}
         self.lost_commits = 0
+        self.pushed_after: dict[str, tuple[str, dict[str, bytes]]] = {}
         self.log: list[str] = []
         self.large: dict[str, bytes] = {}
         self.large_names: dict[str, str] = {}
@@ -394,6 +396,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _download(self, name: str, content: bytes, headers: dict[str, str]) -> None:
         """A file or, with the header Range, the rest of it."""
+        if self.command == "GET" and (pushed := self.hub.pushed_after.pop(name, None)):
+            self.hub.repositories[pushed[0]].commit("main", pushed[1])
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         rest = content[start:]
         if "Range" in self.headers:

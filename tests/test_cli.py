@@ -218,6 +218,24 @@ def test_mistakes_get_one_line_that_helps(args: tuple, words: str) -> None:
     assert words in result.output and "Traceback" not in result.output
 
 
+def test_a_push_that_cannot_be_meant_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments the other way round; an adapter, which no command takes for a model."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("adapter").mkdir()
+    Path("adapter", "adapter_config.json").write_text("{}")
+    for args, words in (
+        (("push", "me/digits", "model"), "the folder comes first, then the repository, owner/name"),
+        (("push", "me/digits", "./model"), "the folder comes first"),
+        (("push", "adapter", "me/digits"), "`hf upload me/digits adapter` uploads it"),
+        (("info", "adapter"), "holds an adapter of PEFT and no model"),
+        (("serve", "adapter"), "merge_and_unload()"),
+        (("push", "nowhere", "me/x"), "installation#offline-mode"),
+    ):
+        result = run(*args)
+        assert result.exit_code == 1 and words in result.output and "Traceback" not in result.output
+
+
 def test_a_corrupted_image_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("file,label\ngood.png,1\nbad.png,2\n")
     (tmp_path / "good.png").write_bytes((folder / "0.png").read_bytes())
