@@ -15,7 +15,7 @@ TEMPORARY = ".saving-"
 
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """An empty folder inside ``folder`` (made if need be), for files that :func:`put` moves; gone behind the block.
+    """An empty folder inside ``folder`` (made if need be), for files that ``put`` moves; gone behind the block.
 
     Inside, because a folder may be a link or a file system of its own, and a move within one is a single step.
 
@@ -51,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file in UTF-8, in folders that are made if need be.
 
     Raises:
-        OSError: as in :func:`beside`.
+        OSError: as in ``beside``.
     """
     with beside(path.parent) as folder:
         file = folder / path.name

@@ -82,14 +82,14 @@ class PruneConfig:
         raise NotImplementedError(f"{self.method} has no schedule that could be scaled")
 
     def by_rule(self: C, strength: float, shape: Any) -> C:
-        """Like :meth:`scaled`, but where no layers are given they are those that are best for this strength."""
+        """Like ``scaled``, but where no layers are given they are those that are best for this strength."""
         return self.scaled(strength)
 
     def with_counts(self: C, shape: Any, counts: Mapping[int, int]) -> C:
         """The same method with ``counts[place]`` prunable tokens of one image left at each place, and all at others.
 
         Args:
-            counts: at least one place of :meth:`search_places` with its count, in the order of the places.
+            counts: at least one place of ``search_places`` with its count, in the order of the places.
         """
         raise NotImplementedError(f"{self.method} has no schedule that could be searched")
 
@@ -167,7 +167,7 @@ class PruneConfig:
         return get_preset(name).config
 
     def check(self, condition: bool, field: str, allowed: str) -> None:
-        """Raise :class:`ConfigError` about ``field`` unless ``condition`` holds."""
+        """Raise ``ConfigError`` about ``field`` unless ``condition`` holds."""
         if not condition:
             raise ConfigError(f"{field}={_shown(getattr(self, field))} in {type(self).__name__}: expected {allowed}")
 
@@ -185,7 +185,7 @@ class PruneConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PruneConfig:
-        """Inverse of :meth:`to_dict`. Missing fields take the method's defaults, unknown ones raise."""
+        """Inverse of ``to_dict``. Missing fields take the method's defaults, unknown ones raise."""
         if not isinstance(data, dict):
             raise ConfigError(f"a prune config is an object with a 'method', got {type(data).__name__}: {shown(data)}")
         fields = dict(data)
@@ -270,13 +270,13 @@ class PruneConfig:
 
 
 def as_config(value: PruneConfig | dict[str, Any] | str | os.PathLike[str], **hub_kwargs: Any) -> PruneConfig:
-    """A config, a dictionary, or what a string stands for, as a :class:`PruneConfig`.
+    """A config, a dictionary, or what a string stands for, as a ``PruneConfig``.
 
     A string is the name of a method (with its defaults), else that of a preset, else a path or ``owner/name`` on the
     Hub that holds a ``prune_config.json``. So a name wins over a folder called like it; ``./tome`` is the folder.
 
     Args:
-        hub_kwargs: for the Hub, see :meth:`PruneConfig.from_pretrained`.
+        hub_kwargs: for the Hub, see ``PruneConfig.from_pretrained``.
     """
     if isinstance(value, PruneConfig):
         return value

@@ -29,7 +29,7 @@ WHAT_TO_TAKE: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "decoder": ({"method": "divprune", "keep_ratio": 1 / 3},),
 }
-"""What a model without a config of its own is pruned with: the first that it can take. docs/methods.md says why."""
+"""What a model without a config of its own is pruned with: the first that it can take (docs/which_method.md)."""
 
 
 def prune(model: Model, config: ConfigLike | None = None) -> Model:
@@ -39,10 +39,10 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
     raises, the model is as it was.
 
     Args:
-        model: a ``PreTrainedModel`` of a family with an adapter (:func:`list_adapters`), not pruned, or the
+        model: a ``PreTrainedModel`` of a family with an adapter (``list_adapters``), not pruned, or the
             ``PeftModel`` around one, whose adapters stay.
-        config: a :class:`PruneConfig`, its dictionary, the name of a method or preset, or a path or Hub repository that
-            holds a ``prune_config.json``. None: what the checkpoint carries, else what to take, :func:`default_config`.
+        config: a ``PruneConfig``, its dictionary, the name of a method or preset, or a path or Hub repository that
+            holds a ``prune_config.json``. None: what the checkpoint carries, else what to take, ``default_config``.
 
     Raises:
         ConfigError: the config is invalid, does not fit this model, or would prune nothing.
@@ -54,7 +54,7 @@ def prune(model: Model, config: ConfigLike | None = None) -> Model:
 
 
 def attach(model: Model, config: ConfigLike | None, short: bool = False) -> None:
-    """:func:`prune`; ``short``: tokens leave before the prompt, see :func:`hf_tokenprune.serving.short_prompts`."""
+    """``prune``; ``short``: tokens leave before the prompt, see ``hf_tokenprune.serving.short_prompts``."""
     config = default_config(model) if config is None else as_config(config)
     with changing:
         stock = unwrapped(model)
@@ -77,7 +77,7 @@ def attach(model: Model, config: ConfigLike | None, short: bool = False) -> None
 
 
 def unprune(model: Model) -> Model:
-    """Undo :func:`prune`, also on a copy: the model computes bit for bit what it did before. Returns the model.
+    """Undo ``prune``, also on a copy: the model computes bit for bit what it did before. Returns the model.
 
     Raises:
         PruneStateError: the model is not pruned, or another thread is running it.
@@ -158,9 +158,18 @@ def current_config(model: nn.Module) -> PruneConfig | None:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model in PEFT's ``PeftModel``, which has the adapters in its layers; any other model as it is."""
-    # Of the class: attributes of other wrappers, as of torch.compile, may lead to what they wrap.
-    return model.get_base_model() if hasattr(type(model), "get_base_model") else model  # type: ignore[operator]
+    """The model in PEFT's ``PeftModel``, which has the adapters in its layers; any other model as it is.
+
+    Also in one around another (``get_peft_model`` called twice), and in a ``PeftMixedModel``.
+    """
+    module: Any = model
+    while True:  # Asked of the class: attributes of other wrappers, as of torch.compile, may lead to what they wrap.
+        if hasattr(type(module), "get_base_model"):
+            module = module.get_base_model()
+        elif type(module).__name__ == "PeftMixedModel":
+            module = module.base_model.model
+        else:
+            return module
 
 
 def _check_own(model: nn.Module) -> None:
@@ -234,7 +243,7 @@ def plan(config: PruneConfig, shape: Shape, stacklevel: int = 3) -> tuple[Stage,
 
 
 def _effective(config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
-    """:func:`plan`, where nothing need be dropped."""
+    """``plan``, where nothing need be dropped."""
     if shape.kind not in config.prunes:
         works_on, this = " and ".join(KINDS[kind] for kind in sorted(config.prunes)), KINDS[shape.kind]
         usable = ", ".join(list_methods(shape.kind))
@@ -264,7 +273,7 @@ def drops_of_video(stage: Stage, tokens: int = 100) -> bool:
 
 
 def plan_on(model: nn.Module, config: PruneConfig, shape: Shape) -> tuple[Stage, ...]:
-    """:func:`plan`, where :func:`prune` would take it too, and an image loses tokens; ``model`` is not changed.
+    """``plan``, where ``prune`` would take it too, and an image loses tokens; ``model`` is not changed.
 
     Raises:
         ConfigError: the config prunes videos only, and what is counted or timed is a prompt with one image.

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from .engine import find_adapter, unwrapped
 from .errors import PruneStateError
 
+NOTHING = (
+    "nothing recorded yet: call the model inside the with block, in the same thread; or start the other thread in the "
+    "context of this one, Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
+)
 _RECORDING: ContextVar[frozenset[object]] = ContextVar("hf_tokenprune_recording", default=frozenset())
 """Keys of the records whose ``with`` blocks this thread, or asyncio task, is in."""
 
@@ -25,7 +29,9 @@ class LayerDict(Mapping[str, Any]):
         self._values = {name: values[name] for name in sorted(values, key=_order)}
 
     def __getitem__(self, name: str | int) -> Any:
-        return self._values[str(name)]
+        if str(name) in self._values:
+            return self._values[str(name)]
+        raise KeyError(f"{name!r}: expected one of {', '.join(self)}" if self else NOTHING)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -42,7 +48,7 @@ def _order(name: str) -> int:
 
 
 class Record:
-    """What happened in the last forward inside :func:`record` (of a decoder: the last one with an image in it).
+    """What happened in the last forward inside ``record`` (of a decoder: the last one with an image in it).
 
     Attributes:
         depth: number of blocks, or of decoder layers.
@@ -159,7 +165,7 @@ class Record:
     def summary(self) -> str:
         """A table with a row a block: tokens that entered, and prunable tokens that its pruning layer kept."""
         if not self._lengths:
-            return "nothing recorded yet: call the model inside the with block, in the same thread"
+            return NOTHING
         kept = self.kept
         before = [name for name in kept if not name.isdigit()]
         width = max(5, *(len(name) for name in before)) if before else 5
@@ -183,8 +189,8 @@ def _count(kept: Tensor | None) -> str:
 def record(model: nn.Module) -> Iterator[Record]:
     """Record which tokens stay at every pruned layer, for the forwards inside a ``with`` block (the last one counts).
 
-    Forwards of the thread, or asyncio task, that the block is in; others may have blocks of their own. Of a compiled
-    model those of all threads.
+    Forwards of the thread, or asyncio task, that the block is in, and of threads that are started in its context
+    (``contextvars.copy_context().run``); others may have blocks of their own. Of a compiled model those of all threads.
 
     Raises:
         PruneStateError: the model is not pruned.

@@ -47,7 +47,7 @@ def register_adapter(name: str) -> Callable[[T], T]:
 
 
 def get_method(name: str) -> Any:
-    """The config class of a method; an unknown name raises :class:`ConfigError` that lists the known ones."""
+    """The config class of a method; an unknown name raises ``ConfigError`` that lists the known ones."""
     if name not in list_methods():
         hint = did_you_mean(name, list_methods())
         raise ConfigError(f"method={shown(name)}: no such method (have: {', '.join(list_methods())}){hint}")
@@ -55,7 +55,7 @@ def get_method(name: str) -> Any:
 
 
 def get_adapter(model_type: str) -> Any:
-    """The adapter of a model family; an unknown one raises :class:`UnsupportedModelError` that lists the known ones."""
+    """The adapter of a model family; an unknown one raises ``UnsupportedModelError`` that lists the known ones."""
     if model_type not in list_adapters():
         raise UnsupportedModelError(
             f"no adapter for model_type={model_type!r} (have: {', '.join(list_adapters())}). "

@@ -133,7 +133,7 @@ class Signals:
         num_protected: P; the first P tokens stay whatever the method says.
         has_cls: whether token 0 is a CLS token.
         attention: consecutive pieces of the batch, each (b, H, P + N, P + N) float32, after softmax; rows are queries
-            and sum to 1; no dropout. A piece fits a CPU's cache: go through it with :meth:`map_attention`.
+            and sum to 1; no dropout. A piece fits a CPU's cache: go through it with ``map_attention``.
         queries, keys, values: (B, H, P + N, d) as the attention of this block used them.
         cls_attention: (B, H, P + N) float32, the row of ``attention`` that belongs to token 0, without the others.
         received_attention: vision towers: (B, H, P + N) float32, the mean of the rows of ``attention``.
@@ -301,7 +301,7 @@ class Stage:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the optional :class:`Signals` this stage reads; without "attention" the fused kernel stays."""
+        """Names of the optional ``Signals`` this stage reads; without "attention" the fused kernel stays."""
         return frozenset()
 
     @property
@@ -321,7 +321,7 @@ class Stage:
 
     @property
     def observes(self) -> tuple[int, ...]:
-        """Decoder layers up to this one whose :class:`Transition` the stage turns into a score."""
+        """Decoder layers up to this one whose ``Transition`` the stage turns into a score."""
         return ()
 
     def observe(self, transition: Transition) -> Tensor:

@@ -95,7 +95,7 @@ def factors_of(function: str, parameters: dict[str, Any]) -> list[Factor]:
 
 
 def kinds_of_families() -> dict[str, str]:
-    """The class that a family's adapter has all its code from, by the family's name as :func:`factors_of` gives it."""
+    """The class that a family's adapter has all its code from, by the family's name as ``factors_of`` gives it."""
 
     def is_own(name: str, value: Any) -> bool:
         return not (name.startswith("__") or isinstance(value, str))  # a name of a part, or a reason, is no code
@@ -108,7 +108,7 @@ def kinds_of_families() -> dict[str, str]:
 
 
 def places_of_methods() -> dict[str, str]:
-    """Where a method for decoders prunes, and whether it reads anything, by its case as :func:`factors_of` gives it."""
+    """Where a method for decoders prunes, and whether it reads anything, by its case as ``factors_of`` gives it."""
     model = built("llava")
     stages = {case: stages_of(model, case.config(model)) for case in CASES}
     return {
@@ -118,7 +118,7 @@ def places_of_methods() -> dict[str, str]:
 
 
 def kinds_of_methods() -> dict[str, str]:
-    """Where a method for decoders prunes and what it reads there, by its case as :func:`factors_of` gives it."""
+    """Where a method for decoders prunes and what it reads there, by its case as ``factors_of`` gives it."""
     model = built("llava")
     return {
         repr(case): repr(

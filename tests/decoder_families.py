@@ -82,7 +82,7 @@ def _copier(family: str, text: str | None, attention: str) -> Callable[[], PreTr
 
 @functools.cache
 def built(family: str, text: str | None = None, attention: str = "sdpa") -> PreTrainedModel:
-    """What :func:`tiny_vlm` copies: one model for all tests, to be looked at and never changed."""
+    """What ``tiny_vlm`` copies: one model for all tests, to be looked at and never changed."""
     return _build(family, text, attention, {})
 
 

@@ -100,7 +100,7 @@ def _copier(*args: Any, **overrides: Any) -> Callable[[], PreTrainedModel]:
 
 @functools.cache
 def built(family: str, cls: type[PreTrainedModel], attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
-    """What :func:`tiny_model` copies: one model for all tests, to be looked at and never changed."""
+    """What ``tiny_model`` copies: one model for all tests, to be looked at and never changed."""
     torch.manual_seed(1)
     fields, stock = {**TINY, **overrides}, AutoConfig.for_model(family)
     vision = getattr(stock, "vision_config", stock)

@@ -3,7 +3,7 @@
 Repositories live in memory: branches, commits, pull requests, large files beside the others, private and gated ones,
 and connections that are lost in the middle of a download. Written from the client's requests and the Hub's documented
 answers, not from what this package does. ``HF_ENDPOINT`` is read when the client is imported, so whatever uses it runs
-in a process of its own: :class:`Machine`.
+in a process of its own: ``Machine``.
 """
 
 import base64
@@ -78,6 +78,7 @@ class LoopbackHub:
         lost: names of files whose next so many downloads break in the middle.
         lost_before: names of files whose next so many downloads break before their first byte.
         lost_commits: how many of the next commits find no answer.
+        pushed_after: repositories and files that are committed there, once, when a file of this name is downloaded.
         log: method and path of every request.
     """
 
@@ -86,6 +87,7 @@ class LoopbackHub:
         self.lost: dict[str, int] = {}
         self.lost_before: dict[str, int] = {}
         self.lost_commits = 0
+        self.pushed_after: dict[str, tuple[str, dict[str, bytes]]] = {}
         self.log: list[str] = []
         self.large: dict[str, bytes] = {}
         self.large_names: dict[str, str] = {}
@@ -137,7 +139,7 @@ class Machine:
     """A process with a cache of its own that uses a Hub: ``machine("result = 1 + 1")`` is 2.
 
     The code finds ``hf_tokenprune``, ``torch`` and ``transformers`` there, and what is given by name; what it leaves in
-    ``result`` comes back, as JSON. An error is raised as :class:`RemoteError`.
+    ``result`` comes back, as JSON. An error is raised as ``RemoteError``.
 
     Attributes:
         warnings: of the last call.
@@ -394,6 +396,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _download(self, name: str, content: bytes, headers: dict[str, str]) -> None:
         """A file or, with the header Range, the rest of it."""
+        if self.command == "GET" and (pushed := self.hub.pushed_after.pop(name, None)):
+            self.hub.repositories[pushed[0]].commit("main", pushed[1])
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         rest = content[start:]
         if "Range" in self.headers:

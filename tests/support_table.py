@@ -74,35 +74,20 @@ def cell(models: Sequence[PreTrainedModel], config: PruneConfig) -> str:
     return "yes ¹" if any(found) else "no"
 
 
-def decoder_cell(model: PreTrainedModel, method: str) -> str:
-    """What the default config of a method does on a vision-language model."""
-    default = get_method(method)()
-    if works(model, default):
-        return "yes"
-    return "yes ⁴" if works(model, fitted(model, method)) else "no"
-
-
-def table(cells: dict[str, list[str]], methods: list[str]) -> str:
-    """Of a row of ``cells`` for each family."""
-    rows = [[f"`{family}`", *row] for family, row in cells.items()]
-    return markdown(["family", *(f"`{name}`" for name in methods)], rows)
-
-
-def tables() -> str:
-    """Both tables, of models of their families' default sizes (without memory for weights)."""
-    of_encoders, of_decoders = methods_for("vision"), methods_for("decoder")
+def encoder_table() -> str:
+    """Of models of their families' default sizes (without memory for weights)."""
+    methods = methods_for("vision")
     encoders: dict[str, list[PreTrainedModel]] = {}
     with torch.device("meta"):
         for family, cls in supported_classes():
             masked = {"mask_ratio": 0.0} if family == "vit_mae" else {}
             encoders.setdefault(family, []).append(cls(AutoConfig.for_model(family, **masked)))
-    decoders = {name: stock_decoder(name) for name in DECODERS}
-    first = {name: [cell(models, get_method(each)()) for each in of_encoders] for name, models in encoders.items()}
-    second = {name: [decoder_cell(model, each) for each in of_decoders] for name, model in decoders.items()}
-    return f"{table(first, of_encoders)}\n\n{table(second, of_decoders)}\n"
+    header = ["family", *(f"`{name}`" for name in methods)]
+    cells = {name: [cell(models, get_method(each)()) for each in methods] for name, models in encoders.items()}
+    return f"{markdown(header, [[f'`{family}`', *row] for family, row in cells.items()])}\n"
 
 
-# -- docs/vision_language_models.md ----------------------------------------------------------------------------------
+# -- docs/vision_language_families.md -------------------------------------------------------------------------------
 
 
 def stock_decoder(family: str) -> PreTrainedModel:
@@ -115,7 +100,7 @@ def stock_decoder(family: str) -> PreTrainedModel:
 
 
 def decoder_table() -> str:
-    """What each family can be and what works on it, and the reasons for what is refused.
+    """What each family can be, what is refused on it, and the reasons.
 
     Without methods that are made of others: these work where their parts do.
     """
@@ -126,7 +111,6 @@ def decoder_table() -> str:
         model = stock_decoder(family)
         found = {f"`{name}`": refusal(model, fitted(model, name)) for name in methods}
         reasons += [reason for reason in dict.fromkeys(found.values()) if reason and reason not in reasons]
-        works_here = [name for name, reason in found.items() if not reason]
         refused = [f"{name} ({1 + reasons.index(reason)})" for name, reason in found.items() if reason]
         axes = get_adapter(family).position_axes
         rows.append(
@@ -134,18 +118,17 @@ def decoder_table() -> str:
                 f"`{family}`",
                 ", ".join(f"`{text}`" for text in texts_of(family)),
                 "renumbered or original" if axes == 1 else f"original, of {axes} axes",
-                ", ".join(works_here) if refused else "all",
                 ", ".join(refused) or "none",
             ]
         )
-    header = ["family", "language models", "positions", "methods that work", "refused"]
+    header = ["family", "language models", "positions", "refused"]
     notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))
     return f"{markdown(header, rows).replace('---:', '---')}\n\n{notes}\n"
 
 
 PAGES: dict[Path, Callable[[], str]] = {
-    DOCS / "methods.md": tables,
-    DOCS / "vision_language_models.md": decoder_table,
+    DOCS / "methods.md": encoder_table,
+    DOCS / "vision_language_families.md": decoder_table,
 }
 
 

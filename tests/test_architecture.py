@@ -1,13 +1,15 @@
-"""What may import what (DESIGN.md, section 2), read from the syntax trees; and what every module owes its readers."""
+"""What may import what (docs/design.md), read from the syntax trees; and what every module owes its readers."""
 
 import ast
 import configparser
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -127,6 +129,9 @@ def part_of(module: str) -> str:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+SUBPACKAGES = [f"{PACKAGE.name}.{path.parent.name}" for path in sorted(PACKAGE.glob("*/__init__.py"))]
+PUBLIC = [hf_tokenprune, *(part for part in map(importlib.import_module, SUBPACKAGES) if hasattr(part, "__all__"))]
+"""The package, and those of its parts that say what their public names are."""
 IMPORTS = {path: imports(path.read_text(), module_name(path), path.name == "__init__.py") for path in FILES}
 PARTS = {part_of(module_name(path)) for path in FILES} - {""}
 
@@ -254,15 +259,31 @@ def test_every_file_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-@pytest.mark.parametrize("name", hf_tokenprune.__all__)
-def test_public_names_are_documented(name: str) -> None:
-    thing = getattr(hf_tokenprune, name)
+@every_file()
+def test_docstrings_are_markdown(path: Path) -> None:
+    """The reference is made of them: double backticks, and none of Sphinx's roles."""
+    assert not re.findall(r":\w+:`", path.read_text())
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module in PUBLIC for name in module.__all__])
+def test_public_names_are_documented(module: ModuleType, name: str) -> None:
+    thing = getattr(module, name)
     doc = inspect.getdoc(thing) if callable(thing) else None
     assert doc
     assert not doc.startswith(f"{name}("), "that is what dataclass writes where there is none"
     if inspect.isclass(thing):
-        own = {key: member for key, member in vars(thing).items() if inspect.isfunction(member) and key[0] != "_"}
-        assert not [key for key, member in own.items() if not inspect.getdoc(getattr(thing, key))]
+        own = [member.__name__ for member in vars(thing).values() if inspect.isfunction(member)]  # or lambdas
+        assert not [key for key in own if key[0] not in "_<" and not inspect.getdoc(getattr(thing, key))]
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    """A public name is in the ``__all__`` of the package or of a part; the reference may show others too."""
+    text = "".join(page.read_text(encoding="utf-8") for page in ROOT.glob("docs/reference/*.md"))
+    shown = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    top = set(hf_tokenprune.__all__)
+    names = {f"{module.__name__}.{name}" for module in PUBLIC[1:] for name in module.__all__ if name not in top}
+    assert names | {f"{PACKAGE.name}.{name}" for name in top} <= set(shown)
 
 
 def test_public_names_are_the_same_to_type_checkers_and_when_run() -> None:

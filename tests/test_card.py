@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from transformers import ViTForImageClassification
 from transformers.pipelines import SUPPORTED_TASKS
 
@@ -147,15 +147,28 @@ def test_tokens_layer_by_layer_are_those_that_are_recorded() -> None:
 
 
 def test_the_base_model_is_the_repository_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no folder, though it may have been moved since, or lie below another one."""
     model, config = vit(), ToMeConfig()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for cached in ("facebook/deit-small-patch16-224", "there/folder", "me/x"):
+        (tmp_path / "hub" / f"models--{cached.replace('/', '--')}").mkdir(parents=True)
     (tmp_path / "there" / "folder").mkdir(parents=True)
     for name, base in {
         **{"facebook/deit-small-patch16-224": "facebook/deit-small-patch16-224", "me/x": None, "": None},
         **{"there/folder": None, "./folder": None, str(tmp_path): None, "folder": None},
+        **{"out/final": None, "C:\\out/final": None, "~/final": None},
     }.items():
         model.config.name_or_path = name
         assert model_card(model, config, "me/x").data.base_model == base, name
+
+
+def test_a_card_in_another_encoding_is_named(tmp_path: Path) -> None:
+    model = prune(vit(), "tome")
+    (tmp_path / "README.md").write_text("# Caf\xe9\n", encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"README\.md is not in UTF-8.* save it in that"):
+        save_pretrained(model, tmp_path, reports={"me/digits": paired("tome")})
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"], "said before anything is saved"
 
 
 # -- results ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from hf_tokenprune.registry import get_method
 
 from .decoder_families import FAMILIES, small_size, tiny_vlm
 from .llava_checkpoint import save_tiny_llava
-from .two_processes import alone_and_together
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
 DIGITS = str(MODEL_DIR)
@@ -219,6 +218,24 @@ def test_mistakes_get_one_line_that_helps(args: tuple, words: str) -> None:
     assert words in result.output and "Traceback" not in result.output
 
 
+def test_a_push_that_cannot_be_meant_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments the other way round; an adapter, which no command takes for a model."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("adapter").mkdir()
+    Path("adapter", "adapter_config.json").write_text("{}")
+    for args, words in (
+        (("push", "me/digits", "model"), "the folder comes first, then the repository, owner/name"),
+        (("push", "me/digits", "./model"), "the folder comes first"),
+        (("push", "adapter", "me/digits"), "`hf upload me/digits adapter` uploads it"),
+        (("info", "adapter"), "holds an adapter of PEFT and no model"),
+        (("serve", "adapter"), "merge_and_unload()"),
+        (("push", "nowhere", "me/x"), "installation#offline-mode"),
+    ):
+        result = run(*args)
+        assert result.exit_code == 1 and words in result.output and "Traceback" not in result.output
+
+
 def test_a_corrupted_image_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("file,label\ngood.png,1\nbad.png,2\n")
     (tmp_path / "good.png").write_bytes((folder / "0.png").read_bytes())
@@ -233,15 +250,6 @@ def test_config_file_by_path(tmp_path: Path) -> None:
         data = json.loads(ok("info", DIGITS, "-c", source, "--json"))
         (report,) = data.values()
         assert report["config"]["keep_ratios"] == 0.5
-
-
-@pytest.mark.slow
-def test_two_processes_of_accelerate_give_the_same_numbers(folder: Path) -> None:
-    alone, together = alone_and_together("eval", DIGITS, folder, "-m", "zero_tprune", "--batch-size", 3)
-    measured = ("name", "n", "accuracy", "accuracy_interval", "top5_accuracy", "agreement", "macs")
-    for one, two in zip(alone["rows"], together["rows"], strict=True):
-        assert [one[key] for key in measured] == [two[key] for key in measured]
-        assert (one["kl"] or 0) == pytest.approx(two["kl"] or 0, rel=1e-5, abs=0)  # None for the dense run
 
 
 # -- vision-language models ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import huggingface_hub
 import pytest
+from huggingface_hub import DryRunFileInfo
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, ZeroTPruneConfig, list_methods
@@ -494,7 +495,9 @@ def test_from_pretrained_of_a_hub_repository(monkeypatch, tmp_path: Path) -> Non
     file = RandomConfig(seed=5).save_pretrained(tmp_path)
     calls = []
 
-    def download(repo_id: str, filename: str, **kwargs: Any) -> str:
+    def download(repo_id: str, filename: str, dry_run: bool = False, **kwargs: Any) -> Any:
+        if dry_run:
+            return DryRunFileInfo("0" * 40, 100, filename, str(file), False, True)
         calls.append((repo_id, filename, kwargs))
         return str(file)
 

@@ -54,7 +54,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUR_METHODS = [name for name in list_methods() if get_method(name).__module__.startswith("hf_tokenprune.")]
 METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("## For vision encoders")[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-VLM_PAGE = ROOT / "docs" / "vision_language_models.md"
+VLM_PAGE = ROOT / "docs" / "vision_language_families.md"
 CLIP = '"openai/clip-vit-base-patch32"'
 VIT, LLAVA = '"facebook/deit-small-patch16-224"', '"llava-hf/llava-1.5-7b-hf"'
 OLDER = Version(transformers.__version__) < Version("5.23")
@@ -333,20 +333,21 @@ def anchors(page: Path) -> list[str]:
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-def test_the_readme_leads_to_every_page() -> None:
+def test_the_site_leads_to_every_page_and_the_readme_to_every_example() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in ROOT.glob("docs/**/*.md"):
+        path = page.relative_to(ROOT / "docs").as_posix()
+        assert re.search(rf" {path}$", nav, re.MULTILINE), f"the nav of mkdocs.yml lacks {path}"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in ROOT.glob("docs/*.md"):
-        assert f"({REPOSITORY}{name_of(page)})" in readme, f"README.md does not link to {name_of(page)}"
     for example in ROOT.glob("examples/*.py"):
         assert f"({REPOSITORY}{name_of(example)})" in readme, f"README.md does not link to {name_of(example)}"
 
 
 @pytest.mark.parametrize("method", OUR_METHODS)
-def test_every_field_of_a_method_is_documented(method: str) -> None:
-    own = ROOT / "docs" / "methods" / f"{method}.md"
+def test_every_method_has_a_page_with_its_fields_and_a_row(method: str) -> None:
     index = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert f"`{method}`" in index, "docs/methods.md lists every method"
-    text = own.read_text(encoding="utf-8") if own.is_file() else index
+    assert f"| [`{method}`](methods/{method}.md) |" in index, "docs/methods.md lists every method"
+    text = (ROOT / "docs" / "methods" / f"{method}.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(get_method(method)):
         assert f"`{field.name}`" in text, f"{field.name} is not described"
 

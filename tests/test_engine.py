@@ -618,7 +618,9 @@ def test_record_agrees_with_the_schedule_in_every_family(family: str, cls: type,
 def test_the_summary_has_a_row_a_block() -> None:
     model = prune(vit(), RandomConfig(layers=(1, 4), keep_ratios=(0.75, 0.5)))
     with record(model) as rec:
-        assert rec.summary() == "nothing recorded yet: call the model inside the with block, in the same thread"
+        assert rec.summary().startswith(
+            "nothing recorded yet: call the model inside the with block, in the same thread"
+        )
         assert (dict(rec.kept), dict(rec.tokens)) == ({}, {})
         run(model)
     header, *rows = rec.summary().splitlines()

@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import DryRunFileInfo
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -144,7 +145,11 @@ def test_a_config_object_of_the_caller_is_no_sign_of_anything(old: Path, load: L
 def test_on_the_hub_the_same(old: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the file is in a snapshot, beside the config.json of the same commit."""
     vit().save_pretrained(old)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **kwargs: str(old / name))
+
+    def download(repo: str, name: str, dry_run: bool = False, **kwargs: Any) -> Any:
+        return DryRunFileInfo("0" * 40, 100, name, str(old / name), False, True) if dry_run else str(old / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr("hf_tokenprune.config.os.path.isdir", lambda path: False)
     with pytest.raises(ConfigError, match="is of a dense model"):
         choose_config("owner/name", None, None, {})

@@ -265,10 +265,20 @@ def step(count: int, *told: Reference) -> Inputs:
     return {"input_ids": ids, "position_ids": torch.cat([axes(one.positions)[..., -count:] for one in told], 1)}
 
 
-@pytest.mark.parametrize("second", ["...", "..I...", "I"])
+@pytest.mark.parametrize("second", ["...", "..I..."])
 @every_method
 def test_several_turns_with_one_cache(pair, second) -> None:
     """A second turn of text, or with an image of its own: what the reference makes of the whole conversation."""
+    check_turns(pair, second)
+
+
+@each_once
+def test_a_second_turn_that_is_an_image_alone(pair) -> None:
+    check_turns(pair, "I")
+
+
+def check_turns(pair: tuple[str, Case], second: str) -> None:
+    """Three turns, the second with the prompt ``second``."""
     two = pruned_pair(*pair, texts_of(pair[0])[-1])
     first, words = sample(two.dense, ONE_IMAGE, 1), sample(two.dense, second, 2)
     cache = new_cache(two.dense)

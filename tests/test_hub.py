@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import ViTForImageClassification
 
 from hf_tokenprune import PruneConfig, RandomConfig, ToMeConfig, UniformConfig
+from hf_tokenprune.config_files import MAX_FILE_BYTES, MAX_OTHER_BYTES
 from hf_tokenprune.demo.digits import MODEL_DIR
 
 from .families import tiny_model
@@ -395,19 +396,63 @@ def test_without_a_hub_it_is_said_that_the_config_is_not_known(hub: LoopbackHub,
                 machine("hf_tokenprune.ToMeConfig().push_to_hub('me/x')")
 
 
+@pytest.mark.slow
+def test_a_file_that_is_too_large_is_refused_before_it_is_downloaded(hub: LoopbackHub, reader: Machine) -> None:
+    huge = b" " * (MAX_FILE_BYTES + 1)
+    hub.add("me/huge", {"prune_config.json": huge})
+    hub.add("me/huge-adapter", {"adapter_config.json": b" " * (MAX_OTHER_BYTES + 1)})
+    hub.log.clear()
+    for repo_id in ("me/huge", "me/huge-adapter"):
+        with pytest.raises(RemoteError, match=rf"_config.json' of '{repo_id}': \d+ bytes; .* has at most \d+") as error:
+            reader("hf_tokenprune.from_pretrained(repo_id)", repo_id=repo_id)
+        assert "ConfigError" in error.value.kinds
+    assert not [
+        line for line in hub.log if line.startswith("GET") and line.endswith(("e_config.json", "r_config.json"))
+    ]
+
+
+@pytest.mark.slow
+def test_what_is_cached_costs_no_request_more(hub: LoopbackHub, author: Machine, reader: Machine) -> None:
+    push(author, "commit = config.push_to_hub('me/counted')")
+    asked = []
+    for _ in range(2):
+        hub.log.clear()
+        assert reader("result = hf_tokenprune.PruneConfig.from_pretrained('me/counted').to_dict()") == CONFIG.to_dict()
+        asked.append([line.split()[0] for line in hub.log])
+    assert asked == [["HEAD", "HEAD", "GET"], ["HEAD"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("auto", [False, True], ids=["ours", "enable_auto"])
+def test_all_is_of_one_commit(hub: LoopbackHub, author: Machine, tmp_path: Path, auto: bool) -> None:
+    """Of the one whose config.json was read, though another is pushed while the model loads."""
+    name = f"me/moving-{auto}"
+    push(author, f"commit = save_pretrained(model, 'out', push_to_hub=True, repo_id={name!r})")
+    folder = Path(author("import os; result = os.getcwd()")) / "out"
+    UniformConfig(layers=(1,), keep_ratios=0.5).save_pretrained(folder)
+    after = {"prune_config.json": (folder / "prune_config.json").read_bytes()}
+    hub.pushed_after["config.json" if not auto else "model.safetensors"] = (name, after)
+    load = "transformers.ViTForImageClassification" if auto else "hf_tokenprune"
+    with Machine(hub, tmp_path, token="") as machine:
+        code = f"result = {load}.from_pretrained({name!r}).config.prune_config"
+        assert machine("hf_tokenprune.enable_auto()\n" * auto + code) == CONFIG.to_dict()
+    assert len(hub.repositories[name].branches["main"]) == 3, "it was pushed"
+
+
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
-def command(machine: Machine, *args: object) -> tuple[int, str]:
-    """Exit code and output of ``hf-tokenprune``."""
+def command(machine: Machine, *args: object, errors: bool = False) -> tuple[int, str]:
+    """Exit code and output of ``hf-tokenprune``; ``errors``: with what it says on stderr, though nothing failed."""
     code, output = machine(
         """
         from hf_tokenprune.cli import app
         from typer.testing import CliRunner
         done = CliRunner().invoke(app, args)
-        result = [done.exit_code, done.stdout if done.exit_code == 0 else done.output]
+        result = [done.exit_code, done.stdout if done.exit_code == 0 and not errors else done.output]
         """,
         args=[str(arg) for arg in args],
+        errors=errors,
     )
     return code, output
 
@@ -463,6 +508,58 @@ def test_a_push_that_cannot_be_is_one_line_and_leaves_nothing(
     code, output = command(author, *args)
     assert code == 1 and words in output and "Traceback" not in output
     assert "me/no" not in hub.repositories
+
+
+@pytest.mark.slow
+def test_who_is_not_logged_in_is_told_before_there_is_work(hub: LoopbackHub, reader: Machine, tmp_path: Path) -> None:
+    words = "nobody is logged in to the Hub, so nothing can be pushed: hf auth login"
+    for args in (
+        ("push", "base/digits", "me/no", "-m", "tome"),
+        ("push", "base/digits", "me/no", "-m", "tome", "--config-only"),
+        ("apply", "base/digits", tmp_path / "new", "-m", "tome", "--push", "me/no"),
+    ):
+        code, output = command(reader, *args)
+        assert code == 1 and words in output and "Traceback" not in output
+    with pytest.raises(RemoteError, match=words):
+        reader(
+            """
+            model = transformers.AutoModelForImageClassification.from_pretrained("base/digits")
+            hf_tokenprune.save_pretrained(hf_tokenprune.prune(model, "tome"), folder, True, "me/no")
+            """,
+            folder=str(tmp_path / "new"),
+        )
+    assert not (tmp_path / "new").exists()
+    with Machine(hub, tmp_path, token="hf_of_yesterday") as machine:
+        hub.log.clear()
+        code, output = command(machine, "apply", "base/digits", tmp_path / "new", "-m", "tome", "--push", "me/no")
+        assert code == 1 and "Invalid user token" in output and "Traceback" not in output
+        assert hub.log == ["GET /api/whoami-v2"] and not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_trainer_is_pushed_without_its_state(
+    hub: LoopbackHub, author: Machine, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    folder = author(
+        """
+        from hf_tokenprune import *
+        model = prune(transformers.AutoModelForImageClassification.from_pretrained("tiny"), "uniform")
+        size = model.config.image_size
+        data = [{"pixel_values": torch.zeros(3, size, size), "labels": 0}] * 2
+        arguments = transformers.TrainingArguments(out, max_steps=1, save_steps=1, report_to=[], use_cpu=True)
+        transformers.Trainer(model, arguments, train_dataset=data).train()
+        result = out + "/checkpoint-1"
+        """,
+        out=str(tmp_path),
+    )
+    there = {path.name for path in Path(folder).iterdir()}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"} <= there
+    code, output = command(author, "push", folder, "me/trained", errors=True)
+    assert (
+        code == 0 and "left out, pickles or no part of the model: optimizer.pt, rng_state.pth, scheduler.pt" in output
+    )
+    assert set(files(hub.repositories["me/trained"])) == {"README.md", "config.json", "model.safetensors"}
 
 
 @pytest.mark.slow

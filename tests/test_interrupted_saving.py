@@ -139,6 +139,20 @@ def test_a_checkpoint_is_the_former_or_the_new_one(change: str, config: PruneCon
     assert names - {"fresh"} == {path.name for path in fresh.iterdir()}, "something of the former one is left"
 
 
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("variant", [None, "a.b"])
+def test_nothing_of_the_former_weights_is_left(change: str, variant: str | None, tmp_path: Path) -> None:
+    """Nor anything missing: those of another variant stay."""
+    before, after = CHANGES[change]
+    hf_tokenprune.save_pretrained(model_with(OLD), tmp_path, variant="other", **SHARDED)
+    others = {path.name for path in tmp_path.iterdir() if "other" in path.name}
+    hf_tokenprune.save_pretrained(model_with(OLD), tmp_path, variant=variant, **before)
+    hf_tokenprune.save_pretrained(model_with(NEW, 1.0), tmp_path, variant=variant, **after)
+    hf_tokenprune.save_pretrained(model_with(NEW, 1.0), tmp_path / "fresh", variant=variant, **after)
+    fresh = {path.name for path in (tmp_path / "fresh").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"fresh", *fresh, *others}
+
+
 def listing(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

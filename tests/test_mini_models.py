@@ -44,8 +44,6 @@ from hf_tokenprune.evaluation import (
 )
 from hf_tokenprune.registry import get_method
 
-from .two_processes import alone_and_together
-
 TEST = digit_pictures("test")
 CONFIGS = decoder_configs(AutoModelForImageTextToText.from_pretrained(LLAVA_DIR), 0.3)
 
@@ -286,19 +284,6 @@ def test_eval_of_llava_is_exact_match(folder: Path) -> None:
     ):
         refused = CliRunner().invoke(app, [*arguments, *option])
         assert refused.exit_code == 1 and words in refused.output
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_same_answers(folder: Path) -> None:
-    alone, together = alone_and_together(
-        "eval", LLAVA_DIR, folder, "-m", "divprune", "--batch-size", 3, "--new-tokens", 8
-    )
-    for one, two in zip(alone["rows"], together["rows"], strict=True):
-        for key in ("name", "overall", "kinds", "agreement", "macs"):
-            assert one[key] == two[key]
-        assert (one["kl"] is None) == (two["kl"] is None) == (one["name"] == "dense")
-        if one["kl"] is not None:  # batches are of other questions, so sums have another order
-            assert [two["kl"], *two["kl_interval"]] == pytest.approx([one["kl"], *one["kl_interval"]], rel=1e-3)
 
 
 def test_a_broken_image_is_named(llava: Any, processor: Any, tmp_path: Path) -> None:

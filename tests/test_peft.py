@@ -2,6 +2,8 @@
 the adapters' products added by hand, pruned by the same config."""
 
 import copy
+import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -31,7 +33,7 @@ from hf_tokenprune import (
     save_pretrained,
     unprune,
 )
-from hf_tokenprune.config_files import CONFIG_NAME
+from hf_tokenprune.config_files import CONFIG_NAME, MAX_OTHER_BYTES
 from hf_tokenprune.cost import cost
 from hf_tokenprune.engine import current_config
 
@@ -298,6 +300,42 @@ def test_prompts_that_are_learned() -> None:
     assert rec.tokens[0] < inputs["input_ids"].shape[1]
 
 
+# -- wrappers of another kind ------------------------------------------------------------------------------------------
+
+
+WRAPPED: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "twice": lambda model: with_lora(with_lora(model)),
+    "mixed": lambda model: get_peft_model(model, lora(), mixed=True).eval(),
+}
+"""``get_peft_model`` called twice, as by a cell of a notebook that is run again; and the one for several kinds."""
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_other_wrappers(wrap: Callable[[PreTrainedModel], Any], tmp_path: Path) -> None:
+    """Pruning finds the model in them; PEFT saves nothing of them that could be loaded again."""
+    torch.manual_seed(3)
+    model = wrap(vit())
+    torch.manual_seed(3)
+    first = wrap(vit(A))
+    dense = run(model)
+    assert prune(model, A) is model and current_config(model) == current_config(first) == A
+    assert torch.equal(run(model), run(first)) and not torch.equal(run(model), dense)
+    with pytest.raises(UnsupportedModelError, match=r"PEFT saves no PeftMixedModel|this PeftModel is around another"):
+        save_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert torch.equal(run(unprune(model)), dense)
+
+
+def test_adapters_inside_a_stock_model_are_not_saved_as_its_weights(tmp_path: Path) -> None:
+    """Under names that loading does not know, so that it would make the weights under them anew."""
+    model = vit(A)
+    peft.inject_adapter_in_model(lora(), model)
+    for inner in (model, with_lora(vit(A)).get_base_model()):
+        with pytest.raises(UnsupportedModelError, match=r"an adapter in 'vit\.layers\.0\..*\(merge_and_unload\)"):
+            save_pretrained(inner, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 # -- saving and loading ------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +387,7 @@ def test_which_config_counts(base: Path) -> None:
     (folder / CONFIG_NAME).unlink()
     assert current_config(from_pretrained(folder)) == B
     vit().save_pretrained(base)
-    with pytest.raises(ConfigError, match="no prune config"):
+    with pytest.raises(ConfigError, match=r"beside the adapter .* PEFT alone writes none.* Give prune_config=\.\.\."):
         from_pretrained(folder)
     assert current_config(from_pretrained(folder, A)) == A
 
@@ -359,6 +397,44 @@ def test_an_adapter_of_no_known_model(base: Path) -> None:
     save_pretrained(with_lora(vit(A)), folder)
     with pytest.raises(ConfigError, match=r"base_model_name_or_path=None in .* expected the model"):
         from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object, got [1]"),
+        ('{"a": "\xff"}', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        (" " * (MAX_OTHER_BYTES + 1), f"has at most {MAX_OTHER_BYTES}"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path=3: expected a string"),
+        ({"auto_mapping": "x"}, "auto_mapping='x': expected an object"),
+        ({"revision": {}}, "revision={}: expected a string"),
+        ({"base_model_name_or_path": "no/such-model"}, "'no/such-model' in the adapter_config.json of"),
+        ({"base_model_name_or_path": "/no/such"}, "'/no/such' in the adapter_config.json of"),
+        ({"peft_type": "NONE"}, "PEFT cannot put the adapter"),
+        ({"r": "many"}, "PEFT cannot put the adapter"),
+        ({"target_modules": ["nothing"]}, "PEFT cannot put the adapter"),
+    ],
+    ids=lambda value: str(value)[:40].strip(),
+)
+def test_an_adapter_config_that_is_broken(text: Any, words: str, base: Path) -> None:
+    folder = base.parent / "adapter"
+    saved_as = {"peft_type": "LORA", "target_modules": ["q_proj"], "base_model_name_or_path": str(base)}
+    A.save_pretrained(folder)
+    text = text if isinstance(text, str) else json.dumps({**saved_as, **text})
+    (folder / "adapter_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+        from_pretrained(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_adapters_in_folders_are_named(base: Path) -> None:
+    model = get_peft_model(AutoModelForImageClassification.from_pretrained(base), lora(), adapter_name="mine")
+    save_pretrained(prune(model, A), base.parent / "named")
+    with pytest.raises(ConfigError, match=r"adapters in its folders mine; from_pretrained\('.*', subfolder='mine'\)"):
+        from_pretrained(base.parent / "named")
+    assert current_config(from_pretrained(base.parent / "named", subfolder="mine")) == A
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Pictures show what was recorded: who stays looks as before, who merged is one colour, who left is striped paper."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -223,6 +224,14 @@ def test_a_sheet_has_a_row_a_run_and_says_what_it_shows() -> None:
     beside = sheet(found, columns=1)
     assert len([axes for axes in beside.axes if axes.axison]) == 3 and len(figure.axes) == 6
     assert as_image(beside).width > as_image(beside).height > 100
+
+
+@plotting
+def test_dollars_in_an_answer_are_no_formula() -> None:
+    _, found, _ = traced()
+    runs = tuple(replace(run, answer="$5_{ or $6", classes=()) for run in found.runs)
+    figure = sheet(replace(found, runs=runs, question="a $ or a $_ ?"), columns=1)
+    assert as_image(figure).width > 100 and any("$5_{ or $6" in text for text in texts(figure))
 
 
 @plotting

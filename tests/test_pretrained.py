@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import DryRunFileInfo
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -16,6 +17,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    BertConfig,
+    BertModel,
     CLIPModel,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
@@ -308,6 +311,33 @@ def test_trainer_saves_it(tmp_path: Path) -> None:
     assert torch.equal(run(model), expected)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"private": True},
+        {"tags": ["mine"]},
+        {"commit_message": "words"},
+        {"create_pr": True},
+        {"revision": "v1"},
+        {"repo_id": "me/x"},
+        {"token": "t"},
+    ],
+    ids=str,
+)
+def test_settings_of_a_push_without_one(setting: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = setting
+    with pytest.raises(ConfigError, match=f"{name}= has no effect without push_to_hub=True"):
+        hf_tokenprune.save_pretrained(prune(vit(), IN_FILE), tmp_path / "new", **setting)
+    assert not (tmp_path / "new").exists()
+    hf_tokenprune.save_pretrained(prune(vit(), IN_FILE), tmp_path / "new", **{name: None})
+
+
+def test_a_file_is_no_folder_to_save_in(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(ConfigError, match="model is a file; give a folder"):
+        hf_tokenprune.save_pretrained(prune(vit(), IN_FILE), tmp_path / "model")
+
+
 # -- enable_auto -----------------------------------------------------------------------------------------------------
 
 
@@ -419,6 +449,32 @@ def test_enable_and_disable(tmp_path: Path) -> None:
     disable_auto()
 
 
+def test_a_config_for_all_leaves_models_that_it_is_not_for_as_they_are(tmp_path: Path) -> None:
+    """A text encoder, an image encoder beside a vision-language model; one that it is for and does not fit raises."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    BertModel(BertConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path / "bert")
+    checkpoint(tmp_path / "vit"), checkpoint(tmp_path / "own", file=IN_FILE)
+    try:
+        enable_auto("tome")
+        for load in (BertModel.from_pretrained, AutoModel.from_pretrained):
+            with pytest.warns(
+                UserWarning, match=r"this BertModel is not pruned by ToMeConfig.*no adapter for model_type"
+            ):
+                assert type(load(tmp_path / "bert")) is BertModel
+        enable_auto("divprune")
+        with pytest.warns(UserWarning, match=r"is not pruned by .* it is one of the vision encoders"):
+            assert current_config(ViTForImageClassification.from_pretrained(tmp_path / "vit")) is None
+        with pytest.warns(UserWarning, match="is not pruned by"):
+            assert current_config(ViTForImageClassification.from_pretrained(tmp_path / "own")) == IN_FILE
+        enable_auto(UniformConfig(layers=(40,), keep_ratios=0.5))
+        with pytest.raises(ConfigError, match="block 40 does not exist"):
+            ViTForImageClassification.from_pretrained(tmp_path / "vit")
+        with pytest.raises(UnsupportedModelError, match="no adapter"):  # asked for by name
+            BertModel.from_pretrained(tmp_path / "bert", prune_config="tome")
+    finally:
+        disable_auto()
+
+
 def test_auto_mode_in_a_subfolder(auto: None, tmp_path: Path) -> None:
     checkpoint(tmp_path / "inner", file=IN_FILE)
     ARGUMENT.save_pretrained(tmp_path)
@@ -485,17 +541,17 @@ def test_auto_mode_with_other_ways_to_load(auto: None, kwargs: dict, tmp_path: P
 
 
 def test_a_hub_repository(auto: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The file is asked for with the very arguments of the load, once."""
+    """The file is asked for with the very arguments of the load: how large it is, and then for what is in it."""
     checkpoint(tmp_path / "model")
     file = IN_FILE.save_pretrained(tmp_path / "hub")
     calls = []
 
-    def download(repo_id: str, filename: str, **kwargs: Any) -> str:
+    def download(repo_id: str, filename: str, dry_run: bool = False, **kwargs: Any) -> Any:
         calls.append((repo_id, filename, kwargs))
-        return str(file)
+        return DryRunFileInfo("0" * 40, 100, filename, str(file), False, True) if dry_run else str(file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     hub_kwargs = {"revision": "v1", "token": "t", "cache_dir": "/c", "local_files_only": True, "subfolder": "s"}
     chosen = choose_config("owner/name", None, None, hub_kwargs)
     assert chosen == IN_FILE
-    assert calls == [("owner/name", CONFIG_NAME, hub_kwargs)]
+    assert calls == 2 * [("owner/name", CONFIG_NAME, hub_kwargs)]

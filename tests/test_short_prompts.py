@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin, ViTModel, pipeline
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from hf_tokenprune import (
     ConfigError,
@@ -101,7 +101,8 @@ def close(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 def stand_in(model: PreTrainedModel) -> Any:
     """What is looked at of a processor before the config is."""
-    return SimpleNamespace(image_token_id=model.config.image_token_id, replace_image_token=None)
+    fields = {"image_token_id": model.config.image_token_id, "replace_image_token": None}
+    return type(PROCESSOR_MAPPING_NAMES[model.config.model_type], (), fields)()
 
 
 @pytest.mark.parametrize("family", HERE)
@@ -281,14 +282,56 @@ def test_videos_are_refused() -> None:
 
 
 def test_what_is_no_processor_of_the_model_is_refused() -> None:
-    model = model_of("llava")
-    for other in (processor_of("llava").tokenizer, Image.new("RGB", (2, 2)), processor_of("internvl")):
-        if getattr(other, "image_token_id", None) == model.config.image_token_id:
-            continue
+    model, processor = model_of("llava"), processor_of("llava")
+    other_id = copy.copy(processor)
+    other_id.image_token_id += 1
+    for other in (processor.tokenizer, Image.new("RGB", (2, 2)), other_id):
         with pytest.raises(ConfigError, match="expected the processor of this checkpoint"):
             short_prompts(model, other, CONFIG)
     with pytest.raises(UnsupportedModelError, match="takes no prompt"):
-        short_prompts(tiny_model("vit", ViTModel), processor_of("llava"), CONFIG)
+        short_prompts(tiny_model("vit", ViTModel), processor, CONFIG)
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_processors_of_other_families_are_refused(family: str) -> None:
+    """Also one with the same token for an image, of which it writes another number."""
+    model = model_of(family)
+    for other in FAMILIES:
+        if can_be_had(other) and type(processor_of(other)) is not type(processor_of(family)):
+            processor = copy.copy(processor_of(other))
+            processor.image_token_id = model.config.image_token_id
+            message = f"{type(processor).__name__} is of another family.*expected {type(processor_of(family)).__name__}"
+            with pytest.raises(ConfigError, match=message):
+                short_prompts(model, processor, CONFIG)
+            assert current_config(model) is None
+
+
+def test_a_class_of_the_users_own_is_a_processor_of_the_family() -> None:
+    class Own(type(processor_of("llava"))):  # type: ignore[misc]
+        pass
+
+    processor = copy.copy(processor_of("llava"))
+    processor.__class__ = Own
+    _, short = short_prompts(model_of("llava"), processor, CONFIG)
+    assert isinstance(short, Own)
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_a_prompt_of_another_length_than_the_model_is_an_error_of_transformers(family: str) -> None:
+    model, processor = model_of(family), processor_of(family)
+    model, short = short_prompts(model, processor, CONFIG)
+    prompts = {name: inputs_of(made, PROMPTS, model) for name, made in {"long": processor, "short": short}.items()}
+
+    def refuses(inputs: Inputs) -> None:
+        for call in (lambda: run(model, inputs), lambda: new_tokens(model, inputs)):
+            with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+                call()
+
+    refuses(prompts["long"])
+    unprune(model)
+    refuses(prompts["short"])
+    prune(model, CONFIG)
+    refuses(prompts["short"])
 
 
 def test_a_processor_that_is_short_already_is_refused() -> None:

@@ -2,9 +2,13 @@
 runs is not changed. Threads meet in front of every block, so that a step of the one is between two of the other."""
 
 import asyncio
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,7 +219,29 @@ def test_what_a_thread_started_within_does_is_not_recorded_and_the_summary_says_
     model = vit()
     with record(model) as rec:
         at_once(lambda: encode(model, 0))
-    assert rec.summary() == "nothing recorded yet: call the model inside the with block, in the same thread"
+    assert rec.summary().startswith("nothing recorded yet: call the model inside the with block, in the same thread")
+    with pytest.raises(KeyError, match=r"nothing recorded yet.*copy_context"):
+        rec.kept["2"]
+    assert rec.tokens.get("2") is None
+
+
+def test_a_thread_that_streams_is_recorded_in_the_context_of_the_block() -> None:
+    """As TextIteratorStreamer is used, and as the message and the documentation say."""
+    model = tiny_vlm(ONCE[0][0])
+    prune(model, ONCE[0][1].config(model))
+    inputs = sample(model, "..I.", 0)
+    expected = facts(recorded(model, lambda: generate(model, 0)))
+    arrived: queue.Queue[Tensor | None] = queue.Queue()
+    streamer = SimpleNamespace(put=arrived.put, end=lambda: arrived.put(None))
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "streamer": streamer}
+    with record(model) as rec:
+        thread = Thread(target=copy_context().run, args=(model.generate,), kwargs={**inputs, **how}, daemon=True)
+        thread.start()
+        streamed = list(iter(lambda: arrived.get(timeout=SECONDS), None))
+        thread.join(SECONDS)
+    assert len(streamed) == 1 + 4 and facts(rec) == expected
+    with pytest.raises(KeyError, match="'99': expected one of"):
+        rec.kept["99"]
 
 
 @pytest.mark.slow

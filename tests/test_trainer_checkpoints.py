@@ -1,18 +1,29 @@
 """Checkpoints of the stock ``Trainer``: another pruning than before is said, and weights come back as documented."""
 
+import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTForImageClassification
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification
 
-from hf_tokenprune import PruneConfig, RandomConfig, UniformConfig, disable_auto, enable_auto, prune
-from hf_tokenprune.sharing.resume import PruningCallback
+from hf_tokenprune import (
+    ConfigError,
+    PruneConfig,
+    RandomConfig,
+    UniformConfig,
+    disable_auto,
+    enable_auto,
+    prune,
+    unprune,
+)
+from hf_tokenprune.sharing.resume import PruningCallback, _said_in
 
 from .families import tiny_model
 
@@ -89,15 +100,54 @@ def test_going_on_with_another_pruning_is_said(
         assert messages == []
     else:
         (message,) = messages
-        assert str(tmp_path / "checkpoint-1") in message
+        assert "goes on from checkpoint-1 with" in message
         assert f"it was {words(then)}, and is now {words(now)}" in message
 
 
-def test_a_checkpoint_that_lies_elsewhere(trained: Any, tmp_path: Path) -> None:
-    where = str(trained(A) / "checkpoint-1")
-    resumed = trainer(vit(), tmp_path, 2, callbacks=[PruningCallback], resume_from_checkpoint=where)
-    (message,) = said(lambda: resumed.train(resume_from_checkpoint=where))
-    assert where in message
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [True, False])
+def test_a_checkpoint_that_lies_elsewhere(told: bool, trained: Any, tmp_path: Path) -> None:
+    """``train`` tells no callback the path: what was saved with one says so itself, of other checkpoints in vain."""
+    shutil.copytree(trained(B), tmp_path / "other" / "out")  # of the same step, and not gone on from
+    where, out = trained(A) / "checkpoint-1", tmp_path / "other" / "out"
+    (message,) = said(
+        lambda: trainer(vit(), out, 2, callbacks=[PruningCallback]).train(resume_from_checkpoint=str(where))
+    )
+    assert f"it was pruned by {A}, and is now dense" in message
+    shutil.copytree(where, tmp_path / "plain")
+    state = json.loads((tmp_path / "plain" / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["PruningCallback"]
+    (tmp_path / "plain" / "trainer_state.json").write_text(json.dumps(state))
+    more = {"resume_from_checkpoint": str(tmp_path / "plain")} if told else {}
+    again = trainer(vit(), tmp_path / "new", 2, callbacks=[PruningCallback], **more)
+    messages = said(lambda: again.train(resume_from_checkpoint=str(tmp_path / "plain")))
+    assert [str(tmp_path / "plain") in message for message in messages] == [True] * told
+    assert (tmp_path / "new" / "checkpoint-2").is_dir(), "it saves what the former state did not have"
+
+
+@pytest.mark.slow
+def test_the_state_is_that_of_the_step(tmp_path: Path) -> None:
+    """Of a model whose pruning changes in the middle of a run, also where two callbacks are there."""
+
+    class Change(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                prune(unprune(model), B)
+
+    trainer(vit(A), tmp_path, 2, callbacks=[PruningCallback(), Change(), PruningCallback()]).train()
+    for step, config in enumerate((A, B), 1):
+        go_on = trainer(vit(), tmp_path / "new", 3, callbacks=[PruningCallback]).train
+        (message,) = said(partial(go_on, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}")))
+        assert f"it was pruned by {config}, and is now dense" in message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": "\xff"}'])
+def test_a_config_that_cannot_be_read_is_named(text: str, trained: Any, tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint-1" / "config.json"
+    file.parent.mkdir()
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=re.escape(str(file))):
+        _said_in(file.parent)
 
 
 def test_a_dense_model_whose_config_says_otherwise(callbacks: list[Any] | None, tmp_path: Path) -> None:

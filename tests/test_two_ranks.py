@@ -69,7 +69,7 @@ def says(model: PreTrainedModel, batch: Inputs) -> dict[str, Any]:
     with record(model) as rec:
         logits = run(model, batch).logits[batch["attention_mask"].bool()]
     kept = dict(rec.kept)
-    tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    tokens = model.generate(**batch, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     return {"logits": logits, "kept": kept, "tokens": tokens}
 
 

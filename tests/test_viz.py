@@ -79,6 +79,7 @@ def page_of(path: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_picture_and_a_page_of_two_methods(digit: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "kept.png"
     nasty = "</script><b>&"
@@ -130,12 +131,14 @@ def test_a_question_to_a_vision_language_model(mosaic: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("show", ["importance", "chart"])
+@pytest.mark.slow
 def test_other_pictures_in_other_formats(show: str, digit: Path, tmp_path: Path) -> None:
     out = tmp_path / "picture.svg"
     result = viz(MODEL_DIR, digit, "-m", "evit", "--show", show, "--out", out)
     assert result.exit_code == 0 and "<svg" in out.read_text(), result.output
 
 
+@pytest.mark.slow
 def test_classes_of_a_model_with_a_text_tower(mosaic: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("the 1\nthe 2\nthe 3\n")
     result = viz(CLIP_DIR, mosaic, "-m", "tome", "--class-names", tmp_path / "names.txt", "--out", tmp_path / "a.png")

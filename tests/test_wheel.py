@@ -16,7 +16,7 @@ from .test_architecture import PACKAGE, ROOT
 pytestmark = pytest.mark.slow
 
 MEGABYTES = 12
-"""What the wheel may have at most; CONTRIBUTING.md says so. Nearly all of it are the small models of the demos."""
+"""What the wheel may have at most; docs/contributing.md says so. Nearly all of it are the small models of the demos."""
 
 WITHOUT_EXTRAS = """
 import importlib, importlib.machinery, pathlib, sys
@@ -91,7 +91,7 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 def test_its_size_is_as_stated(wheel: Path) -> None:
     assert wheel.stat().st_size < MEGABYTES * 10**6
-    assert f"at most {MEGABYTES} MB" in (ROOT / "CONTRIBUTING.md").read_text()
+    assert f"at most {MEGABYTES} MB" in (ROOT / "docs" / "contributing.md").read_text()
 
 
 def test_the_index_would_take_it(wheel: Path) -> None:

@@ -1,7 +1,7 @@
 """Devices that are not there: tensors that say they are on one, and an error where tensors of two meet.
 
-All of them lie in the memory of the CPU. Inside :class:`Devices` a tensor has the device that it was put on; results
-are where their inputs are; ``to`` moves; anything else that mixes devices raises, as CUDA would. :func:`spread` puts
+All of them lie in the memory of the CPU. Inside ``Devices`` a tensor has the device that it was put on; results
+are where their inputs are; ``to`` moves; anything else that mixes devices raises, as CUDA would. ``spread`` puts
 modules on devices and moves what they are given, as accelerate does for a ``device_map``.
 """
 
@@ -18,7 +18,7 @@ _MOVES = {Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.copy_}
 
 
 class Devices(TorchFunctionMode):
-    """A mode in which tensors have the device that :func:`put` or ``device=`` gave them; others are on the CPU."""
+    """A mode in which tensors have the device that ``put`` or ``device=`` gave them; others are on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

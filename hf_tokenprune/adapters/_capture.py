@@ -99,7 +99,7 @@ def received_attention(queries: Tensor, keys: Tensor, scaling: float, bias: Tens
 
 
 def enable_capture(attention: nn.Module, needs: frozenset[str] | None = None) -> None:
-    """Route this attention module through :func:`capture_attention_forward`.
+    """Route this attention module through ``capture_attention_forward``.
 
     ``needs``: of a vision tower, what goes to the capture in ``CURRENT``; None: it comes as an argument.
     """
@@ -112,7 +112,7 @@ def enable_capture(attention: nn.Module, needs: frozenset[str] | None = None) ->
 
 
 def is_captured(attention: nn.Module) -> bool:
-    """Whether :func:`enable_capture` has changed this module; a second method must not read through the first."""
+    """Whether ``enable_capture`` has changed this module; a second method must not read through the first."""
     return hasattr(getattr(attention, "config", None), "token_prune_original")
 
 
@@ -131,7 +131,7 @@ def capture_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of (B, H, T, d) tensors that also fills the :class:`Capture` in its keyword arguments, in the place of
+    """Attention of (B, H, T, d) tensors that also fills the ``Capture`` in its keyword arguments, in the place of
     the mask, or in ``CURRENT``.
 
     With one QKᵀ the probabilities serve the output and the method. They are made in float32 whatever the model's dtype,

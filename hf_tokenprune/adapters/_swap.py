@@ -6,14 +6,50 @@ makes of a block's class another one that mixes ``FSDPModule`` in before it; so 
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
+from ..errors import PruneStateError, UnsupportedModelError
+
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Where Transformers keeps the function that runs a block, and runs it again for the backward."""
+
+
+class SwappedBlock(nn.Module):
+    """Base of the classes that stand in for stock blocks.
+
+    Gradient checkpointing runs a block once more in the backward. By then it may be a stock one again, or one that is
+    pruned otherwise, whose gradients would be of another forward.
+    """
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        if CHECKPOINT not in self.__dict__:
+            raise AttributeError(CHECKPOINT)
+        checkpoint, as_it_was = self.__dict__[CHECKPOINT], (type(self), self.__dict__.get("token_prune"))
+
+        def checked(run: Callable[..., Any], *args: Any) -> Any:
+            def unchanged(*again: Any) -> Any:
+                block_class, state = as_it_was
+                if type(self) is not block_class or self.__dict__.get("token_prune") is not state:
+                    raise PruneStateError(
+                        "gradient checkpointing runs blocks again in the backward, and this model was unpruned, or "
+                        "pruned otherwise, after the forward: call backward before that, inside the with block of "
+                        "pruned(model, config)"
+                    )
+                return run(*again)
+
+            return checkpoint(unchanged, *args)
+
+        return checked
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint: Callable[..., Any]) -> None:
+        self.__dict__[CHECKPOINT] = checkpoint
 
 
 def check_swappable(block: nn.Module, stock_class: type[nn.Module], place: str) -> None:

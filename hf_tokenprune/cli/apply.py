@@ -41,10 +41,11 @@ def apply(
 ) -> None:
     """Write a copy of a checkpoint that carries its prune config (weights unchanged)."""
     from ..cost import cost
-    from ..sharing.upload import check_repo_id
+    from ..sharing.upload import check_repo_id, check_user
 
     if push is not None:
         check_repo_id(push)
+        check_user()
     writable_folder(new_folder(out))
     loaded = load_dense(model, "cpu")
     name, config = one_config("apply writes", loaded, model, method, set_, gmacs, prune_config)
@@ -82,7 +83,11 @@ def save_pruned(path: str, loaded: Any, config: PruneConfig, out: Path) -> None:
 def push_folder(folder: Path, model: Any, config: PruneConfig, repo_id: str, **kwargs: Any) -> str:
     """Upload the files of a folder, not those in its folders; the address of the commit or pull request."""
     from ..sharing.saving import push_files
+    from ..sharing.upload import files_of_model
 
-    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    files, left = files_of_model(folder)
+    if left:
+        names = ", ".join(path.name for path in left)
+        typer.secho(f"note: left out, pickles or no part of the model: {names}", fg=typer.colors.YELLOW, err=True)
     commit = push_files(files, model, config, repo_id, **kwargs)
     return commit.pr_url or str(commit)

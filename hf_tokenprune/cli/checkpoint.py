@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..config_files import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file
 from ..errors import TokenPruneError
+
+NO_MODEL = (
+    "holds an adapter of PEFT and no model: load it with hf_tokenprune.from_pretrained, save what merge_and_unload() "
+    "gives with hf_tokenprune.save_pretrained, and give the folder of that"
+)
 
 
 def read_config(path: str) -> Any:
@@ -22,7 +28,9 @@ def read_config(path: str) -> Any:
     if local.is_file():
         raise TokenPruneError(f"{path!r} is a file; give the folder of the checkpoint, the one with its config.json")
     if local.is_dir():
-        if not (local / "config.json").is_file():
+        if (local / ADAPTER_CONFIG_NAME).is_file() and not (local / MODEL_CONFIG_NAME).is_file():
+            raise TokenPruneError(f"the folder {path!r} {NO_MODEL}")
+        if not (local / MODEL_CONFIG_NAME).is_file():
             raise TokenPruneError(f"the folder {path!r} is no checkpoint: it holds no config.json")
     else:
         try:
@@ -34,7 +42,11 @@ def read_config(path: str) -> Any:
         where = f"there is no folder {path!r} (working directory: {Path.cwd()}), and from the Hub it cannot be read"
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:  # whose lines after the first say why, and what to do
+        raise TokenPruneError(f"{where}: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        if not local.is_dir() and find_config_file(path, file=ADAPTER_CONFIG_NAME) is not None:
+            raise TokenPruneError(f"the repository {path!r} {NO_MODEL}") from error
         raise TokenPruneError(f"{where}: {first_line(error)}") from error
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import PruneConfig
-from ..config_files import MODEL_CONFIG_NAME
+from ..config_files import ADAPTER_CONFIG_NAME, CONFIG_NAME, MODEL_CONFIG_NAME
+from ..errors import ConfigError
 from .apply import one_config, push_folder, save_pruned
 from .options import (
     ConfigOpt,
@@ -43,15 +44,25 @@ def push(
 ) -> None:
     """Upload a checkpoint with its prune config and a model card; who you are is told by `hf auth login` or HF_TOKEN.
 
-    Of a folder that carries its config the files are uploaded as they are, without those in its folders.
+    Of a folder that carries its config the files are uploaded as they are, without those in its folders, pickles and
+    what a Trainer keeps beside the model.
     """
     from ..engine import prune
     from ..sharing.pretrained import choose_config
-    from ..sharing.upload import check_repo_id
+    from ..sharing.upload import check_repo_id, check_user
 
-    check_repo_id(repo_id)
-    about: dict[str, Any] = {"private": private or None, "create_pr": create_pr, "revision": revision}
     folder, options = Path(model), (model, method, set_, gmacs, prune_config)
+    if Path(repo_id).is_dir() and not folder.is_dir():
+        raise ConfigError(
+            f"{repo_id!r} is a folder and {model!r} is none: the folder comes first, then the repository, owner/name"
+        )
+    check_repo_id(repo_id)
+    if (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / MODEL_CONFIG_NAME).is_file():
+        raise ConfigError(
+            f"the folder {model!r} holds an adapter of PEFT: `hf upload {repo_id} {model}` uploads it, with its "
+            f"{CONFIG_NAME}"
+        )
+    about: dict[str, Any] = {"private": private or None, "create_pr": create_pr, "revision": revision}
     named = method or gmacs or prune_config
     if config_only and not named and folder.is_dir() and not (folder / MODEL_CONFIG_NAME).exists():
         config = PruneConfig.from_pretrained(folder)
@@ -61,6 +72,7 @@ def push(
         as_it_is = not named and folder.is_dir() and choose_config(model, None, carried, {}) is not None
         config = one_config("push uploads", empty, *options)[1]
         prune(empty, config)  # refused here if it does not fit
+    check_user()
     if config_only:
         commit = config.push_to_hub(repo_id, **about)
         url = commit.pr_url or str(commit)

@@ -1,4 +1,4 @@
-"""A schedule within a budget, at once and from sizes alone; :meth:`PruneConfig.for_budget` calls it."""
+"""A schedule within a budget, at once and from sizes alone; ``PruneConfig.for_budget`` calls it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def config_within(
 def budget_counter(
     model: Any, image_size: tuple[int, int] | None, text_tokens: int | None
 ) -> tuple[Shape, Callable[..., Any]]:
-    """What :func:`counter` returns. A vision encoder is planned for the size of its checkpoint alone."""
+    """What ``counter`` returns. A vision encoder is planned for the size of its checkpoint alone."""
     shape, count = counter(model, image_size, text_tokens, None)
     if image_size is not None and isinstance(shape, ModelShape):
         raise ConfigError(
@@ -78,7 +78,7 @@ def config_for_macs(
     text_tokens: int | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> PruneConfig:
-    """The config with its removals scaled (:meth:`PruneConfig.scaled`) so that one image costs at most ``macs``.
+    """The config with its removals scaled (``PruneConfig.scaled``) so that one image costs at most ``macs``.
 
     All are scaled alike; what whole tokens leave unused of the budget goes to ``keep_ratios``, where a config has them.
 
@@ -86,7 +86,8 @@ def config_for_macs(
         model: a model with an adapter.
         config: gives method and shape of the schedule; a config, its dictionary, or where one is saved.
         macs: budget for one image; of a vision-language model for the prefill.
-        text_tokens, image_size: as for :func:`cost`.
+        text_tokens: as for ``cost``.
+        image_size: as for ``cost``.
 
     Returns:
         The config nearest below the budget. Tokens are whole, so a little of it stays unused.

@@ -47,7 +47,7 @@ def cost(
 
     Raises:
         ConfigError: the config does not fit the model, or an argument is out of range or has no effect on it.
-        UnsupportedModelError: :func:`hf_tokenprune.prune` would refuse a dense model with this config.
+        UnsupportedModelError: ``hf_tokenprune.prune`` would refuse a dense model with this config.
     """
     shape, count = counter(model, image_size, text_tokens, new_tokens)
     config = current_config(model) if config is None else as_config(config)

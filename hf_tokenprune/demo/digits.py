@@ -53,7 +53,7 @@ def load_digits_split(split: Literal["train", "test"], seed: int = 0, spread: fl
     """1437 train or 360 test digits, split by original and stratified.
 
     ``seed`` draws other canvases of the same digits (training takes one seed an epoch); it never moves a digit
-    to the other split. ``spread`` is passed to :func:`render`.
+    to the other split. ``spread`` is passed to ``render``.
     """
     if split not in ("train", "test"):
         raise DataError(f"split is {split!r}; it must be 'train' or 'test'.")

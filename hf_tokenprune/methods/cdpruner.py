@@ -126,7 +126,7 @@ def cdpruner(
 
 
 def most_diverse(similarity: Tensor, weight: Tensor, n_keep: int) -> Tensor:
-    """The greedy choice of :func:`cdpruner`, of cosines (B, N, N) and weights (B, N), as (B, k) in its order.
+    """The greedy choice of ``cdpruner``, of cosines (B, N, N) and weights (B, N), as (B, k) in its order.
 
     A row of the Cholesky factor of the chosen tokens' kernel is added at each step, so that what a token would multiply
     the determinant with is at hand.

@@ -108,7 +108,7 @@ class RatioConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class RatioStage(Stage):
-    """One stage of a :class:`RatioConfig`."""
+    """One stage of a ``RatioConfig``."""
 
     keep_ratio: float
 

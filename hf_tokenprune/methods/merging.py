@@ -32,7 +32,7 @@ class MergingConfig(VisionConfig):
             tokens that enter a layer.
         spread: how a fraction ``r`` is spread over the layers. "even": as many at each. "proportional": the same part
             of the tokens that enter each; where ``layers`` is None, from a block that lies the later the less is
-            merged (:func:`late_layers`) to the last but one.
+            merged (``late_layers``) to the last but one.
         layers: 0-based blocks, ascending. None: the method's default for the model's depth.
         where: "mid_block": states are merged between attention and MLP. "queries": before the queries, so that the
             attention of the block still reads keys and values of all tokens, but is computed for the merged ones.
@@ -238,7 +238,7 @@ def shares(weights: Tensor, merged: Tensor, targets: Tensor) -> Tensor:
 
 
 def joined(merged: Tensor, targets: Tensor, weights: Tensor) -> Reduction:
-    """Like :func:`merged_into`, but features are summed with ``weights`` as they are."""
+    """Like ``merged_into``, but features are summed with ``weights`` as they are."""
     stays = torch.ones_like(weights, dtype=torch.int64).scatter(1, merged, 0)
     keep = top_tokens(stays, weights.shape[1] - merged.shape[1])
     place = stays.cumsum(1) - 1  # of a position in `keep`

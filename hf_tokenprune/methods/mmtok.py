@@ -87,7 +87,7 @@ def coverage(
     tau_image: float = 0.2,
     alpha: float = 0.5,
 ) -> Tensor:
-    """How well each image token covers each row of text and each image token, for :func:`maximize_coverage`.
+    """How well each image token covers each row of text and each image token, for ``maximize_coverage``.
 
     Args:
         visual: (B, N, D) image tokens in the space of the text.

@@ -40,7 +40,7 @@ class SalienceMergeConfig(MergingConfig):
 
     Args:
         salience: "cls": what a token adds to CLS, attention times the norm of its value. "contrast", for families
-            without CLS: how much it stands out, see :func:`contrast`.
+            without CLS: how much it stands out, see ``contrast``.
         similarity: of two tokens: "per_head", the cosine of their keys, averaged over heads; or "mean_key", the cosine
             of their keys averaged over heads, as in ToMe.
         layers: 0-based blocks, ascending. None: with a fraction ``r``, those of ``spread``; with counts or an even

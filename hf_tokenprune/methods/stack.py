@@ -62,7 +62,7 @@ class StackConfig(PruneConfig):
 
     @property
     def decoder_parts(self) -> tuple[PruneConfig, ...]:
-        """All but :attr:`tower_part`."""
+        """All but ``tower_part``."""
         return tuple(config for config in self.stages if "decoder" in config.prunes)
 
     @property

@@ -34,7 +34,7 @@ class VideoConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class VideoStage(Stage):
-    """The stage of a :class:`VideoConfig`; a subclass tells :meth:`num_kept_of`."""
+    """The stage of a ``VideoConfig``; a subclass tells ``num_kept_of``."""
 
     keep_ratio: float
 

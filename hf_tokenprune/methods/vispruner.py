@@ -71,7 +71,7 @@ class VisPrunerStage(RatioStage):
 
 
 def vispruner(features: Tensor, attention: Tensor, n_keep: int, important: float = 0.5) -> Tensor:
-    """The ``floor(k · important)`` tokens that draw the most attention, and the others by :func:`diverse`.
+    """The ``floor(k · important)`` tokens that draw the most attention, and the others by ``diverse``.
 
     Args:
         features: (B, N, D); scores are float32 whatever its dtype. A zero vector has cosine 0 with every token.

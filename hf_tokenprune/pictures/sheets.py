@@ -67,15 +67,14 @@ def sheet(traces: Trace | Sequence[Trace], columns: int = 5, what: What = "token
             each.set_axis_on()
             each.imshow(panel.picture)
             each.set(xticks=[], yticks=[])
-            each.set_xlabel(panel.caption, color=panel.colour)
-            each.set_title(room + panel.title, weight="bold")
+            each.set_xlabel(panel.caption, color=panel.colour, parse_math=False)
+            each.set_title(room + panel.title, weight="bold", parse_math=False)
             for side in each.spines.values():
                 side.set(color=panel.colour, linewidth=1)
         # As wide as the row, which the layout must not know: it would widen the first panel.
         above = (0, 6 + 16 * bool(panels[0].title))
-        axes[0].annotate(
-            header, (0, 1), above, "axes fraction", "offset points", color=colour, size="large", in_layout=False
-        )
+        style = {"color": colour, "size": "large", "parse_math": False, "in_layout": False}
+        axes[0].annotate(header, (0, 1), above, "axes fraction", "offset points", **style)
     handles = _legend(traces, columns, what)
     figure.legend(handles=handles, loc="outside lower center", ncols=max(3, across + 1), frameon=False)
     return figure

@@ -103,8 +103,8 @@ def search(
             "coordinate" (descent), "monte_carlo", or "optuna" (an extra); or "rule", which chooses free fields and no
             schedule. A method with one stage has one number, which the budget decides: of it every place is measured
             instead.
-        goal: "geometric_kl", "kl", "agreement" or "accuracy", which needs ``labels``; see :class:`Objective` and
-            :class:`AnswerObjective`. None: "geometric_kl", of answers "kl".
+        goal: "geometric_kl", "kl", "agreement" or "accuracy", which needs ``labels``; see ``Objective`` and
+            ``AnswerObjective``. None: "geometric_kl", of answers "kl".
         labels: (n,) classes; or (n, L) tokens of the answers that a vision-language model is measured on, negative
             behind the end of each (None: its own).
         run: what maps a batch to (B, C) logits; None: the ``logits`` of the model.

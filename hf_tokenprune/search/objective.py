@@ -31,7 +31,8 @@ def mean(goal: Goal, values: Sequence[float]) -> float:
     """Of the distortions of inputs, as the goal takes it.
 
     The plain mean of KL hangs on the few inputs whose class is in doubt. In the geometric mean every input weighs the
-    same, so what is least on a few hundred inputs is more often least on others, in plain mean too (docs/search.md).
+    same, so what is least on a few hundred inputs is more often least on others, in plain mean too: see
+    docs/measurements_search.md.
     """
     if goal != "geometric_kl":
         return sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""Ways through a space of schedules: each measures schedules of a :class:`Problem` and returns the best one."""
+"""Ways through a space of schedules: each measures schedules of a ``Problem`` and returns the best one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def dynamic_programming(problem: Problem, seed: int = 0, trials: int = 0) -> Tri
 
     where D_l(f) is measured with the part f of all N tokens removed in layer l alone: a token that is left where n of N
     are stands for N / n of them. How well that fits is reported by ``additivity``. ``trials`` further schedules around
-    the solution are measured by :func:`coordinate_descent`.
+    the solution are measured by ``coordinate_descent``.
     """
     table = distortion_table(problem)
     problem.measure(solve(problem, table), discard=False)

@@ -30,7 +30,7 @@ def short_prompts(model: Model, processor: Processor, config: ConfigLike | None 
     Args:
         model: a vision-language model that is not pruned; changed in place.
         processor: of this model, from ``AutoProcessor``.
-        config: as :func:`hf_tokenprune.prune` takes it. It has to choose in front of the decoder, by each image alone.
+        config: as ``hf_tokenprune.prune`` takes it. It has to choose in front of the decoder, by each image alone.
 
     Returns:
         The same model, and a processor of the same class that shares tokenizer and image processor with the given one.
@@ -46,11 +46,18 @@ def short_prompts(model: Model, processor: Processor, config: ConfigLike | None 
         raise UnsupportedModelError(
             f"short prompts are for vision-language models, and {type(model).__name__} takes no prompt; use prune"
         )
+    adapter.check_short_prompts(model)
     token, of_model = getattr(processor, "image_token_id", None), model.config.image_token_id  # type: ignore[union-attr]
     if token != of_model or not hasattr(processor, "replace_image_token"):
         raise ConfigError(
             f"{type(processor).__name__} has image_token_id={token!r}, and this model {of_model}: expected the "
             "processor of this checkpoint, AutoProcessor.from_pretrained(...)"
+        )
+    name = adapter.processor_name(model)
+    if name not in ("", *(base.__name__ for base in type(processor).__mro__)):
+        raise ConfigError(
+            f"{type(processor).__name__} is of another family, and writes another number of placeholders: "
+            f"expected {name}, as AutoProcessor.from_pretrained(...) of this checkpoint gives"
         )
     if isinstance(processor, ShortPlaceholders):
         raise ConfigError(

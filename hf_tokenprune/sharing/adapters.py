@@ -3,7 +3,6 @@ model was pruned that they were trained on."""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -13,47 +12,94 @@ from typing import Any
 from torch import nn
 
 from ..config import PruneConfig
-from ..config_files import CONFIG_NAME, find_config_file
+from ..config_files import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_config_file, read_other
 from ..engine import current_config, unwrapped
-from ..errors import ConfigError, TokenPruneError, UnsupportedModelError
+from ..errors import ConfigError, TokenPruneError, UnsupportedModelError, shown
 
 OF_PEFT = ("adapter_name", "is_trainable")
 """Arguments that say something about the adapter, not about the model under it."""
+TYPES = {
+    "base_model_name_or_path": (str, "a string"),
+    "revision": (str, "a string"),
+    "auto_mapping": (dict, "an object"),
+}
+"""What is read here of an ``adapter_config.json``; the rest is for PEFT."""
 
 
 def read_adapter(path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> dict[str, Any] | None:
-    """What ``adapter_config.json`` says; None if there is none."""
-    from transformers.utils import find_adapter_config_file
+    """What ``adapter_config.json`` says; None if there is none.
 
-    if os.path.isdir(path_or_repo):  # of subfolders there older versions know nothing
-        path_or_repo = Path(path_or_repo, hub_kwargs.pop("subfolder", None) or "")
-    file = find_adapter_config_file(os.fspath(path_or_repo), **hub_kwargs)
-    about: dict[str, Any] | None = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    Raises:
+        ConfigError: it is too large, not JSON, or a field that is read here is of another type.
+    """
+    file = find_config_file(path_or_repo, file=ADAPTER_CONFIG_NAME, **hub_kwargs)
+    about = None if file is None else read_other(file)
+    for field, (kind, words) in TYPES.items():
+        value = (about or {}).get(field)
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"{file}: {field}={shown(value)}: expected {words}, or null")
     return about
 
 
-def base_of(about: dict[str, Any], path_or_repo: Any) -> str:
-    """Path or repository of the model that an adapter is for.
+def base_of(about: dict[str, Any], path_or_repo: Any, **kwargs: Any) -> tuple[str, Any]:
+    """Path or repository of the model that an adapter is for, and the config of that model.
+
+    Args:
+        kwargs: for ``AutoConfig.from_pretrained``.
 
     Raises:
-        ConfigError: its ``adapter_config.json`` names none.
+        ConfigError: its ``adapter_config.json`` names none, or one that is not there.
     """
+    from transformers import AutoConfig
+
     base = about.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ConfigError(
-            f"base_model_name_or_path={base!r} in the adapter_config.json of {str(path_or_repo)!r}: expected the model "
-            "that it is for. Load that yourself, then PeftModel.from_pretrained(model, ...) and prune(model, ...)"
-        )
-    return base
+    by_hand = "Load that yourself, then PeftModel.from_pretrained(model, ...) and prune(model, ...)"
+    named = f"base_model_name_or_path={shown(base)} in the {ADAPTER_CONFIG_NAME} of {str(path_or_repo)!r}"
+    if not base:
+        raise ConfigError(f"{named}: expected the model that it is for. {by_hand}")
+    try:
+        return base, AutoConfig.from_pretrained(base, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{named} cannot be loaded. {by_hand}: {error}") from error
 
 
 def with_adapter(base: nn.Module, path_or_repo: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """The ``PeftModel`` of a model and a saved adapter; ``kwargs`` are for ``PeftModel.from_pretrained``."""
+    """The ``PeftModel`` of a model and a saved adapter; ``kwargs`` are for ``PeftModel.from_pretrained``.
+
+    Raises:
+        TokenPruneError: PEFT is not installed.
+        ConfigError: PEFT cannot make anything of what ``adapter_config.json`` says.
+    """
     try:
         from peft import PeftModel
     except ImportError as error:
         raise TokenPruneError(f"{str(path_or_repo)!r} is an adapter of PEFT: pip install peft") from error
-    return PeftModel.from_pretrained(base, os.fspath(path_or_repo), **kwargs)
+    try:
+        return PeftModel.from_pretrained(base, os.fspath(path_or_repo), **kwargs)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"PEFT cannot put the adapter {str(path_or_repo)!r} on a {type(base).__name__}; look at its "
+            f"{ADAPTER_CONFIG_NAME}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_saving(model: Any) -> None:
+    """Raise UnsupportedModelError where what ``model.save_pretrained`` writes of adapters could not be loaded again."""
+    stock, name = unwrapped(model), type(model).__name__
+    if stock is not model and not hasattr(type(model), "get_base_model"):
+        raise UnsupportedModelError(f"PEFT saves no {name}: save what merge_and_unload() of it gives")
+    if stock is not model and model.get_base_model() is not stock:
+        raise UnsupportedModelError(
+            f"this {name} is around another, and PEFT would save its adapters under names that no other model has: "
+            "give get_peft_model a stock model, and for a second adapter call add_adapter of the PeftModel"
+        )
+    own = stock is not model or getattr(model, "_hf_peft_config_loaded", False)  # it saves its adapters alone
+    layer = next((path for path, part in model.named_modules() if "base_layer" in part._modules), None)
+    if layer is not None and not own:
+        raise UnsupportedModelError(
+            f"there is an adapter in {layer!r}, and loading a whole checkpoint would drop it and the weights under it: "
+            "save the PeftModel around this model, or merge its adapters first (merge_and_unload)"
+        )
 
 
 def adapter_folders(

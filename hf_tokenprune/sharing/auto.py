@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 from ..config import PruneConfig, as_config
-from ..engine import ConfigLike, prune
+from ..config_files import found_commit
+from ..engine import KINDS, ConfigLike, find_adapter, prune
+from ..errors import UnsupportedModelError
 from .adapters import save_beside_adapters, warn_of_other_pruning
 from .pretrained import HUB_KWARGS, PART_OF_A_LOAD, choose_config, model_of, one_load
 
 _originals: dict[tuple[type, str], Any] = {}
-"""What stands at an attribute of a class where :func:`enable_auto` was not called."""
+"""What stands at an attribute of a class where ``enable_auto`` was not called."""
 
 
 _for_all: list[PruneConfig] = []
-"""What :func:`enable_auto` was given, if anything."""
+"""What ``enable_auto`` was given, if anything."""
 
 
 def enable_auto(prune_config: ConfigLike | None = None) -> None:
@@ -24,11 +27,13 @@ def enable_auto(prune_config: ConfigLike | None = None) -> None:
     They then take ``prune_config=`` and follow the config that a checkpoint carries; checkpoints without one load dense
     as ever. A ``Trainer`` made from now on warns where it resumes with a model that is pruned otherwise. Where PEFT is
     installed, adapters are saved with the config beside them, and loading one warns where the model under it is pruned
-    otherwise. Calling it twice changes nothing, but for the config of the last call; :func:`disable_auto` undoes it.
+    otherwise. Calling it twice changes nothing, but for the config of the last call; ``disable_auto`` undoes it.
 
     Args:
         prune_config: for programs that load models themselves, such as a server or an evaluation harness: every model
-            that is loaded without ``prune_config=`` is pruned by it, whatever its checkpoint carries.
+            that is loaded without ``prune_config=`` is pruned by it, whatever its checkpoint carries. One that it is
+            not for, of a family without an adapter or of another kind (a text encoder, a vision encoder beside a
+            vision-language model), loads as ever, with a warning.
 
     Raises:
         ConfigError: ``prune_config`` is invalid.
@@ -88,9 +93,12 @@ def _pruning_loader(load: Any) -> Any:
             loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
         if argument is None and PART_OF_A_LOAD.get():
             return loaded
-        argument = next(iter(_for_all), None) if argument is None else argument
         model, where = model_of(loaded), pretrained_model_name_or_path
+        if argument is None and _for_all:
+            argument = _if_for(model, _for_all[0])
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if (commit := found_commit(where, **hub_kwargs)) is not None:
+            hub_kwargs["revision"] = commit
         config_key, chosen = getattr(model.config, "prune_config", None), None
         if getattr(model, "_hf_peft_config_loaded", False):  # where: of the adapter, or (auto classes) of its model
             of_adapter = dict(kwargs.get("adapter_kwargs") or {})
@@ -105,6 +113,21 @@ def _pruning_loader(load: Any) -> Any:
         return loaded
 
     return from_pretrained
+
+
+def _if_for(model: Any, config: PruneConfig) -> PruneConfig | None:
+    """The config that is for all models, where it is for such ones; else None, with a warning."""
+    try:
+        kind = find_adapter(model).shape(model).kind
+        reason = None if kind in config.prunes else f"it is one of the {KINDS[kind]}"
+    except UnsupportedModelError as error:
+        reason = str(error)
+    if reason is None:
+        return config
+    warnings.warn(
+        f"this {type(model).__name__} is not pruned by {config}, which enable_auto was given: {reason}", stacklevel=3
+    )
+    return None
 
 
 def _warning_loader(load: Any) -> Any:

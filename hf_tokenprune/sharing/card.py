@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, constants
 from torch import nn
 
 from ..config import PruneConfig
@@ -130,7 +130,7 @@ def config_card(
     tags: Iterable[str] = (),
     beside: str | None = None,
 ) -> ModelCard:
-    """The card of a repository that a config was pushed to. Arguments are those of :func:`model_card`.
+    """The card of a repository that a config was pushed to. Arguments are those of ``model_card``.
 
     Args:
         beside: what the repository holds besides, in words ("model", "adapter of PEFT"); None: nothing.
@@ -174,6 +174,8 @@ def read_card(path: Path | None) -> ModelCard | None:
         return None
     try:
         return ModelCard.load(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not in UTF-8, so it is no model card; save it in that ({error})") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is no model card that could be kept ({error}); mend its metadata") from error
 
@@ -225,9 +227,14 @@ def _cost(model: nn.Module, config: PruneConfig) -> str:
 
 
 def _base_model(model: Any, repo_id: str) -> str | None:
-    """The repository that a model was loaded from, if it was one, and another."""
+    """The repository that a model was loaded from, if it was one, and another.
+
+    What looks like one may be a folder that was here: the Hub's cache has every repository that was loaded from.
+    """
     name = str(model.config.name_or_path or "")
-    return name if name.count("/") == 1 and not is_path(name) and not Path(name).exists() and name != repo_id else None
+    if name.count("/") != 1 or is_path(name) or Path(name).exists() or name == repo_id:
+        return None
+    return name if Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}").is_dir() else None
 
 
 def _task(model: Any) -> str | None:

@@ -13,8 +13,8 @@ from ..atomic import beside, put
 from ..config import PruneConfig
 from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME
 
-INDEX = ".index.json"
-WEIGHTS = re.compile(rf"(?P<stem>.+?)(?P<shard>-\d{{5}}-of-\d{{5}})?\.safetensors({re.escape(INDEX)})?")
+WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors(?P<index>\.index(?P<variant>\..+)?\.json)?")
+"""Weights and indices of shards: ``model.fp16.safetensors``, but ``model.safetensors.index.fp16.json``."""
 
 
 def save_in_place(model: nn.Module, config: PruneConfig, folder: Path, **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ def save_in_place(model: nn.Module, config: PruneConfig, folder: Path, **kwargs:
         former = _former(folder, names)
         if any(path.name in names for path in former if "-of-" in path.name):  # shards of both would be loaded together
             for path in former:
-                if path.name.endswith(INDEX):
+                if _is_index(path.name):
                     path.unlink()
         for name in names:
             put(new / name, folder / name)
@@ -48,11 +48,21 @@ def _order(name: str) -> int:
     """When a file is moved: the two configs first and last. In between they disagree, which loading refuses."""
     if name in (CONFIG_NAME, MODEL_CONFIG_NAME):
         return -1 if name == CONFIG_NAME else 2
-    return 1 if name.endswith(INDEX) else 0
+    return int(_is_index(name))
+
+
+def _is_index(name: str) -> bool:
+    match = WEIGHTS.fullmatch(name)
+    return match is not None and match["index"] is not None
 
 
 def _former(folder: Path, names: list[str]) -> list[Path]:
     """The weights in a folder that those called ``names`` take the place of: files, shards and their index."""
-    stems = {match["stem"] for name in names if (match := WEIGHTS.fullmatch(name))}
-    found = [(path, WEIGHTS.fullmatch(path.name)) for path in folder.iterdir()]
-    return [path for path, match in found if match and match["stem"] in stems]
+    stems = {_stem(name) for name in names} - {None}
+    return [path for path in folder.iterdir() if _stem(path.name) in stems]
+
+
+def _stem(name: str) -> str | None:
+    """What a file of weights, its shards and their index have in common; None for other files."""
+    match = WEIGHTS.fullmatch(name)
+    return match and match["stem"] + (match["variant"] or "")

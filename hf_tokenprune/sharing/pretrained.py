@@ -7,7 +7,6 @@ have to agree, because stock code that saves into a used folder writes the key a
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ALSO_IN, PruneConfig, as_config
-from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file, read_json
+from ..config_files import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    MODEL_CONFIG_NAME,
+    find_config_file,
+    found_commit,
+    read_json,
+    read_other,
+)
 from ..engine import ConfigLike, prune
 from ..errors import ConfigError
 from .adapters import OF_PEFT, base_of, read_adapter, with_adapter
@@ -26,6 +33,7 @@ from .fit import check_fit
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 OF_ONE_REPOSITORY = ("revision", "subfolder")
 """Those that say something about the checkpoint's repository; the others are about the machine and its user."""
+OF_REMOTE_CODE = ("trust_remote_code",)
 
 PART_OF_A_LOAD: ContextVar[bool] = ContextVar("part_of_a_load", default=False)
 """Whether a load goes on whose caller prunes the whole."""
@@ -61,7 +69,7 @@ def from_pretrained(
     from transformers import AutoConfig
 
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    remote = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+    remote = {name: kwargs[name] for name in OF_REMOTE_CODE if name in kwargs}
     model_config = kwargs.get("config") or path_or_repo
     if isinstance(model_config, (str, os.PathLike)):
         where = model_config
@@ -72,12 +80,21 @@ def from_pretrained(
             adapter = read_adapter(where, **hub_kwargs) if where == path_or_repo else None
             if adapter is not None:
                 return _from_adapter(path_or_repo, adapter, prune_config, auto_class, hub_kwargs, kwargs)
+            inside = sorted(path.parent.name for path in Path(where).glob(f"*/{ADAPTER_CONFIG_NAME}"))
+            if inside:
+                raise ConfigError(
+                    f"{str(where)!r} holds adapters in its folders {', '.join(inside)}; "
+                    f"from_pretrained({str(where)!r}, subfolder={inside[0]!r})"
+                ) from error
             if file is None:
                 raise
             raise ConfigError(
                 f"{str(where)!r} holds a {CONFIG_NAME} and no model; give it beside a checkpoint: "
                 f"from_pretrained(checkpoint, {str(where)!r})"
             ) from error
+        # What is read from now on is of the same commit, whatever is pushed in between.
+        if where == path_or_repo and (commit := found_commit(where, **hub_kwargs)) is not None:
+            hub_kwargs["revision"] = kwargs["revision"] = commit
     chosen = choose_config(path_or_repo, prune_config, getattr(model_config, "prune_config", None), hub_kwargs)
     if chosen is None:
         raise _no_config(path_or_repo)
@@ -98,26 +115,29 @@ def _from_adapter(
     hub_kwargs: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> Any:
-    """:func:`from_pretrained` of an adapter; ``about``: its adapter_config.json. Its model's own config comes last."""
-    base = base_of(about, path_or_repo)
+    """``from_pretrained`` of an adapter; ``about``: its adapter_config.json. Its model's own config comes last."""
     chosen = choose_config(path_or_repo, prune_config, None, hub_kwargs)
     of_base = {name: value for name, value in hub_kwargs.items() if name not in OF_ONE_REPOSITORY}
     of_base["revision"] = about.get("revision")
     of_peft = {name: kwargs[name] for name in OF_PEFT if name in kwargs}
     rest = {name: value for name, value in kwargs.items() if name not in (*HUB_KWARGS, *OF_PEFT)}
-    model_class = auto_class or _class_called((about.get("auto_mapping") or {}).get("base_model_class"))
-    if model_class is None:
-        from transformers import AutoConfig
-
-        model_class = class_of(AutoConfig.from_pretrained(base, **of_base))
+    remote = {name: rest[name] for name in OF_REMOTE_CODE if name in rest}
+    base, base_config = base_of(about, path_or_repo, **of_base, **remote)
+    named = (about.get("auto_mapping") or {}).get("base_model_class")
+    model_class = auto_class or _class_called(named) or class_of(base_config)
+    if (commit := found_commit(base, **of_base)) is not None:
+        of_base["revision"] = commit
+    if chosen is None:
+        chosen = choose_config(base, None, getattr(base_config, "prune_config", None), of_base)
+    if chosen is None:
+        raise ConfigError(
+            f"no prune config beside the adapter {str(path_or_repo)!r}, nor of its model {base!r}: PEFT alone writes "
+            "none, so how the model was pruned that it was trained on is not known. Give prune_config=...; to load it "
+            "dense, use PeftModel.from_pretrained"
+        )
     with one_load():
         loaded = model_class.from_pretrained(base, **of_base, **rest)
-        stock = model_of(loaded)
-        if chosen is None:
-            chosen = choose_config(base, None, getattr(stock.config, "prune_config", None), of_base)
-        if chosen is None:
-            raise _no_config(path_or_repo)
-        model = prune(with_adapter(stock, path_or_repo, **hub_kwargs, **of_peft), chosen)
+        model = prune(with_adapter(model_of(loaded), path_or_repo, **hub_kwargs, **of_peft), chosen)
     return (model, *loaded[1:]) if isinstance(loaded, tuple) else model
 
 
@@ -138,7 +158,7 @@ def choose_config(
 
     Args:
         config_key: the key ``prune_config`` of the model's config.
-        hub_kwargs: of the checkpoint, those of :data:`HUB_KWARGS`.
+        hub_kwargs: of the checkpoint, those of ``HUB_KWARGS``.
 
     Raises:
         ConfigError: there is no argument, and file and key disagree; or a config is invalid.
@@ -173,7 +193,7 @@ def choose_config(
 def _check_that_the_folder_is_true(where: Any, file: Path, said: dict[str, PruneConfig]) -> None:
     """Raise ConfigError where ``config.json`` says something else than the file: it was saved anew, or by hand."""
     beside = file.with_name(MODEL_CONFIG_NAME)
-    if len(said) == 1 and ALSO_IN in read_json(file) and beside.is_file() and "prune_config" not in _keys(beside):
+    if len(said) == 1 and ALSO_IN in read_json(file) and beside.is_file() and "prune_config" not in read_other(beside):
         against = f"it was saved with a {MODEL_CONFIG_NAME} that said so too, and the one beside it is of a dense model"
     elif len(set(said.values())) > 1:
         against = " and ".join(f"{source} says {config}" for source, config in list(said.items())[1:])
@@ -185,10 +205,6 @@ def _check_that_the_folder_is_true(where: Any, file: Path, said: dict[str, Prune
         "delete it. Otherwise save the pruned model with hf_tokenprune.save_pretrained, which writes both. To load it "
         "as it is, give prune_config=..."
     )
-
-
-def _keys(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def model_of(loaded: Any) -> Any:

@@ -3,28 +3,39 @@ from one is pruned differently."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import PruneConfig
-from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME
+from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME, read_other
 from .adapters import pruned_by, save_beside_adapters, words
 
+SAID = "prune_config"
 
-class PruningCallback(TrainerCallback):
+
+class PruningCallback(TrainerCallback, ExportableState):
     """Warns when training begins with a model that is pruned otherwise than what it goes on from, or than it says.
 
     Beside the adapters of PEFT in a checkpoint, which has no config.json then, it writes ``prune_config.json``.
 
-    ``Trainer(..., callbacks=[PruningCallback()])``; after :func:`hf_tokenprune.enable_auto` every new ``Trainer`` has
-    it. The checkpoint is that of ``args.resume_from_checkpoint``, else that of the step it goes on from in
-    ``args.output_dir``.
+    ``Trainer(..., callbacks=[PruningCallback()])``; after ``hf_tokenprune.enable_auto`` every new ``Trainer`` has
+    it. What the model was pruned by it writes into the state of the ``Trainer``, where it finds it wherever the
+    checkpoint lies. A checkpoint of a ``Trainer`` without it is known only if it is that of
+    ``args.resume_from_checkpoint``, or of the step that training goes on from in ``args.output_dir``: of
+    ``train(resume_from_checkpoint=path)`` no callback is told the path.
     """
+
+    model: Any = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says in its ``trainer_state.json``."""
+        now = pruned_by(self.model)
+        return {"args": {}, "attributes": {SAID: None if now is None else now.to_dict()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         now = pruned_by(model)
@@ -36,16 +47,24 @@ class PruningCallback(TrainerCallback):
                 "what it saves; prune(model), or del model.config.prune_config",
                 stacklevel=2,
             )
+        self.model = model
+        said = state.stateful_callbacks.setdefault(type(self).__name__, {})  # else Trainer cannot save
         if not state.global_step:
             return
+        last = said[-1] if isinstance(said, list) else said  # a list: of several such callbacks
+        attributes = last.get("attributes", {})
         folders = [Path(folder) for folder in (args.resume_from_checkpoint, _folder(args, state)) if folder]
         folder = next((folder for folder in folders if folder.is_dir()), None)
-        if folder is None:
+        if SAID in attributes:  # wherever the checkpoint lies
+            where, key = _folder(args, state).name, attributes[SAID]
+            then = None if key is None else PruneConfig.from_dict(key)
+        elif folder is not None:
+            where, then = str(folder), _said_in(folder)
+        else:
             return
-        then = _said_in(folder)
         if then != now:
             warnings.warn(
-                f"training goes on from {folder} with a model that is pruned otherwise: it was {words(then)}, "
+                f"training goes on from {where} with a model that is pruned otherwise: it was {words(then)}, "
                 f"and is now {words(now)}",
                 stacklevel=2,
             )
@@ -64,6 +83,6 @@ def _said_in(checkpoint: Path) -> PruneConfig | None:
     """How the model of a checkpoint was pruned: of a whole one in its config.json, of adapters beside them."""
     whole = checkpoint / MODEL_CONFIG_NAME
     if whole.is_file():
-        key = json.loads(whole.read_text(encoding="utf-8")).get("prune_config")
+        key = read_other(whole).get("prune_config")
         return None if key is None else PruneConfig.from_dict(key)
     return next((PruneConfig.from_pretrained(file) for file in sorted(checkpoint.glob(f"**/{CONFIG_NAME}"))), None)

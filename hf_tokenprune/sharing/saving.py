@@ -15,10 +15,10 @@ from ..config import PruneConfig
 from ..config_files import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..engine import current_config
 from ..errors import ConfigError, PruneStateError, UnsupportedModelError
-from .adapters import adapter_folders, save_beside_adapters
+from .adapters import adapter_folders, check_saving, save_beside_adapters
 from .card import Report, model_card, read_card, row_of
 from .in_place import save_in_place
-from .upload import CARD_NAME, check_repo_id, upload
+from .upload import CARD_NAME, check_login, check_repo_id, upload
 
 OF_THE_UPLOAD = ("private", "commit_message", "commit_description", "create_pr", "revision")
 
@@ -50,16 +50,24 @@ def save_pretrained(
 
     Raises:
         PruneStateError: the model is not pruned.
-        ConfigError: the folder holds an adapter of PEFT, ``repo_id`` is no name of a repository, the card that is there
-            cannot be read, or reports do not say which run is of this model.
-        UnsupportedModelError: ``push_to_hub`` of adapters.
+        ConfigError: ``save_directory`` is a file, or holds an adapter of PEFT, ``repo_id`` is no name of a repository,
+            nobody is logged in who could push, a setting of the push without one, the card that is there cannot be
+            read, or reports do not say which run is of this model.
+        UnsupportedModelError: ``push_to_hub`` of adapters, or adapters that could not be loaded again.
     """
     config, folder = current_config(model), Path(save_directory)
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; give a folder, which is made if need be")
+    settings = {**kwargs, "token": token, "repo_id": repo_id if not reports else None}
+    idle = [] if push_to_hub else [name for name in (*OF_THE_UPLOAD, "tags", "repo_id", "token") if settings.get(name)]
+    if idle:
+        raise ConfigError(f"{idle[0]}= has no effect without push_to_hub=True; give both, or leave it out")
     if config is None:
         left = f", and delete the {CONFIG_NAME} in {folder}" if (folder / CONFIG_NAME).exists() else ""
         raise PruneStateError(
             f"this model is not pruned; call prune first, or save it with model.save_pretrained{left}"
         )
+    check_saving(model)
     adapters = adapter_folders(model, folder)
     if adapters and (push_to_hub or reports):
         raise UnsupportedModelError(
@@ -80,10 +88,13 @@ def save_pretrained(
     repo_id = repo_id or folder.resolve().name
     if push_to_hub:
         check_repo_id(repo_id)
+        check_login(token)
     for dataset, report in (reports or {}).items():
         row_of(report, config.method, dataset)
-    about = {name: kwargs.pop(name) for name in OF_THE_UPLOAD if name in kwargs and push_to_hub}
-    tags = kwargs.pop("tags", None) if push_to_hub else None
+    if push_to_hub or reports:
+        read_card(folder / CARD_NAME)
+    about = {name: kwargs.pop(name) for name in OF_THE_UPLOAD if name in kwargs}
+    tags = kwargs.pop("tags", None)
     before = _times(folder)
     save_in_place(model, config, folder, **kwargs)
     card = folder / CARD_NAME
@@ -108,7 +119,7 @@ def push_files(
 
     Args:
         model: pruned, or dense; the card tells its sizes.
-        kwargs: for :func:`upload`.
+        kwargs: for ``upload``.
     """
     all_tags = [*(getattr(model, "model_tags", None) or ()), *(tags or ())]
 

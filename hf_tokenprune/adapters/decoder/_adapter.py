@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...errors import UnsupportedModelError
 from ...signals import Stage
@@ -86,8 +87,17 @@ class DecoderAdapter(DecoderParts):
         several = "image tokens have positions in time, row and column, which a shorter prompt does not tell"
         return several if self.position_axes > 1 else ""
 
+    def check_short_prompts(self, model: PreTrainedModel) -> None:
+        """Raise UnsupportedModelError where an image cannot have fewer placeholders, whatever is pruned."""
+        if reason := self.no_short_prompts(model):
+            raise UnsupportedModelError(f"no short prompts for {model.config.model_type!r}: {reason}. {OTHERWISE}")
+
+    def processor_name(self, model: PreTrainedModel) -> str:
+        """The class of the processors that write its prompts; empty where Transformers does not say."""
+        return PROCESSOR_MAPPING_NAMES.get(model.config.model_type) or ""
+
     def short_length(self, model: PreTrainedModel, stages: tuple[Stage, ...]) -> ShortLength:
-        """How many tokens of an image stay; for a model that :meth:`check` has passed."""
+        """How many tokens of an image stay; for a model that ``check`` has passed."""
         protected = 0
         for choice in (self.choice(model, stage) for stage in stages if stage.where == "vision_tower"):
             assert isinstance(choice, ChooseStates)
@@ -106,7 +116,7 @@ class DecoderAdapter(DecoderParts):
         return feature_block(self.tower(self.inner(model)), self.feature_layer(model))
 
     def choice(self, model: PreTrainedModel, stage: Stage) -> Choice:
-        """The hook that makes the vision tower choose; for a model that :meth:`check` has passed."""
+        """The hook that makes the vision tower choose; for a model that ``check`` has passed."""
         layer = self.feature_layer(model)
         assert not isinstance(layer, list)
         has_cls = HAS_CLS[self.tower(self.inner(model)).config.model_type]
@@ -159,8 +169,6 @@ class DecoderAdapter(DecoderParts):
         """
         inner = self.inner(model)
         if short:
-            if reason := self.no_short_prompts(model):
-                raise UnsupportedModelError(f"no short prompts for {model.config.model_type!r}: {reason}. {OTHERWISE}")
             check_short(model, self.shape(model), stages)
         if tower:
             check_encoder(self.tower(inner), tower)
@@ -247,7 +255,7 @@ class DecoderAdapter(DecoderParts):
         tower: tuple[Stage, ...] = (),
         short: bool = False,
     ) -> None:
-        """Make the model prune. Call :meth:`check` before."""
+        """Make the model prune. Call ``check`` before."""
         inner = self.inner(model)
         decoder = self.decoder(inner)
         state = DecoderState(stages, tower, short)
@@ -273,7 +281,7 @@ class DecoderAdapter(DecoderParts):
             state.handles.append(model.register_forward_pre_hook(CountProposals(), with_kwargs=True))
 
     def detach(self, model: PreTrainedModel) -> None:
-        """Undo :meth:`attach`, whatever part of it there is."""
+        """Undo ``attach``, whatever part of it there is."""
         inner = self.inner(model)
         state: DecoderState | None = self.decoder(inner).__dict__.pop("token_prune", None)
         if state is None:

@@ -32,7 +32,7 @@ class CountProposals:
 
     It asks for the logits of one token more than there are candidates, and always gives a cache, from which it takes
     the rejected ones again. They are not part of the prompt, so they must not choose image tokens. Where so many tokens
-    cannot be candidates, :func:`let_leave` takes them for text of the prompt.
+    cannot be candidates, ``let_leave`` takes them for text of the prompt.
     """
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -227,7 +227,7 @@ def let_leave(forward: Forward, embeds: Tensor, images: Images, state: Any) -> T
 
 
 def read_marks(valid: Tensor | None, embeds: Tensor, images: Images, in_tower: bool) -> Tensor:
-    """(B, T) uint8 as :func:`read_layout` takes them; ``in_tower``: tokens may have left there."""
+    """(B, T) uint8 as ``read_layout`` takes them; ``in_tower``: tokens may have left there."""
     marks = images.kinds.to(embeds.device)
     if in_tower:
         marks = marks + GONE * (images.mask & embeds[..., 0].isnan())

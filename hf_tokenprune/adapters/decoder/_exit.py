@@ -52,7 +52,7 @@ def restored(forward: Forward, states: Tensor, view: View) -> Tensor:
 
 
 def restored_input(forward: Forward, states: Tensor, layer: int) -> Tensor:
-    """:func:`restored` for what the layer before ``layer`` gave: without the tokens that leave in this one."""
+    """``restored`` for what the layer before ``layer`` gave: without the tokens that leave in this one."""
     index = forward.segment(layer)
     view = forward.views[index].on(states.device)
     arriving = layer > 0 and layer == forward.starts[index]

@@ -185,7 +185,7 @@ class Images:
 
 @dataclass
 class FindImages:
-    """Forward pre-hook of the model around the language model: sends :class:`Images` along, if there are any."""
+    """Forward pre-hook of the model around the language model: sends ``Images`` along, if there are any."""
 
     family: Family
 
@@ -233,7 +233,7 @@ class FindImages:
             )
 
     def placeholders(self, module: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, T) uint8 as in :class:`Images`; None: no image in this input."""
+        """(B, T) uint8 as in ``Images``; None: no image in this input."""
         cache = given_cache(kwargs)
         embeds = kwargs.get("inputs_embeds")
         given = input_ids if input_ids is not None else embeds

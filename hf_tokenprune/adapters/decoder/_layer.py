@@ -10,13 +10,14 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from .._swap import SwappedBlock
 from ._forward import Forward
 
 LAYER_CLASSES: dict[str, type[PrunedDecoderLayer]] = {}
 """By ``model_type`` of the language model. Those of one family alone are in its file."""
 
 
-class PrunedDecoderLayer(nn.Module):
+class PrunedDecoderLayer(SwappedBlock):
     """Mixed in before a stock decoder layer; ``text`` is the ``model_type`` of the language models made of these."""
 
     stock_class: ClassVar[type[nn.Module]]

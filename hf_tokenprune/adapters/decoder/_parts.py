@@ -19,7 +19,7 @@ class DecoderParts:
     decoder_name: ClassVar[str] = "language_model"
     tower_name: ClassVar[str] = "vision_tower"
     connector_name: ClassVar[str] = "multi_modal_projector"
-    """What the parts of :meth:`inner` are called; with dots where one is inside another."""
+    """What the parts of ``inner`` are called; with dots where one is inside another."""
     position_axes: ClassVar[int] = 1
     """Axes of the positions that tokens are rotated by: 3 where they tell time, row and column. Then every token keeps
     its own: no number of tokens less would close the gap of one that left."""
@@ -80,7 +80,7 @@ class DecoderParts:
         return max(number if number >= 0 else number + depth + 1 for number in layers)
 
     def token_macs(self, model: PreTrainedModel) -> tuple[int, ...]:
-        """See :class:`DecoderShape`; empty for layers of attention and a gated MLP."""
+        """See ``DecoderShape``; empty for layers of attention and a gated MLP."""
         return ()
 
     def connectors(self, inner: Any) -> list[nn.Module]:

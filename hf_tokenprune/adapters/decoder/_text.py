@@ -58,7 +58,7 @@ class Text:
 def text_rows(
     which: str, layout: Layout, valid: Tensor | None, placeholders: Tensor, special: Tensor | None, proposed: int
 ) -> Text:
-    """The rows that :class:`TextRows` calls ``which``.
+    """The rows that ``TextRows`` calls ``which``.
 
     Args:
         valid: (B, L) bool, False for padding; None: no padding. Samples end in the last column.

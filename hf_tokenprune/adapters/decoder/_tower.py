@@ -60,7 +60,7 @@ class Squares:
         return grid.transpose(dim + 1, dim + 2).flatten(dim + 2, dim + 3).flatten(dim, dim + 1)
 
     def join(self, tokens: Tensor) -> Tensor:
-        """(I, n, s², D) as (I, N, D): undoes :meth:`split`."""
+        """(I, n, s², D) as (I, N, D): undoes ``split``."""
         if self.side == 1 or not self.raster:
             return tokens.flatten(1, 2)
         across = math.isqrt(tokens.shape[1])
@@ -313,7 +313,7 @@ def attach_tower(tower: PreTrainedModel, block: int, projector: nn.Module, choic
 
 
 def detach_projector(projector: nn.Module) -> None:
-    """Remove the hooks of :func:`attach_tower` from the copies too that PEFT has made since."""
+    """Remove the hooks of ``attach_tower`` from the copies too that PEFT has made since."""
     for each in with_copies(projector):
         for hooks in (each._forward_pre_hooks, each._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, (HideMarks, RestoreMarks))]:

@@ -31,7 +31,7 @@ class VisionAdapter:
     """Base of the adapters of vision encoders. One instance serves all models of its family."""
 
     block_class: ClassVar[type[PrunedVisionBlock]]
-    """The family's :class:`PrunedVisionBlock`."""
+    """The family's ``PrunedVisionBlock``."""
     provides: ClassVar[frozenset[str]] = frozenset({"attention", "cls_attention", "queries", "keys", "values"})
     full_grid_heads: ClassVar[dict[type[PreTrainedModel], str]] = {}
     """Model classes that cannot work on fewer tokens, and why."""
@@ -134,7 +134,7 @@ class VisionAdapter:
         exact_last_block: bool = False,
         restore: bool = False,
     ) -> None:
-        """Make the blocks from the first pruning layer on pruned ones. Call :meth:`check` before.
+        """Make the blocks from the first pruning layer on pruned ones. Call ``check`` before.
 
         Args:
             exact_last_block: it computes for protected tokens only what the head reads.
@@ -174,7 +174,7 @@ class VisionAdapter:
         encoder.__dict__["token_prune_handles"] = handles
 
     def detach(self, model: PreTrainedModel) -> None:
-        """Undo :meth:`attach`, whatever part of it there is."""
+        """Undo ``attach``, whatever part of it there is."""
         for handle in self.encoder(model).__dict__.pop("token_prune_handles", ()):
             handle.remove()
         for block in self.pruned_blocks(model).values():
@@ -183,7 +183,7 @@ class VisionAdapter:
             block.__dict__.pop("token_prune", None)  # an interrupted attach may not have come to it
 
     def pruned_blocks(self, model: PreTrainedModel) -> dict[int, PrunedVisionBlock]:
-        """The blocks that :meth:`attach` has changed, by index."""
+        """The blocks that ``attach`` has changed, by index."""
         return {i: block for i, block in enumerate(self.blocks(model)) if isinstance(block, PrunedVisionBlock)}
 
     def states(self, model: PreTrainedModel) -> list[BlockState]:

@@ -17,6 +17,7 @@ from ...errors import UnsupportedModelError
 from ...signals import Stage
 from ...tokens import gather_tokens, merge_tokens, with_protected
 from .._capture import CAPTURE_ARGUMENT, Capture, check_all_heads
+from .._swap import SwappedBlock
 from ._carry import Carry, owner_of
 
 
@@ -78,7 +79,7 @@ class Projections(NamedTuple):
     dropout: float
 
 
-class PrunedVisionBlock(nn.Module):
+class PrunedVisionBlock(SwappedBlock):
     """Mixed in before a stock block class; the subclass adds the parts of that block."""
 
     stock_class: ClassVar[type[nn.Module]]

@@ -129,7 +129,7 @@ def check_bias(implementation: str | None) -> None:
 
 @dataclass
 class StartCarry:
-    """Forward pre-hook of the encoder: sends a :class:`Carry` along. Importable, so that a model can be pickled.
+    """Forward pre-hook of the encoder: sends a ``Carry`` along. Importable, so that a model can be pickled.
 
     Attributes:
         proportional: sizes bias the attention, which may have been changed since ``prune``.
