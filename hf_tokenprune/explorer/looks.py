@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -116,9 +117,11 @@ def call_of(config: PruneConfig) -> str:
 def command_for(model: str, config: PruneConfig, question: str | None) -> str:
     """The command that draws what the page shows."""
     own = {name: config.to_dict()[name] for name in changed(config)}
-    settings = "".join(f" -s '{name}={v if isinstance(v, str) else json.dumps(v)}'" for name, v in own.items())
-    asked = "" if question is None else f" --question {json.dumps(question)}"
-    return f"hf-tokenprune viz {model} IMAGE -m {config.method}{settings}{asked} --out picture.png"
+    words = ["hf-tokenprune", "viz", model, "IMAGE", "-m", config.method]
+    for name, value in own.items():
+        words += ["-s", f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"]
+    words += [] if question is None else ["--question", question]
+    return shlex.join([*words, "--out", "picture.png"])
 
 
 def changed(config: PruneConfig) -> dict[str, Any]:
