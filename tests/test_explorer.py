@@ -1,25 +1,32 @@
 """The page of ``hf-tokenprune explore`` in a real browser: what is chosen there is what is shown, and saved."""
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from hf_tokenprune import PruneConfig
+from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR
 from hf_tokenprune.engine import current_config
+from hf_tokenprune.explorer.models import PACKAGED, Models
 
 pytest.importorskip("gradio", reason="pip install hf-tokenprune[app]")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
 playwright = pytest.importorskip("playwright.sync_api")
 
-from hf_tokenprune.explorer.models import PACKAGED, Models
-from hf_tokenprune.explorer.page import Page
-
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DESKTOP, PHONE = {"width": 1300, "height": 1000}, {"width": 390, "height": 844}
 pytestmark = [
     pytest.mark.slow,
@@ -35,6 +42,8 @@ def models() -> Models:
 @pytest.fixture(scope="module")
 def address(models: Models) -> Iterator[str]:
     """Where the page is served."""
+    from hf_tokenprune.explorer.page import Page
+
     page = Page(models)
     _, url, _ = page.blocks.launch(prevent_thread_lock=True, quiet=True)
     yield url
@@ -55,11 +64,10 @@ class Visitor:
     def __init__(self, browser: Any, address: str, size: dict[str, int] = DESKTOP) -> None:
         self.tab = browser.new_context(viewport=size, accept_downloads=True).new_page()
         self.tab.set_default_timeout(60_000)
-        self.foreign: list[str] = []
-        self.tab.on("request", lambda request: self.foreign.append(request.url))
+        self.requests: list[str] = []
+        self.tab.on("request", lambda request: self.requests.append(request.url))
         self.tab.goto(address)
         self.tab.locator("#picture1 img").wait_for()
-        self.foreign = [url for url in self.foreign if not url.startswith((address, "data:", "blob:"))]
 
     def choose(self, what: str, value: str) -> None:
         """Of a list."""
@@ -112,11 +120,13 @@ def visitor(browser: Any, address: str) -> Iterator[Visitor]:
     visitor.tab.context.close()
 
 
-def test_it_opens_with_a_model_and_an_image(visitor: Visitor, tmp_path: Path) -> None:
+def test_it_opens_with_a_model_and_an_image(visitor: Visitor, address: str, tmp_path: Path) -> None:
     visitor.expect("said0", "7")
     visitor.expect("numbers", "59 of 196")
     assert visitor.config(0, tmp_path) == PruneConfig.for_method("salience_merge")
-    assert not visitor.foreign, "no other server is asked for anything"
+    assert visitor.requests
+    foreign = [url for url in visitor.requests if not url.startswith((address, "data:", "blob:"))]
+    assert not foreign, "no other server is asked for anything"
 
 
 def test_sliders_change_what_is_shown(visitor: Visitor, models: Models, tmp_path: Path) -> None:
@@ -190,6 +200,9 @@ def test_other_packaged_models(visitor: Visitor, name: str) -> None:
     visitor.choose("model", name)
     if PACKAGED[name].question:
         visitor.expect("picture1", "divprune")
+        visitor.expect("said0", "row 2 column 2")
+        visitor.choose("method1", "transprune")
+        visitor.expect("picture2", "transprune, layer 7")
         visitor.write("question", "how many 7s are there ?")
         visitor.expect("command0", "how many 7s are there ?")
     else:
@@ -209,6 +222,37 @@ def test_two_visitors_do_not_see_each_others_choices(browser: Any, address: str,
     other.expect("command0", "-s r=")
     assert one.config(0, tmp_path / "one").method == "uniform"
     assert other.config(0, tmp_path / "other").method == "tome"
+
+
+def test_the_space_is_the_same_page(tmp_path: Path) -> None:
+    """Started as the Hub starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(EXAMPLES.parent)}
+    running = subprocess.Popen([sys.executable, str(EXAMPLES / "space" / "app.py")], env=env, cwd=tmp_path)
+    try:
+        assert "hf_tokenprune" in answer_of(running, f"http://127.0.0.1:{port}/")
+    finally:
+        running.terminate()
+        running.wait()
+
+
+def answer_of(running: subprocess.Popen[bytes], address: str) -> str:
+    """As soon as there is one."""
+    end = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            assert running.poll() is None and time.monotonic() < end, "it does not answer"
+            time.sleep(0.5)
+
+
+def test_what_cannot_be_shown_is_said_on_the_command_line() -> None:
+    done = CliRunner().invoke(app, ["explore", "nowhere/to/be/found"])
+    assert done.exit_code == 1 and "no folder 'nowhere/to/be/found'" in done.stderr
 
 
 def test_it_fits_a_phone(browser: Any, address: str) -> None:

@@ -53,6 +53,7 @@ for module, name, arguments in (
     ("pictures.reports", "curves", ({"rows": [{"name": name, "kl": 1.0} for name in ("dense", "tome")]},)),
     ("search.strategies", "check_strategy", ("optuna", 1)),
     ("demo.digits", "originals", ()),
+    ("evaluation.optional", "require", ("gradio", "app")),
 ):
     try:
         getattr(importlib.import_module(f"hf_tokenprune.{module}"), name)(*arguments)
@@ -107,8 +108,8 @@ def test_installed_without_extras_it_prunes_and_says_what_needs_one(wheel: Path,
     packages = {re.split(r"[\[>=]", line)[0] for extra in extras for line in extras[extra].split() if "%" not in line}
     packages -= {"transformers"}  # of which an extra of its own is wanted
     missing = {name.replace("-", "_").replace("scikit_learn", "sklearn") for name in packages}
-    assert {"evaluate", "datasets", "accelerate", "matplotlib", "sklearn", "optuna", "peft"} <= missing
+    assert {"evaluate", "datasets", "accelerate", "matplotlib", "sklearn", "optuna", "peft", "gradio"} <= missing
     code = f"import sys; sys.path.insert(0, {str(installed)!r})\n" + WITHOUT_EXTRAS
     lines = run(sys.executable, "-c", code, tmp_path, ",".join(missing), cwd=tmp_path).splitlines()
-    for line, extra in zip(lines, ("eval", "eval", "plot", "optuna", "demo"), strict=True):
+    for line, extra in zip(lines, ("eval", "eval", "plot", "optuna", "demo", "app"), strict=True):
         assert f"hf-tokenprune[{extra}]" in line

@@ -27,5 +27,6 @@ def explore(
     from ..explorer.models import PACKAGED, Models
     from ..explorer.page import Page
 
-    page = Page(Models(placement), model or next(iter(PACKAGED)))
-    page.blocks.launch(server_name=host, server_port=port, inbrowser=browser, show_error=True)
+    models, first = Models(placement), model or next(iter(PACKAGED))
+    models[first]  # what is wrong with it is said here
+    Page(models, first).blocks.launch(server_name=host, server_port=port, inbrowser=browser, show_error=True)

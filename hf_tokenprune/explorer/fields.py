@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..config import PruneConfig
 from ..errors import ConfigError
 from ..field_types import few_values, field_types
-from ..registry import get_method
 
 EMPTY = "null"
 
@@ -21,24 +21,23 @@ class Control:
 
     Attributes:
         kind: "tick" for a bool, "list" where a field has few values, "text" for JSON.
-        default: of the field; for "text" as JSON.
+        value: of the field; for "text" as JSON.
         values: of a list.
         help: what the docstring of the config says of it.
     """
 
     name: str
     kind: Literal["tick", "list", "text"]
-    default: Any
+    value: Any
     values: tuple[Any, ...]
     help: str
 
 
-def controls(method: str) -> Iterator[Control]:
-    """One for each field of the method's config, in the order of the fields."""
-    config_class = get_method(method)
-    default, told = config_class(), told_of(config_class)
-    for name, hint in field_types(config_class).items():
-        value, values = default.to_dict()[name], few_values(hint)
+def controls(config: PruneConfig) -> Iterator[Control]:
+    """One for each field of a config, in the order of the fields."""
+    told, start = told_of(type(config)), config.to_dict()
+    for name, hint in field_types(type(config)).items():
+        value, values = start[name], few_values(hint)
         kind: Literal["tick", "list", "text"] = "tick" if hint is bool else "list" if values else "text"
         yield Control(name, kind, json.dumps(value) if kind == "text" else value, values, told.get(name, ""))
 
@@ -54,7 +53,7 @@ def value_of(control: Control, given: Any) -> Any:
     try:
         return json.loads(given.strip() or EMPTY)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{control.name} is {given!r}; expected JSON, such as {control.default}") from error
+        raise ConfigError(f"{control.name} is {given!r}; expected JSON, such as {control.value}") from error
 
 
 def told_of(config_class: type) -> dict[str, str]:

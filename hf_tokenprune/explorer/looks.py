@@ -34,7 +34,7 @@ class Choice:
     """A method as it was chosen on the page.
 
     Attributes:
-        fields: that are not as by default.
+        fields: that are not as at the start (``Loaded.start``).
         budget: share of the dense multiply-adds, at most; 1: the fields say how much.
     """
 
@@ -42,14 +42,14 @@ class Choice:
     fields: Mapping[str, Any]
     budget: float
 
-    def config_for(self, model: Any) -> PruneConfig:
-        """The config for ``model``.
+    def config_for(self, loaded: Loaded) -> PruneConfig:
+        """The config.
 
         Raises:
             ConfigError: a field, or the budget, is out of reach.
         """
-        config = PruneConfig.for_method(self.method, **self.fields)
-        return config if self.budget >= 1 else config.for_budget(model, speedup=1 / self.budget)
+        config = PruneConfig.from_dict({**loaded.start(self.method).to_dict(), **self.fields})
+        return config if self.budget >= 1 else config.for_budget(loaded.model, speedup=1 / self.budget)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def look(
     """
     with loaded.lock:
         model, processor = loaded.model, loaded.processor
-        configs = {name: c.config_for(model) for name, c in zip(labels(choices), choices, strict=True)}
+        configs = {name: c.config_for(loaded) for name, c in zip(labels(choices), choices, strict=True)}
         texts: dict[str, Any] = {"question": question if loaded.kind == "decoder" else None}
         if loaded.reads_names and class_names:
             texts |= {"class_names": class_names, "templates": ("{}",)}

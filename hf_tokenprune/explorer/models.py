@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..config import PruneConfig
 from ..demo.digits import MODEL_DIR, load_digits_split
 from ..demo.mosaics import CLIP_DIR, LLAVA_DIR, Mosaics, digit_pictures
+from ..demo.run import on_mini_llava
 from ..engine import default_config, find_adapter
 from ..registry import get_method, list_methods
 
@@ -28,6 +30,7 @@ class Packaged:
     images: Callable[[], Sequence[Image.Image]]
     question: str = ""
     class_names: tuple[str, ...] = ()
+    fit: Callable[[PruneConfig], PruneConfig] = lambda config: config  # a default config, for so few layers
 
 
 def digits() -> list[Image.Image]:
@@ -45,7 +48,7 @@ def mosaics() -> list[Image.Image]:
 PACKAGED = {
     "digits ViT": Packaged(str(MODEL_DIR), digits),
     "mini CLIP": Packaged(str(CLIP_DIR), mosaics, class_names=tuple(f"the {digit}" for digit in range(10))),
-    "mini LLaVA": Packaged(str(LLAVA_DIR), mosaics, question="where is the 7 ?"),
+    "mini LLaVA": Packaged(str(LLAVA_DIR), mosaics, question="where is the 7 ?", fit=on_mini_llava),
 }
 
 
@@ -55,6 +58,7 @@ class Loaded:
 
     model: Any
     processor: Any
+    fit: Callable[[PruneConfig], PruneConfig]
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -68,9 +72,17 @@ class Loaded:
         return [name for name in list_methods() if self.kind in get_method(name).prunes]
 
     @property
-    def default(self) -> str:
+    def default(self) -> PruneConfig:
         """What ``prune`` takes by itself."""
-        return default_config(self.model).method
+        return default_config(self.model)
+
+    def start(self, method: str) -> PruneConfig:
+        """The config that somebody who chooses ``method`` starts from.
+
+        Raises:
+            ConfigError: there is no such method.
+        """
+        return self.fit(self.default if method == self.default.method else PruneConfig.for_method(method))
 
     @property
     def reads_names(self) -> bool:
@@ -97,10 +109,10 @@ class Models:
 
         with self._lock:
             if name not in self._loaded:
-                path = PACKAGED[name].folder if name in PACKAGED else name
-                model = load_dense(path, self._device).eval()
+                packaged = PACKAGED.get(name, Packaged(name, list))
+                model = load_dense(packaged.folder, self._device).eval()
                 find_adapter(model)
-                self._loaded[name] = Loaded(model, processor_of(path, model))
+                self._loaded[name] = Loaded(model, processor_of(packaged.folder, model), packaged.fit)
                 while len(self._loaded) > KEPT:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(name)

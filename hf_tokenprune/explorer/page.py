@@ -72,9 +72,11 @@ class Page:
         )  # fmt: skip
         self.methods, self.fields = [], []
         for i, label in enumerate(("Method", "Beside it")):
-            self.methods.append(gr.Dropdown([NONE], value=NONE, label=label, elem_id=f"method{i}"))
+            self.methods.append(
+                gr.Dropdown([NONE], value=NONE, allow_custom_value=True, label=label, elem_id=f"method{i}")
+            )
             self.fields.append(gr.State({}))
-            gr.render(inputs=self.methods[i])(self._settings_of(i))
+            gr.render(inputs=[self.model, self.methods[i]])(self._settings_of(i))
 
     def _results(self) -> None:
         self.error = gr.Markdown(visible=False, elem_id="error")
@@ -91,11 +93,25 @@ class Page:
         self.numbers = gr.Dataframe(headers=COLUMNS, interactive=False, elem_id="numbers")
         self.taken = []
         for i in range(ARMS):
-            with gr.Accordion(" ", open=not i, visible=not i) as whole:
+            with gr.Accordion(" ", visible=not i) as whole:
                 code = gr.Code(label=CONFIG_NAME, language="json", interactive=False, elem_id=f"config{i}")
                 download = gr.DownloadButton(f"Download {CONFIG_NAME}", elem_id=f"download{i}")
-                python = gr.Code(label="In Python", language="python", interactive=False, elem_id=f"python{i}")
-                command = gr.Code(label="In a shell", language="shell", interactive=False, elem_id=f"command{i}")
+                python = gr.Code(
+                    label="In Python",
+                    language="python",
+                    lines=1,
+                    wrap_lines=True,
+                    interactive=False,
+                    elem_id=f"python{i}",
+                )
+                command = gr.Code(
+                    label="In a shell",
+                    language="shell",
+                    lines=1,
+                    wrap_lines=True,
+                    interactive=False,
+                    elem_id=f"command{i}",
+                )
             self.taken.append((whole, code, download, python, command))
 
     def _connect(self) -> None:
@@ -109,22 +125,24 @@ class Page:
         }  # fmt: skip
         chose = gr.on([self.blocks.load, self.model.input], self.chose, self.model, of_model, concurrency_id="models")
         chose.success(**self.update)
-        self.examples.select(self.chose_example, self.examples, self.image).then(**self.update)
+        self.examples.select(self.chose_example, self.examples, self.image)
         typed = [moment for box in (self.question, self.texts) for moment in (box.submit, box.blur)]
-        gr.on([self.image.input, *typed, self.budget.change], **self.update)
+        gr.on([self.image.change, *typed, self.budget.change], **self.update)
         moved: dict[str, Any] = {"fn": self.at_layer, "inputs": [self.seen, self.layer], "outputs": self.pictures}
         self.layer.change(**moved, show_progress="hidden", trigger_mode="always_last")
         for method, fields in zip(self.methods, self.fields, strict=True):
             method.input(dict, None, fields).then(**self.update)
 
-    def _settings_of(self, number: int) -> Callable[[str], None]:
+    def _settings_of(self, number: int) -> Callable[[str, str], None]:
         """What draws the fields of the method that is chosen."""
 
-        def settings(method: str) -> None:
-            if method == NONE:
+        def settings(model: str, method: str) -> None:
+            try:
+                config = self.models[model].start(method)
+            except READABLE:  # none is chosen, or none that there is
                 return
             with gr.Accordion(f"Settings of {method}", open=False, elem_id=f"settings{number}"):
-                for control in controls(method):
+                for control in controls(config):
                     field, moments = component(control, f"method{number}-{control.name}")
 
                     def put(fields: dict[str, Any], given: Any, control: Control = control) -> dict[str, Any]:
@@ -153,7 +171,7 @@ class Page:
             self.examples: gr.update(value=images, visible=bool(images)),
             self.question: gr.update(value=asked, visible=loaded.kind == "decoder"),
             self.texts: gr.update(value=", ".join(texts), visible=loaded.reads_names),
-            self.methods[0]: gr.update(choices=loaded.methods, value=loaded.default),
+            self.methods[0]: gr.update(choices=loaded.methods, value=loaded.default.method),
             **{other: gr.update(choices=[NONE, *loaded.methods], value=NONE) for other in self.methods[1:]},
             **{fields: {} for fields in self.fields},
         }
@@ -236,7 +254,7 @@ class Page:
 def component(control: Control, elem_id: str) -> tuple[Any, list[Any]]:
     """What a field is set with, and the moments at which somebody has set it."""
     how: dict[str, Any] = {
-        "label": control.name, "info": control.help, "value": control.default, "elem_id": elem_id, "interactive": True,
+        "label": control.name, "info": control.help, "value": control.value, "elem_id": elem_id, "interactive": True,
     }  # fmt: skip
     if control.kind == "tick":
         field: Any = gr.Checkbox(**how)
