@@ -333,14 +333,14 @@ def anchors(page: Path) -> list[str]:
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-def test_the_site_leads_to_every_page_and_the_readme_to_every_example() -> None:
+def test_the_site_leads_to_every_page_and_a_list_to_every_example() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in ROOT.glob("docs/**/*.md"):
         path = page.relative_to(ROOT / "docs").as_posix()
         assert re.search(rf" {path}$", nav, re.MULTILINE), f"the nav of mkdocs.yml lacks {path}"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    examples = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     for example in ROOT.glob("examples/*.py"):
-        assert f"({REPOSITORY}{name_of(example)})" in readme, f"README.md does not link to {name_of(example)}"
+        assert f"]({example.name})" in examples, f"examples/README.md does not link to {example.name}"
 
 
 @pytest.mark.parametrize("method", OUR_METHODS)

@@ -24,7 +24,7 @@ from ..pictures import Trace
 from ..pictures.tracing import saying, trace_inputs
 from .models import Loaded
 
-TIMED = 0.4
+TIMED = 0.2
 """Seconds that timing a look may take, after one round."""
 ROUNDS = 9
 
