@@ -29,6 +29,7 @@ CORE = {
         "config",
         "registry",
         "tokens",
+        "reductions",
         "signals",
         "methods",
         "adapters",
@@ -58,7 +59,8 @@ MAY_IMPORT = {
         "sharing",
     },  # see FACADES
     "tokens": {"errors"},
-    "signals": set(),
+    "reductions": set(),
+    "signals": {"reductions", "tokens"},
     "methods": GROUND | {"config", "methods"},
     "adapters": GROUND | {"adapters"},
     "engine": GROUND | {"config", "threads"},

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
-from ...signals import Stage
-from ...tokens import gather_tokens, merge_tokens, with_protected
+from ...signals import Merging, Reduction, Stage
+from ...tokens import merge_rows, row_numbers, take_rows
 from .._capture import CAPTURE_ARGUMENT, Capture, check_all_heads
 from ._carry import Carry
 
@@ -162,7 +162,10 @@ class PrunedVisionBlock(nn.Module):
             if stage.needs:
                 check_all_heads(keys, self.token_prune.num_heads)
             capture = Capture(stage.needs, bias)
-            capture.store(heads(parts.query, states[:, :1]), keys, values, parts.scaling)
+            first = keys[:, :, :0]  # nobody asks for it
+            if "cls_attention" in stage.needs:
+                first = parts.query(states[:, 0]).unflatten(-1, (-1, 1, parts.head_dim))
+            capture.store(first, keys, values, parts.scaling)
             tokens = self._reduce(stage, hidden_states, hidden_states, capture, carry)
             states = parts.norm(tokens)
         mask = None if bias is None else bias.to(keys.dtype)
@@ -175,19 +178,50 @@ class PrunedVisionBlock(nn.Module):
         state = self.token_prune
         n_keep = num_kept(stage, tokens.shape[1] - state.num_protected)
         sizes = carry.sizes.get(state.layer) if carry is not None else None
+        numbers = row_numbers(tokens) if carry is None else carry.row_numbers(tokens)
         # Autocast would take the scores to half precision.
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            signals = capture.signals(tokens, inputs, state.num_protected, state.has_cls, sizes)
+            signals = capture.signals(tokens, inputs, state.num_protected, state.has_cls, sizes, numbers)
             reduction = stage.reduce(signals, n_keep)
         for recorder in tuple(state.recorders):  # another thread may end its recording
             recorder.on_reduction(stage.name, reduction.keep)
-        if carry is not None:
-            carry.on_reduction(state.layer, reduction, tokens, state.num_protected, state.restore)
-        if reduction.merged is not None and reduction.into is not None:
-            protected, prunable = tokens.split([state.num_protected, tokens.shape[1] - state.num_protected], dim=1)
-            merged = merge_tokens(prunable, reduction.keep, reduction.merged, reduction.into, reduction.weights)
-            return torch.cat([protected, merged], dim=1)
-        return gather_tokens(tokens, with_protected(reduction.keep, state.num_protected))
+        if carry is not None and state.restore:
+            carry.remember(state.layer, reduction, tokens, state.num_protected)
+        if isinstance(reduction, Reduction):
+            rows, first = signals.rows, signals.rows[:, state.num_protected : state.num_protected + 1]
+            rows = torch.cat([rows[:, : state.num_protected], reduction.keep + first], dim=1)
+            reduced, sizes = take_rows(tokens, rows), None if sizes is None else take_rows(sizes, rows)
+        else:
+            reduced, sizes = merge_tokens(tokens, sizes, reduction)
+        if carry is not None and sizes is not None:
+            carry.sizes[state.layer + 1] = sizes
+        return reduced
+
+
+def merge_tokens(tokens: Tensor, sizes: Tensor | None, merging: Merging) -> tuple[Tensor, Tensor | None]:
+    """States (B, P + n, D) and sizes (B, P + n) of what goes on of ``tokens`` (B, P + N, D).
+
+    Args:
+        sizes: (B, P + N) float32; None: one each.
+    """
+    rows, into = merging.rows, merging.into
+    moved = take_rows(tokens, rows)
+    if moved.dtype.itemsize < 4:  # sums of many could overflow
+        moved = moved.float()
+    weights = sizes if merging.weights is None else merging.weights
+    if weights is None:
+        weights = moved.new_ones(rows.shape, dtype=torch.float32)
+    else:
+        weights = take_rows(weights, rows)
+        moved.mul_(weights.unsqueeze(-1))
+    states = merge_rows(moved, into)
+    if not merging.average:
+        return states.to(tokens.dtype), None
+    total = merge_rows(weights, into)
+    states.div_(total.unsqueeze(-1))
+    if merging.weights is not None:
+        total = merge_rows(torch.ones_like(weights) if sizes is None else take_rows(sizes, rows), into)
+    return states.to(tokens.dtype), total
 
 
 def num_kept(stage: Stage, num_prunable: int) -> int:
