@@ -178,19 +178,19 @@ def capture_attention_forward(
         whole = piece == query.shape[0]  # not split, which would fix the batch size of an exported graph
         splits = ((x,) if whole else x.split(piece) for x in (query, key, value))
         for i, (q, k, v) in enumerate(zip(*splits, strict=True)):
-            flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))  # (b · H, T, d)
-            start, beta = query.new_zeros((), dtype=torch.float32), 0
+            flat_q, flat_k, flat_v = (x.contiguous().flatten(0, 1) for x in (q, k, v))  # (b · H, T, d)
+            flat_q, flat_k = flat_q.float(), flat_k.float()
+            start, beta = flat_q[:1, :1, :1], 0  # ignored
             if capture.bias is not None:
                 start, beta = capture.bias[i * piece : i * piece + q.shape[0]].repeat_interleave(heads, 0).squeeze(1), 1
-            logits = torch.baddbmm(start, flat_q.float(), flat_k.float().mT, beta=beta, alpha=scaling)
-            attention = logits.softmax(-1)
+            attention = torch.baddbmm(start, flat_q, flat_k.mT, beta=beta, alpha=scaling).softmax(-1)
             maps.append(attention.detach().unflatten(0, q.shape[:2]))
             weights = F.dropout(attention.to(v.dtype), p=dropout, training=module.training)
-            outputs.append((weights @ flat_v).unflatten(0, q.shape[:2]).transpose(1, 2))
+            outputs.append(torch.bmm(weights, flat_v).unflatten(0, q.shape[:2]).transpose(1, 2))
     # Only the eager attention returns its weights (for output_attentions); a fused one would not.
     returned = torch.cat(maps).to(query.dtype) if implementation == "eager" else None
     capture.attention += maps
-    return torch.cat(outputs), returned
+    return outputs[0] if whole else torch.cat(outputs), returned
 
 
 def check_all_heads(states: Tensor, num_heads: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..signals import Merging, ModelShape, Reduction, Signals, Stage
+from .similarity import SHORT, products, shortened
 from .visionwise import VisionConfig
 
 C = TypeVar("C", bound="MergingConfig")
@@ -165,24 +166,6 @@ def keys_by_head(signals: Signals) -> Tensor:
     The cosine of two of them is the mean over heads of the cosines of their keys.
     """
     return shortened(signals.need("keys").transpose(1, 2).float()).flatten(2)
-
-
-SHORT = 1e-4
-"""Length of vectors whose direction alone counts."""
-
-
-def shortened(vectors: Tensor) -> Tensor:
-    """(..., d) float32 brought to length :data:`SHORT`; what is shorter, such as a zero vector, stays as it is.
-
-    That is one operation, where ``F.normalize`` takes three; products are to be divided by ``SHORT ** 2``.
-    """
-    return torch.renorm(vectors.flatten(0, -2), p=2, dim=0, maxnorm=SHORT).view(vectors.shape)
-
-
-def products(one: Tensor, other: Tensor, scale: float) -> Tensor:
-    """``scale`` times the scalar products of (B, n, d) and (B, m, d), as (B, n, m)."""
-    ignored = one[:, :1, :1]  # with beta=0
-    return torch.baddbmm(ignored, one, other.mT, beta=0, alpha=scale)
 
 
 class Matching(NamedTuple):

@@ -22,7 +22,8 @@ from ..signals import Merging, ModelShape, Reduction, Signals, Stage
 from ..tokens import num_to_keep, stable_order
 from .decoderwise import scaled_ratio
 from .layerwise import LayerwiseConfig
-from .merging import SHORT, everything, in_place, mean_keys, products, shortened
+from .merging import everything, in_place, mean_keys
+from .similarity import SHORT, products, shortened
 
 
 @register_method("pitome")

@@ -28,8 +28,8 @@ from .merging import (
     match_alternate,
     mean_keys,
     merge_first,
-    shortened,
 )
+from .similarity import shortened
 from .visionwise import significance
 
 Similarity = Literal["per_head", "mean_key"]

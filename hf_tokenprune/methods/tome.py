@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from ..registry import register_method
 from ..signals import Merging, ModelShape, Reduction, Signals, Stage
 from ..tokens import stable_order
-from .merging import MergeStage, MergingConfig, everything, match_alternate, mean_keys, merge_first, shortened
+from .merging import MergeStage, MergingConfig, everything, match_alternate, mean_keys, merge_first
+from .similarity import shortened
 
 
 @register_method("tome")
