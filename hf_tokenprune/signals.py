@@ -299,6 +299,12 @@ class Stage:
         return frozenset()
 
     @property
+    def reads_tokens(self) -> bool:
+        """Of a stage behind a block of a vision encoder: whether it reads :attr:`Signals.tokens`. Where it does not, it
+        decides before the MLP, and signals are not held while that runs."""
+        return True
+
+    @property
     def text_rows(self) -> TextRows | None:
         """Which text the signals about text are of, for a stage that needs one."""
         return None

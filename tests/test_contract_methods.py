@@ -348,6 +348,15 @@ def test_decisions_never_wait_for_the_device(stage: Stage) -> None:
     assert keep.is_meta and keep.shape == keep_of(stage, signals).shape
 
 
+def test_a_stage_that_reads_no_tokens_does_not(stage: Stage) -> None:
+    """It may then decide before the MLP has made them."""
+    if stage.reads_tokens or in_decoder(stage):
+        return
+    signals = signals_for(stage, 2)
+    other = replace(signals, tokens=torch.full_like(signals.tokens, math.nan))
+    assert torch.equal(keep_of(stage, signals), keep_of(stage, other))
+
+
 def test_stages_are_values(stage: Stage) -> None:
     """They travel with the model: equal copies, hashable."""
     copy = pickle.loads(pickle.dumps(stage))

@@ -194,6 +194,10 @@ class ZeroTPruneStage(Stage):
         used = feature.get(self.config.similarity_feature)
         return frozenset({"attention"} | ({used} if used and self.num_similar else set()))
 
+    @property
+    def reads_tokens(self) -> bool:
+        return self.config.similarity_feature == "output"
+
     def num_kept(self, num_prunable: int) -> int:
         return num_to_keep(self.num_dissimilar(num_prunable), self.keep_ratio)
 
@@ -203,8 +207,7 @@ class ZeroTPruneStage(Stage):
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
         config, num_protected = self.config, signals.num_protected
-        num_tokens = signals.tokens.shape[1] - num_protected
-
+        num_tokens = signals.num_prunable
         options: dict[str, Any] = {"cls_boost": config.cls_boost and signals.has_cls, "renormalize": config.renormalize}
 
         def rank(num_iterations: int, *kept: Tensor) -> Tensor:
