@@ -1,4 +1,4 @@
-"""What a method sees (``ModelShape``, ``Signals``), what it is in a layer (``Stage``), what it returns (``Reduction``).
+"""What a method sees (``ModelShape``, ``Signals``), what it is in a layer (``Stage``).
 
 Axes: B batch, P protected tokens (always the first ones), N prunable tokens, H heads, D width, d head width, n kept,
 R rows of text, K layers, F frames.
@@ -10,6 +10,9 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from .reductions import Merging, Reduction
+from .tokens import row_numbers
 
 VISION_TOWER, ENTRANCE = -2, -1
 """Places in front of a decoder's first layer, in the order in which tokens pass them."""
@@ -152,6 +155,7 @@ class Signals:
         text_scores: decoders: (B, R) float32, what ``Stage.rate_text`` returned at the entrance.
         frames: decoders: F, frames of equally many ``tokens`` each, for a stage that prunes ``videos_only``; else 1.
         columns: vision towers of decoders: columns of the grid of an image's N tokens, which come row by row.
+        numbers: int64 0, 1, …, B · (P + N) or more of them, made once for all layers; see ``rows``.
     """
 
     tokens: Tensor
@@ -175,6 +179,20 @@ class Signals:
     text_scores: Tensor | None = None
     frames: int = 1
     columns: int | None = None
+    numbers: Tensor | None = None
+
+    @property
+    def num_prunable(self) -> int:
+        """N."""
+        return self.tokens.shape[1] - self.num_protected
+
+    @property
+    def rows(self) -> Tensor:
+        """(B, P + N) int64: the numbers of all tokens as rows of ``tokens.flatten(0, 1)``; those of sample 0 are the
+        positions 0, 1, …"""
+        numbers = row_numbers(self.tokens) if self.numbers is None else self.numbers
+        batch, length = self.tokens.shape[:2]
+        return numbers[: batch * length].view(batch, length)
 
     def need(self, name: str) -> Tensor:
         """The tensor called ``name``; it is there if ``Stage.needs`` has it."""
@@ -190,31 +208,6 @@ class Signals:
         sizes = [piece.shape[0] for piece in self.attention]
         rows = (tensor.split(sizes) for tensor in batched)
         return torch.cat([function(*piece) for piece in zip(self.attention, *rows, strict=True)])
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """Which tokens survive a pruning layer, and which of the others are merged into them.
-
-    A survivor's new state is the sum of ``weights · state`` over itself and what is merged into it; its size is the
-    sum of their sizes.
-
-    Attributes:
-        keep: (B, n) int64, positions among the N prunable tokens that entered, in the order in which they go on.
-            Ascending, but where a method says otherwise.
-        merged: (B, m) int64, positions of tokens that are merged into a survivor; None: the others just leave.
-        into: (B, m) int64, the place in ``keep`` of that survivor.
-        weights: (B, N) float32.
-        tokens: (B, n, D) new states of the tokens at ``keep`` instead, in a decoder or its vision tower.
-        importance: (B, N) float32 by which the method ranks tokens, higher = keep; for records. None: it has no such.
-    """
-
-    keep: Tensor
-    merged: Tensor | None = None
-    into: Tensor | None = None
-    weights: Tensor | None = None
-    tokens: Tensor | None = None
-    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -305,6 +298,12 @@ class Stage:
         return frozenset()
 
     @property
+    def reads_tokens(self) -> bool:
+        """Of a stage behind a block of a vision encoder: whether it reads ``Signals.tokens``. Where it does not, it
+        decides before the MLP, and signals are not held while that runs."""
+        return True
+
+    @property
     def text_rows(self) -> TextRows | None:
         """Which text the signals about text are of, for a stage that needs one."""
         return None
@@ -345,6 +344,6 @@ class Stage:
         """The same where the tokens are of so many frames."""
         return self.num_kept(num_prunable)
 
-    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction | Merging:
         """Choose ``n_keep`` tokens for every sample on its own: samples of a batch do not influence each other."""
         raise NotImplementedError

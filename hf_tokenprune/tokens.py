@@ -53,31 +53,30 @@ def top_tokens(importance: Tensor, n_keep: int) -> Tensor:
     return stable_order(importance, descending=True)[:, :n_keep].sort(dim=1).values
 
 
+def row_numbers(tokens: Tensor) -> Tensor:
+    """(B · N,) int64: 0, 1, …, which number the rows of ``tokens.flatten(0, 1)`` of (B, N, ...)."""
+    return torch.arange(tokens.shape[0] * tokens.shape[1], device=tokens.device)
+
+
+def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
+    """``tokens`` (B, N, ...) at ``rows`` (B, n) of ``tokens.flatten(0, 1)``, as (B, n, ...).
+
+    Rows are copied whole, which torch.gather, element by element, does several times slower.
+    """
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """``tokens`` (B, N, D) at ``index`` (B, n), as (B, n, D)."""
-    batch, num_tokens, width = tokens.shape
-    # Rows are copied whole, which torch.gather, element by element, does several times slower.
-    rows = index + num_tokens * torch.arange(batch, device=index.device).unsqueeze(1)
-    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(batch, index.shape[1], width)
+    numbers = row_numbers(tokens).view(tokens.shape[:2])
+    return take_rows(tokens, index + numbers[:, :1])
 
 
-def merge_tokens(tokens: Tensor, keep: Tensor, merged: Tensor, into: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sums over groups of tokens: each of ``keep`` (B, n) with those ``merged`` (B, m) ``into`` it, as (B, n, D).
-
-    Args:
-        tokens: (B, N, D).
-        into: (B, m) int64, places in ``keep``.
-        weights: (B, N) that tokens are multiplied with before; None: 1.
-    """
-    parts = [gather_tokens(tokens, index) for index in (keep, merged)]
-    if weights is not None:
-        weights = weights.to(tokens.dtype)
-        parts = [
-            part * weights.gather(1, index).unsqueeze(-1) for part, index in zip(parts, (keep, merged), strict=True)
-        ]
-    batch, n_keep = keep.shape
-    rows = into + n_keep * torch.arange(batch, device=into.device).unsqueeze(1)
-    return parts[0].flatten(0, 1).index_add(0, rows.flatten(), parts[1].flatten(0, 1)).view(batch, n_keep, -1)
+def merge_rows(moved: Tensor, into: Tensor) -> Tensor:
+    """Of ``moved`` (B, n + m, ...) the first n, with the last m added to those at the places ``into`` (B, m)."""
+    staying = moved.shape[1] - into.shape[1]
+    index = into if moved.dim() == 2 else into.unsqueeze(-1).expand(-1, -1, moved.shape[2])
+    return moved[:, :staying].scatter_add(1, index, moved[:, staying:])
 
 
 def with_protected(keep: Tensor, num_protected: int) -> Tensor:

@@ -31,6 +31,7 @@ CORE = {
         "config",
         "registry",
         "tokens",
+        "reductions",
         "signals",
         "methods",
         "adapters",
@@ -60,7 +61,8 @@ MAY_IMPORT = {
         "sharing",
     },  # see FACADES
     "tokens": {"errors"},
-    "signals": set(),
+    "reductions": set(),
+    "signals": {"reductions", "tokens"},
     "methods": GROUND | {"config", "methods"},
     "adapters": GROUND | {"adapters"},
     "engine": GROUND | {"config", "threads"},

@@ -29,6 +29,7 @@ def test_report_and_model_afterwards(family, where: str) -> None:
         low, high = row.speedup_quartiles
         assert (row.speedup is None and low < 1 < high) or low <= row.speedup <= high
         assert row.dense_peak_bytes > 0 and row.pruned_peak_bytes > 0
+        assert 0 < row.dense_operations < row.pruned_operations
     assert json.loads(json.dumps(report.to_dict()))["rounds"] == 3
     assert "of ideal" in report.summary()
     assert model.training and torch.get_num_threads() == threads

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from hf_tokenprune import PruneConfig, list_methods
-from hf_tokenprune.adapters.vision._carry import Carry
+from hf_tokenprune.adapters.vision._block import merge_tokens
 from hf_tokenprune.config import Where
 from hf_tokenprune.engine import options
 from hf_tokenprune.registry import get_method
-from hf_tokenprune.signals import DecoderShape, ModelShape, Reduction, Shape, Signals, Stage, Transition
-from hf_tokenprune.tokens import merge_tokens
+from hf_tokenprune.signals import DecoderShape, Merging, ModelShape, Shape, Signals, Stage, Transition
 
 from .families import methods_for, with_choices
 
@@ -224,27 +223,30 @@ def test_counts_order_and_range(stage: Stage, num_prunable: int, num_protected: 
     assert 1 <= keep.shape[1] <= num_prunable
     ascending = keep.sort(dim=1).values
     assert ascending.diff(dim=1).gt(0).all(), "unique"
-    assert reduction.merged is not None or torch.equal(keep, ascending), "only merging may reorder"
+    assert isinstance(reduction, Merging) or torch.equal(keep, ascending), "only merging may reorder"
     assert keep.min() >= 0 and keep.max() < num_prunable
     if reduction.tokens is not None:
         assert stage in DECODER_STAGES, "elsewhere sums of tokens do"
         assert reduction.tokens.shape == (*keep.shape, signals.tokens.shape[2])
-    if reduction.merged is not None:
-        check_groups(stage, reduction, num_prunable)
+    if isinstance(reduction, Merging):
+        check_groups(stage, reduction, signals)
 
 
-def check_groups(stage: Stage, reduction: Reduction, num_prunable: int) -> None:
+def check_groups(stage: Stage, reduction: Merging, signals: Signals) -> None:
     """Merged tokens are not among those that stay, each is merged once, and into one that stays."""
     keep, merged, into, weights = reduction.keep, reduction.merged, reduction.into, reduction.weights
-    assert stage.where in get_args(Where) and into is not None and weights is not None
+    num_protected, num_prunable = signals.num_protected, signals.num_prunable
+    assert stage.where in get_args(Where)
+    assert torch.equal(reduction.rows[:, :num_protected], signals.rows[:, :num_protected]), "these stay in front"
     assert merged.dtype == into.dtype == torch.int64 and merged.shape == into.shape
     named = torch.cat([keep, merged], 1)
     counts = torch.zeros(len(keep), num_prunable).scatter_add(1, named, torch.ones(named.shape))
     assert counts.max() <= 1
     assert counts.min() == 1 or not stage.merges, "a method that keeps sizes loses no token"
-    assert into.numel() == 0 or (into.min() >= 0 and into.max() < keep.shape[1])
-    assert weights.shape == (len(keep), num_prunable) and weights.dtype == torch.float32
-    assert weights.isfinite().all() and weights.min() >= 0
+    assert into.numel() == 0 or (into.min() >= num_protected and into.max() < num_protected + keep.shape[1])
+    if weights is not None:
+        assert weights.shape == signals.tokens.shape[:2] and weights.dtype == torch.float32
+        assert weights.isfinite().all() and weights.min() >= 0 and weights[:, :num_protected].eq(1).all()
 
 
 def test_merging_conserves_patches_and_averages(stage: Stage) -> None:
@@ -253,12 +255,9 @@ def test_merging_conserves_patches_and_averages(stage: Stage) -> None:
         return
     signals = signals_for(stage)
     reduction = stage.reduce(signals, stage.num_kept(36))
-    tokens = torch.ones(4, 37, 1)
-    carry = Carry(exact=False)
-    carry.sizes[stage.layer] = signals.sizes
-    carry.on_reduction(stage.layer, reduction, tokens, 1, restore=False)
-    torch.testing.assert_close(carry.sizes[stage.layer + 1].sum(1), signals.sizes.sum(1))
-    merged = merge_tokens(tokens[:, 1:], reduction.keep, reduction.merged, reduction.into, reduction.weights)
+    merged, sizes = merge_tokens(torch.ones(4, 37, 1), signals.sizes, reduction)
+    assert merged.shape == (4, 1 + stage.num_kept(36), 1) and sizes.shape == merged.shape[:2]
+    torch.testing.assert_close(sizes.sum(1), signals.sizes.sum(1))
     torch.testing.assert_close(merged, torch.ones_like(merged))
 
 
@@ -276,8 +275,8 @@ def test_a_batch_is_its_samples_alone(stage: Stage) -> None:
     assert torch.equal(together.keep, torch.cat([one.keep for one in alone]))
     for i, one in enumerate(alone):
         for name in ("tokens", "merged", "into", "weights"):
-            value = getattr(together, name)
-            assert (value is None) == (getattr(one, name) is None)
+            value = getattr(together, name, None)
+            assert (value is None) == (getattr(one, name, None) is None)
             if value is not None:
                 torch.testing.assert_close(value[i : i + 1], getattr(one, name))
 
@@ -296,7 +295,7 @@ def test_follows_a_permutation_or_ignores_the_content(stage: Stage) -> None:
     order = torch.cat([torch.arange(signals.num_protected), permutation + signals.num_protected])
     reduction = stage.reduce(signals, num_kept(stage, num_prunable))
     keep = reduction.keep
-    if reduction.tokens is not None or reduction.merged is not None:
+    if reduction.tokens is not None or isinstance(reduction, Merging):
         return  # what is merged into what may go by position
     if signals.columns is not None and not torch.equal(keep, keep_of(stage, replace(signals, columns=1))):
         return  # it looks at neighbours in the image
@@ -337,7 +336,7 @@ def test_identical_tokens_and_zero_vectors_are_survived(stage: Stage) -> None:
     keep = reduction.keep
     assert keep.shape == (2, num_kept(stage, num_prunable)) and keep.sort(dim=1).values.diff(dim=1).gt(0).all()
     assert reduction.tokens is None or reduction.tokens.isfinite().all()
-    assert reduction.weights is None or reduction.weights.isfinite().all()
+    assert getattr(reduction, "weights", None) is None or reduction.weights.isfinite().all()
 
 
 def test_decisions_never_wait_for_the_device(stage: Stage) -> None:
@@ -347,6 +346,15 @@ def test_decisions_never_wait_for_the_device(stage: Stage) -> None:
     meta = {k: tuple(p.to("meta") for p in v) if isinstance(v, tuple) else v.to("meta") for k, v in values.items()}
     keep = keep_of(stage, replace(signals, **meta))
     assert keep.is_meta and keep.shape == keep_of(stage, signals).shape
+
+
+def test_a_stage_that_reads_no_tokens_does_not(stage: Stage) -> None:
+    """It may then decide before the MLP has made them."""
+    if stage.reads_tokens or in_decoder(stage):
+        return
+    signals = signals_for(stage, 2)
+    other = replace(signals, tokens=torch.full_like(signals.tokens, math.nan))
+    assert torch.equal(keep_of(stage, signals), keep_of(stage, other))
 
 
 def test_stages_are_values(stage: Stage) -> None:

@@ -92,6 +92,7 @@ def test_report_and_model_afterwards(family: str) -> None:
             assert timing.dense_seconds > 0 and timing.pruned_seconds > 0
             assert timing.speedup is timing.speedup_quartiles is None, "two rounds tell nothing from noise"
         assert row.decision_share is row.decision_quartiles is None
+        assert 0 < row.dense_operations < row.pruned_operations
         assert row.dense_peak_bytes > 0 and row.pruned_peak_bytes > 0  # often both are the vision tower's
     assert model.training and torch.get_num_threads() == threads
     assert snapshot(model) == before
@@ -165,6 +166,8 @@ def test_a_dictionary_and_a_table() -> None:
         decision_quartiles=(0.01, 0.015),
         dense_peak_bytes=31_400_000,
         pruned_peak_bytes=8_000_000,
+        dense_operations=149,
+        pruned_operations=285,
     )
     report = GenerationBenchmarkReport((row,), macs, 7, {"device": "abacus"})
     data = report.to_dict()
@@ -197,6 +200,7 @@ def test_a_dictionary_and_a_table() -> None:
         "31",
         "->",
         "8",
+        *("149", "->", "285"),
     ]
     assert decode.split()[:8] == ["4", "decode", "a", "token", "250.0", "250.0", "noise", "[0.50,"]
     assert whole.split()[:5] == ["4", "end", "to", "end", "1000.0"]

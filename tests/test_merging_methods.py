@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 
 from hf_tokenprune import PruneConfig, ZeroTPruneConfig, prune, record
+from hf_tokenprune.adapters.vision._block import merge_tokens
 from hf_tokenprune.cost.vision import model_cost
 from hf_tokenprune.engine import options, plan
 from hf_tokenprune.errors import ConfigError, UnsupportedModelError
@@ -22,8 +23,7 @@ from hf_tokenprune.methods.salience_merge import SalienceMergeConfig, SalienceMe
 from hf_tokenprune.methods.tome import ToMeConfig, ToMeStage
 from hf_tokenprune.methods.visionwise import VisionConfig
 from hf_tokenprune.registry import get_adapter, get_method, list_methods
-from hf_tokenprune.signals import ModelShape, Reduction, Signals, Stage
-from hf_tokenprune.tokens import merge_tokens
+from hf_tokenprune.signals import Merging, ModelShape, Reduction, Signals, Stage
 
 from .families import images, inputs_for, refused, supported_classes, tiny_model
 from .reference_merging import Groups, naive_ats, naive_evit, naive_pitome, naive_salience_merge, naive_tome
@@ -42,16 +42,19 @@ def signals(request: pytest.FixtureRequest) -> Signals:
     return replace(made, sizes=None) if request.param == "first" else made
 
 
-def groups_of(reduction: Reduction, row: int) -> Groups:
-    """Each token that stays, with the weights of all that its new state is made of."""
-    keep = reduction.keep[row].tolist()
-    if reduction.merged is None:
+def groups_of(reduction: Reduction | Merging, signals: Signals, row: int) -> Groups:
+    """Each token that stays, with the weights of all that its state is made of: what merging does to unit vectors."""
+    keep, num_tokens = reduction.keep[row].tolist(), signals.tokens.shape[1]
+    if isinstance(reduction, Reduction):
         return {token: {token: 1.0} for token in keep}
-    weights = reduction.weights[row].tolist()
-    groups = {token: {token: weights[token]} for token in keep}
-    for token, place in zip(reduction.merged[row].tolist(), reduction.into[row].tolist(), strict=True):
-        groups[keep[place]][token] = weights[token]
-    return groups
+    units = torch.eye(num_tokens).expand(len(signals.tokens), -1, -1)
+    states = merge_tokens(units, signals.sizes, reduction)[0][row]
+    assert torch.equal(states[: signals.num_protected], torch.eye(num_tokens)[: signals.num_protected])
+    patches = states[signals.num_protected :, signals.num_protected :]
+    return {
+        token: {i: weight for i, weight in enumerate(weights.tolist()) if weight}
+        for token, weights in zip(keep, patches, strict=True)
+    }
 
 
 def check(stage: Stage, signals: Signals, expected: list[Groups]) -> None:
@@ -59,10 +62,10 @@ def check(stage: Stage, signals: Signals, expected: list[Groups]) -> None:
     patches = signals.tokens[:, signals.num_protected :]
     reduction = stage.reduce(signals, stage.num_kept(patches.shape[1]))
     states = patches.gather(1, reduction.keep.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-    if reduction.merged is not None:
-        states = merge_tokens(patches, reduction.keep, reduction.merged, reduction.into, reduction.weights)
+    if isinstance(reduction, Merging):
+        states = merge_tokens(signals.tokens, signals.sizes, reduction)[0][:, signals.num_protected :]
     for row, groups in enumerate(expected):
-        found = groups_of(reduction, row)
+        found = groups_of(reduction, signals, row)
         assert [(token, set(members)) for token, members in found.items()] == [(t, set(m)) for t, m in groups.items()]
         for token, members in groups.items():
             assert found[token] == pytest.approx(members, rel=1e-5)
@@ -129,8 +132,8 @@ def test_pitome_sees_tokens_as_a_set() -> None:
         sizes=signals.sizes[:, positions],
     )
     stage = PiToMeStage(2, "mid_block", 0.7, 0.5, True)
-    groups = {frozenset(members) for members in groups_of(stage.reduce(signals, 17), 0).values()}
-    moved = groups_of(stage.reduce(permuted, 17), 0)
+    groups = {frozenset(members) for members in groups_of(stage.reduce(signals, 17), signals, 0).values()}
+    moved = groups_of(stage.reduce(permuted, 17), permuted, 0)
     assert {frozenset(order[list(members)].tolist()) for members in moved.values()} == groups
 
 
@@ -150,14 +153,14 @@ def test_pitome_sees_tokens_as_a_set() -> None:
 def test_keeping_all_is_the_identity(signals: Signals, stage: Stage) -> None:
     assert stage.num_kept(25) == 25
     reduction = stage.reduce(signals, 25)
-    assert torch.equal(reduction.keep, torch.arange(25).expand(BATCH, -1)) and reduction.merged is None
+    assert torch.equal(reduction.keep, torch.arange(25).expand(BATCH, -1)) and isinstance(reduction, Reduction)
 
 
 def test_tokens_that_nothing_speaks_for_are_averaged_evenly() -> None:
     signals = make_signals(1, 25)
     signals = replace(signals, values=torch.zeros_like(signals.values))
     stage = SalienceMergeStage(0, "mid_block", 12, True)
-    for members in groups_of(stage.reduce(signals, 13), 0).values():
+    for members in groups_of(stage.reduce(signals, 13), signals, 0).values():
         assert list(members.values()) == pytest.approx([1 / len(members)] * len(members))
 
 

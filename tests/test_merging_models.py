@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_tokenprune import PruneConfig, UnsupportedModelError, prune, record
 from hf_tokenprune.adapters._capture import Capture, capture_attention_forward, enable_capture
-from hf_tokenprune.adapters.vision._carry import Carry
+from hf_tokenprune.adapters.vision import _block
 from hf_tokenprune.engine import plan
 from hf_tokenprune.methods.tome import ToMeStage
 from hf_tokenprune.registry import get_adapter
@@ -197,13 +197,14 @@ def test_token_mass_is_conserved(pair: Any, monkeypatch: pytest.MonkeyPatch) -> 
     (family, config), model = pair, tiny_model(*pair[0])
     shape = get_adapter(family[0]).shape(model)
     sizes: list[Tensor] = []
-    stock = Carry.on_reduction
+    stock = _block.merge_tokens
 
-    def watched(self: Carry, layer: int, *args: Any) -> None:
-        stock(self, layer, *args)
-        sizes.append(self.sizes[layer + 1])
+    def watched(*args: Any) -> Any:
+        merged = stock(*args)
+        sizes.append(merged[1])
+        return merged
 
-    monkeypatch.setattr(Carry, "on_reduction", watched)
+    monkeypatch.setattr(_block, "merge_tokens", watched)
     with torch.no_grad():
         prune(model, config)(**inputs_for(model, images(BATCH)))
     assert len(sizes) == len(plan(config, shape))

@@ -19,7 +19,7 @@ from hf_tokenprune.adapters.vision._carry import Carry
 from hf_tokenprune.cost import cost
 from hf_tokenprune.engine import plan
 from hf_tokenprune.registry import get_adapter
-from hf_tokenprune.signals import Reduction
+from hf_tokenprune.signals import Merging, Reduction
 
 from .families import inputs_for, methods_for, refused, supported_classes, takes, tiny_model
 
@@ -112,9 +112,12 @@ def test_a_patch_gets_the_state_of_who_stands_for_it_or_its_own_last_one(kinds: 
         n_keep, left = count - 3, {"merge": count, "drop": count - 3, "both": count - 1}[kind]
         keep, merged = order[:, :n_keep].sort(dim=1).values, order[:, n_keep:left]
         into = torch.randint(n_keep, merged.shape)
-        reduction = Reduction(keep) if kind == "drop" else Reduction(keep, merged, into)
+        first = torch.tensor([[0], [protected + count]])  # row of each sample's first token
+        zeros = torch.zeros(batch, protected, dtype=torch.int64)
+        rows = torch.cat([zeros, protected + torch.cat([keep, merged], dim=1)], dim=1) + first
+        merging = Merging(rows, protected + into, first, protected)
         carry.on_block(layer)
-        carry.on_reduction(layer, reduction, tokens, protected, restore=True)
+        carry.remember(layer, Reduction(keep) if kind == "drop" else merging, tokens, protected)
         for b, patch in product(range(batch), range(12)):
             place = owner[b][patch]
             if place is None:

@@ -9,7 +9,7 @@ from transformers import ViTForImageClassification
 
 from hf_tokenprune import PruneConfig, prune, record
 from hf_tokenprune.registry import get_adapter
-from hf_tokenprune.signals import Reduction, Stage
+from hf_tokenprune.signals import Merging, Reduction, Stage
 
 from .decoder_families import Case, collate, run, sample, tiny_vlm
 from .families import images, tiny_model
@@ -19,9 +19,9 @@ ENCODER_RANKS = {"evit": {"fuse": False}, "ats": {}, "zero_tprune": {"num_simila
 DECODER_RANKS = ["fastv", "pyramiddrop", "transprune", "cls_attention"]
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, stages: Iterable[Stage]) -> list[Reduction]:
+def watched(monkeypatch: pytest.MonkeyPatch, stages: Iterable[Stage]) -> list[Reduction | Merging]:
     """What the stages say from now on, in order."""
-    said: list[Reduction] = []
+    said: list[Reduction | Merging] = []
     for cls in {type(stage) for stage in stages}:
         stock = cls.reduce
         monkeypatch.setattr(cls, "reduce", lambda self, *a, stock=stock: said.append(stock(self, *a)) or said[-1])
@@ -45,9 +45,9 @@ def test_owners_are_the_groups_of_the_reductions_one_after_the_other(
         entering = [(position, {position}) for position in range(64)]  # who is there, and whom it stands for
         for (name, owners), reduction in zip(rec.owners.items(), said, strict=True):
             staying = [(entering[i][0], set(entering[i][1])) for i in reduction.keep[row].tolist()]
-            if reduction.merged is not None:
+            if isinstance(reduction, Merging):
                 for gone, place in zip(reduction.merged[row].tolist(), reduction.into[row].tolist(), strict=True):
-                    staying[place][1].update(entering[gone][1])
+                    staying[place - reduction.num_protected][1].update(entering[gone][1])
             expected = {member: survivor for survivor, members in staying for member in members}
             assert owners[row].tolist() == [expected.get(position, -1) for position in range(64)], name
             assert sorted({owner for owner in owners[row].tolist() if owner >= 0}) == rec.kept[name][row].tolist()

@@ -52,15 +52,19 @@ class Capture:
         found = {name: tensor.detach() for name, tensor in available.items() if name in needs}
         with torch.autocast(queries.device.type, enabled=False):
             if "cls_attention" in needs:
-                logits = (queries[:, :, :1].float() @ keys.float().mT) * scaling
-                attention = (logits if self.bias is None else logits + self.bias).softmax(-1)
-                found["cls_attention"] = attention.squeeze(2).detach()
+                found["cls_attention"] = first_row(queries.detach(), keys.detach(), scaling, self.bias)
             for name in needs & {"received_attention", "earlier_attention"}:
                 found[name] = received_attention(queries.detach(), keys.detach(), scaling, self.bias)
         self.found.append(found)
 
     def signals(
-        self, tokens: Tensor, inputs: Tensor, num_protected: int, has_cls: bool, sizes: Tensor | None = None
+        self,
+        tokens: Tensor,
+        inputs: Tensor,
+        num_protected: int,
+        has_cls: bool,
+        sizes: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> Signals:
         """What was captured, with the states (B, T, D) that entered the block and those that are to be pruned.
 
@@ -69,11 +73,21 @@ class Capture:
         attention = tuple(piece.to(tokens.device) for piece in self.attention) or None
         last = self.found[-1] if self.found else {}
         found: dict[str, Any] = {name: tensor.to(tokens.device) for name, tensor in last.items()}
-        return Signals(tokens, inputs, num_protected, has_cls, attention, sizes=sizes, **found)
+        return Signals(tokens, inputs, num_protected, has_cls, attention, sizes=sizes, numbers=numbers, **found)
 
 
 CURRENT: ContextVar[Capture | None] = ContextVar("hf_tokenprune_capture", default=None)
 """What the vision tower that runs now captures, where blocks do not hand keyword arguments on to their attention."""
+
+
+def first_row(queries: Tensor, keys: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """The attention of token 0: (B, H, T, d) -> (B, H, T) float32. ``bias``: (B, 1, 1, T)."""
+    # The query of a head with zeros in the place of the others, so that keys of all heads, which lie side by side, are
+    # not copied head by head.
+    by_head = torch.diag_embed(queries[:, :, 0].float().mT, dim1=1, dim2=2).flatten(2)  # (B, H, H · d)
+    beta, start = (0, by_head[:, :1, :1]) if bias is None else (1, bias.squeeze(1))
+    side_by_side = keys.float().transpose(1, 2).flatten(2)
+    return torch.baddbmm(start, by_head, side_by_side.mT, beta=beta, alpha=scaling).softmax(-1)
 
 
 def received_attention(queries: Tensor, keys: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
@@ -164,19 +178,19 @@ def capture_attention_forward(
         whole = piece == query.shape[0]  # not split, which would fix the batch size of an exported graph
         splits = ((x,) if whole else x.split(piece) for x in (query, key, value))
         for i, (q, k, v) in enumerate(zip(*splits, strict=True)):
-            flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))  # (b · H, T, d)
-            start, beta = query.new_zeros((), dtype=torch.float32), 0
+            flat_q, flat_k, flat_v = (x.contiguous().flatten(0, 1) for x in (q, k, v))  # (b · H, T, d)
+            flat_q, flat_k = flat_q.float(), flat_k.float()
+            start, beta = flat_q[:1, :1, :1], 0  # ignored
             if capture.bias is not None:
                 start, beta = capture.bias[i * piece : i * piece + q.shape[0]].repeat_interleave(heads, 0).squeeze(1), 1
-            logits = torch.baddbmm(start, flat_q.float(), flat_k.float().mT, beta=beta, alpha=scaling)
-            attention = logits.softmax(-1)
+            attention = torch.baddbmm(start, flat_q, flat_k.mT, beta=beta, alpha=scaling).softmax(-1)
             maps.append(attention.detach().unflatten(0, q.shape[:2]))
             weights = F.dropout(attention.to(v.dtype), p=dropout, training=module.training)
-            outputs.append((weights @ flat_v).unflatten(0, q.shape[:2]).transpose(1, 2))
+            outputs.append(torch.bmm(weights, flat_v).unflatten(0, q.shape[:2]).transpose(1, 2))
     # Only the eager attention returns its weights (for output_attentions); a fused one would not.
     returned = torch.cat(maps).to(query.dtype) if implementation == "eager" else None
     capture.attention += maps
-    return torch.cat(outputs), returned
+    return outputs[0] if whole else torch.cat(outputs), returned
 
 
 def check_all_heads(states: Tensor, num_heads: int) -> None:

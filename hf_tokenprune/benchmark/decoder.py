@@ -13,6 +13,7 @@ from ..cost import GenerationCostReport
 from ..engine import find_adapter
 from ..errors import UnsupportedModelError
 from .medians import Quartiles, cell, decision_share, explained, over, shown
+from .operations import count_operations
 from .timing import Arms, Repeats, Timing, peak_bytes, seconds
 
 PARTS = {"prefill": "prefill", "decode": "decode a token", "end_to_end": "end to end"}
@@ -31,6 +32,7 @@ class GenerationRow:
             "given" drops as many tokens without choosing; None where it cannot be told from noise, see `medians`.
         decision_quartiles: its lower and upper quartile; None of too few rounds.
         dense_peak_bytes, pruned_peak_bytes: most memory held at once by tensors of one prefill (without the weights).
+        dense_operations, pruned_operations: what one prefill dispatches, views not counted; see `operations`.
     """
 
     batch_size: int
@@ -41,6 +43,8 @@ class GenerationRow:
     decision_quartiles: Quartiles | None
     dense_peak_bytes: int
     pruned_peak_bytes: int
+    dense_operations: int
+    pruned_operations: int
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,12 @@ class GenerationBenchmarkReport:
         """A table with three rows a batch size."""
         lines = [
             f"{'batch':>5}  {'part':<14}{'dense ms':>11}{'pruned ms':>11}{'speed-up':>21}"
-            f"{'ideal':>7}{'of ideal':>10}{'decision':>24}{'peak memory MB':>17}"
+            f"{'ideal':>7}{'of ideal':>10}{'decision':>24}{'peak memory MB':>17}{'operations':>15}"
         ]
         for row in self.rows:
             memory = f"{row.dense_peak_bytes / 1e6:.0f} -> {row.pruned_peak_bytes / 1e6:.0f}"
-            of_prefill = f"{cell(row.decision_share, row.decision_quartiles, '.1%'):>24}{memory:>17}"
+            operations = f"{row.dense_operations} -> {row.pruned_operations}"
+            of_prefill = f"{cell(row.decision_share, row.decision_quartiles, '.1%'):>24}{memory:>17}{operations:>15}"
             for part, ideal in self.ideal.items():
                 timing: Timing = getattr(row, part)
                 lines.append(
@@ -123,8 +128,8 @@ def measure_generation(
         min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0
     )
 
-    def prefill() -> None:
-        model(**inputs, use_cache=True, logits_to_keep=1)
+    def prefill(**given: Tensor) -> None:
+        model(**(given or inputs), use_cache=True, logits_to_keep=1)
 
     def measure() -> tuple[float, float, float]:
         clock = TokenClock()
@@ -144,6 +149,8 @@ def measure_generation(
         decision_quartiles=share_quartiles,
         dense_peak_bytes=arms.run("dense", lambda: peak_bytes(prefill)),
         pruned_peak_bytes=arms.run("pruned", lambda: peak_bytes(prefill)),
+        dense_operations=arms.run("dense", lambda: count_operations(prefill, inputs)),
+        pruned_operations=arms.run("pruned", lambda: count_operations(prefill, inputs)),
     )
 
 

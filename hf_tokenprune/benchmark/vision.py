@@ -9,6 +9,7 @@ import torch
 
 from ..cost import CostReport
 from .medians import Quartiles, cell, decision_share, explained, over, shown
+from .operations import count_operations
 from .timing import Arms, Repeats, Timing, peak_bytes, seconds
 
 
@@ -23,6 +24,7 @@ class BenchmarkRow:
             time, where "given" drops as many tokens without choosing; None where it cannot be told from noise.
         decision_quartiles: its lower and upper quartile; None of too few rounds.
         dense_peak_bytes, pruned_peak_bytes: most memory held at once by tensors of one forward (without the weights).
+        dense_operations, pruned_operations: what one forward dispatches, views not counted; see `operations`.
     """
 
     batch_size: int
@@ -34,6 +36,8 @@ class BenchmarkRow:
     decision_quartiles: Quartiles | None
     dense_peak_bytes: int
     pruned_peak_bytes: int
+    dense_operations: int
+    pruned_operations: int
 
     @property
     def images_per_second(self) -> tuple[float, float]:
@@ -60,16 +64,17 @@ class BenchmarkReport:
         ideal = self.macs.ideal_speedup
         lines = [
             f"{'batch':>5}{'dense img/s':>13}{'pruned img/s':>14}{'speed-up':>21}{'ideal':>7}"
-            f"{'of ideal':>10}{'decision':>24}{'peak memory MB':>17}"
+            f"{'of ideal':>10}{'decision':>24}{'peak memory MB':>17}{'operations':>15}"
         ]
         for row in self.rows:
             dense_rate, pruned_rate = row.images_per_second
             memory = f"{row.dense_peak_bytes / 1e6:.0f} -> {row.pruned_peak_bytes / 1e6:.0f}"
+            operations = f"{row.dense_operations} -> {row.pruned_operations}"
             lines.append(
                 f"{row.batch_size:>5}{dense_rate:>13.1f}{pruned_rate:>14.1f}"
                 f"{cell(row.speedup, row.speedup_quartiles, '.2f'):>21}{ideal:>7.2f}"
                 f"{shown(over(row.speedup, ideal), '.2f'):>10}"
-                f"{cell(row.decision_share, row.decision_quartiles, '.1%'):>24}{memory:>17}"
+                f"{cell(row.decision_share, row.decision_quartiles, '.1%'):>24}{memory:>17}{operations:>15}"
             )
         setting = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         lines.append(f"{self.rounds} interleaved rounds; medians; {explained(''.join(lines), self.rounds)}; {setting}")
@@ -96,4 +101,6 @@ def measure_images(arms: Arms, batch_size: int, image_size: tuple[int, int] | No
         decision_quartiles=share_quartiles,
         dense_peak_bytes=arms.run("dense", lambda: peak_bytes(forward)),
         pruned_peak_bytes=arms.run("pruned", lambda: peak_bytes(forward)),
+        dense_operations=arms.run("dense", lambda: count_operations(run, inputs)),
+        pruned_operations=arms.run("pruned", lambda: count_operations(run, inputs)),
     )

@@ -51,6 +51,10 @@ class ATSStage(Stage):
     def needs(self) -> frozenset[str]:
         return frozenset({"cls_attention", "values"})
 
+    @property
+    def reads_tokens(self) -> bool:
+        return False
+
     def num_kept(self, num_prunable: int) -> int:
         return num_to_keep(num_prunable, self.keep_ratio)
 

@@ -10,14 +10,15 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..config import Where
 from ..registry import register_method
-from ..signals import ModelShape, Reduction, Signals, Stage
-from ..tokens import top_tokens
+from ..signals import Merging, ModelShape, Reduction, Signals, Stage
+from ..tokens import stable_order, top_tokens
 from .layerwise import LayerwiseConfig
-from .merging import everything, joined
+from .merging import everything, in_place
 
 
 @register_method("evit")
@@ -62,18 +63,23 @@ class EViTStage(Stage):
     def num_kept(self, num_prunable: int) -> int:
         return min(self.num_attentive(num_prunable) + self.fuse, num_prunable)
 
-    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        attention = signals.need("cls_attention")[:, :, signals.num_protected :].mean(1)
-        if n_keep == attention.shape[1]:
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction | Merging:
+        if n_keep == signals.num_prunable:
             return everything(signals)
+        attention = signals.need("cls_attention").mean(1)
+        importance = attention[:, signals.num_protected :]
         if not self.fuse:
-            return Reduction(top_tokens(attention, n_keep), importance=attention)
-        return replace(fused(attention, n_keep - 1), importance=attention)
+            return Reduction(top_tokens(importance, n_keep), importance=importance)
+        return replace(fused(signals, attention, n_keep - 1), importance=importance)
 
 
-def fused(attention: Tensor, n_attentive: int) -> Reduction:
-    """The k tokens of greatest ``attention`` (B, N) as they are, the others summed with their attention as weight."""
-    inattentive = top_tokens(-attention, attention.shape[1] - n_attentive)
-    weights = attention.scatter(1, top_tokens(attention, n_attentive), 1.0)
+def fused(signals: Signals, attention: Tensor, n_attentive: int) -> Merging:
+    """The k tokens of greatest ``attention`` (B, P + N) as they are, the others summed with it as their weights."""
+    attention[:, : signals.num_protected] = math.inf
+    order = stable_order(attention, descending=True)
+    split = signals.num_protected + n_attentive
+    attentive, inattentive = order[:, :split], order[:, split:].sort(dim=1).values
     first, others = inattentive[:, :1], inattentive[:, 1:]
-    return joined(others, first.expand_as(others), weights)
+    staying = torch.cat([attentive, first], dim=1).sort(dim=1).values
+    weights = attention.scatter(1, attentive, 1.0)
+    return in_place(signals, staying, others, first, weights, average=False)

@@ -11,11 +11,10 @@ from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..signals import ModelShape, Reduction, Signals, Stage
-from ..tokens import stable_order, top_tokens
+from ..signals import Merging, ModelShape, Reduction, Signals, Stage
+from .similarity import SHORT, products, shortened
 from .visionwise import VisionConfig
 
 C = TypeVar("C", bound="MergingConfig")
@@ -157,96 +156,81 @@ class MergeStage(Stage):
 
 
 def mean_keys(signals: Signals) -> Tensor:
-    """(B, N, d) float32: the keys of the prunable tokens, averaged over heads."""
-    return signals.need("keys")[:, :, signals.num_protected :].float().mean(1)
+    """(B, P + N, d) float32: the keys, averaged over heads."""
+    return signals.need("keys").mean(1, dtype=torch.float32)
 
 
 def keys_by_head(signals: Signals) -> Tensor:
-    """(B, N, H · d) float32: the keys of the prunable tokens, each head's of length 1, side by side.
+    """(B, P + N, H · d) float32: the keys, each head's of length ``SHORT``, side by side.
 
     The cosine of two of them is the mean over heads of the cosines of their keys.
     """
-    keys = signals.need("keys")[:, :, signals.num_protected :].float()
-    return F.normalize(keys, dim=-1).transpose(1, 2).flatten(2)
-
-
-def prunable_sizes(signals: Signals) -> Tensor:
-    """(B, N) float32: patches that each prunable token stands for."""
-    num_protected = signals.num_protected
-    if signals.sizes is None:
-        return signals.tokens.new_ones(signals.tokens[:, num_protected:].shape[:2], dtype=torch.float32)
-    return signals.sizes[:, num_protected:]
+    return shortened(signals.need("keys").transpose(1, 2).float()).flatten(2)
 
 
 class Matching(NamedTuple):
     """Each of the tokens that look, with the most similar one of those that are sought.
 
     Attributes:
-        looking, sought: (a,) and (b,) int64 positions among the prunable tokens, ascending.
+        looking, sought: of the positions in the whole sequence.
         found: (B, a) int64, places in ``sought``.
         similarity: (B, a).
     """
 
-    looking: Tensor
-    sought: Tensor
+    looking: slice
+    sought: slice
     found: Tensor
     similarity: Tensor
 
 
-def match_alternate(metric: Tensor, num_protected: int) -> Matching:
+def match_alternate(metric: Tensor, num_protected: int, parts: int = 1) -> Matching:
     """Bipartite matching: every second token of the sequence looks for the most similar one of the others.
 
     Args:
-        metric: (B, N, d) float32 of the prunable tokens; similarity is the cosine.
+        metric: (B, P + N, parts · d) float32, vectors that are ``shortened``, so many side by side; similarity is
+            the mean of their cosines.
         num_protected: protected tokens stand in front and count in the alternation, but take no part.
     """
-    first = num_protected % 2  # of the prunable tokens at even places of the whole sequence
-    unit = F.normalize(metric, dim=-1)
-    nearest = (unit[:, first::2] @ unit[:, 1 - first :: 2].mT).max(-1)
-    positions = torch.arange(metric.shape[1], device=metric.device)
-    return Matching(positions[first::2], positions[1 - first :: 2], nearest.indices, nearest.values)
+    looking, sought = (slice(num_protected + (num_protected + turn) % 2, None, 2) for turn in (0, 1))
+    nearest = products(metric[:, looking], metric[:, sought], SHORT**-2 / parts).max(-1)
+    return Matching(looking, sought, nearest.indices, nearest.values)
 
 
-def merge_cheapest(matching: Matching, cost: Tensor, weights: Tensor, n_keep: int) -> Reduction:
-    """Merge the pairs of a matching whose ``cost`` (B, a) is least until ``n_keep`` tokens are left.
+def merge_first(
+    signals: Signals, matching: Matching, order: Tensor, n_keep: int, weights: Tensor | None = None
+) -> Merging:
+    """Merge the first pairs of a matching, in the ``order`` (B, a), until ``n_keep`` prunable tokens are left.
 
-    Features are averaged with ``weights`` (B, N). As in the published algorithm of ToMe, the tokens that looked and
-    were not merged go on in front of those that were sought: the next layer deals them out in that order.
+    Features are averaged with ``weights`` (B, P + N); None: sizes. As in the published algorithm of ToMe, the tokens
+    that looked and were not merged go on in front of those that were sought: the next layer deals them out in that
+    order.
     """
-    count = weights.shape[1] - n_keep
-    order = stable_order(cost)
-    pairs, unmerged = order[:, :count], order[:, count:].sort(dim=1).values
-    merged, found = matching.looking[pairs], matching.found.gather(1, pairs)
-    keep = torch.cat([matching.looking[unmerged], matching.sought.expand(cost.shape[0], -1)], dim=1)
-    return Reduction(keep, merged, unmerged.shape[1] + found, shares(weights, merged, matching.sought[found]))
+    count, num_protected, rows = signals.num_prunable - n_keep, signals.num_protected, signals.rows
+    ordered = rows[:, matching.looking].gather(1, order)
+    merged, unmerged = ordered[:, :count], ordered[:, count:].sort(dim=1).values
+    into = matching.found.gather(1, order[:, :count]) + (num_protected + unmerged.shape[1])
+    moved = torch.cat([rows[:, :num_protected], unmerged, rows[:, matching.sought], merged], dim=1)
+    return Merging(moved, into, rows[:, :1], num_protected, weights)
 
 
-def merged_into(merged: Tensor, targets: Tensor, weights: Tensor) -> Reduction:
-    """The tokens ``merged`` (B, m) join ``targets`` (B, m), none of which is merged; all others stay as they are.
+def in_place(
+    signals: Signals,
+    staying: Tensor,
+    merged: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    average: bool = True,
+) -> Merging:
+    """Tokens ``merged`` (B, m) into ``targets`` (B, m or 1), while those that stay keep their order.
 
-    Features are averaged with ``weights`` (B, N), and tokens keep their order.
+    Positions are in the whole sequence; ``staying`` (B, P + n) are ascending, with the protected tokens in front.
     """
-    return joined(merged, targets, shares(weights, merged, targets))
-
-
-def shares(weights: Tensor, merged: Tensor, targets: Tensor) -> Tensor:
-    """(B, N): each token's part of the ``weights`` (B, N) of its group; even in a group without any weight."""
-    weights = weights.clamp_min(1e-12)
-    total = weights.scatter_add(1, targets, weights.gather(1, merged))
-    total = total.scatter(1, merged, total.gather(1, targets))
-    return weights / total
-
-
-def joined(merged: Tensor, targets: Tensor, weights: Tensor) -> Reduction:
-    """Like ``merged_into``, but features are summed with ``weights`` as they are."""
-    stays = torch.ones_like(weights, dtype=torch.int64).scatter(1, merged, 0)
-    keep = top_tokens(stays, weights.shape[1] - merged.shape[1])
-    place = stays.cumsum(1) - 1  # of a position in `keep`
-    return Reduction(keep, merged, place.gather(1, targets), weights)
+    into = (staying.unsqueeze(1) < targets.unsqueeze(2)).sum(2).expand_as(merged)
+    first = signals.rows[:, :1]
+    rows = torch.cat([staying, merged], dim=1) + first
+    return Merging(rows, into, first, signals.num_protected, weights, average)
 
 
 def everything(signals: Signals) -> Reduction:
     """All tokens stay."""
-    batch, num_tokens = signals.tokens.shape[:2]
-    positions = torch.arange(num_tokens - signals.num_protected, device=signals.tokens.device)
-    return Reduction(positions.expand(batch, -1))
+    return Reduction(signals.rows[0, : signals.num_prunable].expand(signals.tokens.shape[0], -1))

@@ -9,20 +9,21 @@ Axes: B batch, N prunable tokens, d head width, k tokens merged.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Where
 from ..registry import register_method
-from ..signals import ModelShape, Reduction, Signals, Stage
+from ..signals import Merging, ModelShape, Reduction, Signals, Stage
 from ..tokens import num_to_keep, stable_order
 from .decoderwise import scaled_ratio
 from .layerwise import LayerwiseConfig
-from .merging import everything, mean_keys, merged_into, prunable_sizes
+from .merging import everything, in_place, mean_keys
+from .similarity import SHORT, products, shortened
 
 
 @register_method("pitome")
@@ -91,13 +92,22 @@ class PiToMeStage(Stage):
     def num_kept(self, num_prunable: int) -> int:
         return max(num_to_keep(num_prunable, self.keep_ratio), num_prunable - num_prunable // 2)
 
-    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        sizes = prunable_sizes(signals)
-        if n_keep == sizes.shape[1]:
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction | Merging:
+        """The 2k tokens of greatest energy take part: in that order the 1st, 3rd, ... each join the most similar of the
+        2nd, 4th, ..."""
+        if n_keep == signals.num_prunable:
             return everything(signals)
-        unit = F.normalize(mean_keys(signals), dim=-1)
-        merged, targets = match_by_energy(unit @ unit.mT, self.margin, sizes.shape[1] - n_keep)
-        return merged_into(merged, targets, sizes)
+        num_protected, count = signals.num_protected, signals.num_prunable - n_keep
+        keys = shortened(mean_keys(signals))
+        similarity = products(keys, keys, SHORT**-2)
+        scores = energy(similarity[:, :, num_protected:], self.margin)
+        scores[:, :num_protected] = -math.inf
+        order = stable_order(scores, descending=True)
+        merged, partners = order[:, 0 : 2 * count : 2], order[:, 1 : 2 * count : 2]
+        samples = signals.rows.view(-1)[: order.shape[0], None, None]  # 0, 1, …
+        between = similarity[samples, merged.unsqueeze(2), partners.unsqueeze(1)]
+        staying = torch.cat([partners, order[:, 2 * count :]], dim=1).sort(dim=1).values
+        return in_place(signals, staying, merged, partners.gather(1, between.argmax(-1)))
 
 
 def energy(similarity: Tensor, margin: float) -> Tensor:
@@ -105,18 +115,5 @@ def energy(similarity: Tensor, margin: float) -> Tensor:
 
     f(x) is x from the margin on, and exp(x − margin) − 1 below.
     """
-    alike = torch.where(similarity >= margin, similarity, torch.expm1(similarity - margin))
+    alike = torch.where(similarity >= margin, similarity, (similarity - margin).expm1_())
     return alike.mean(-1)  # a token's cosine with itself adds the same to all
-
-
-def match_by_energy(similarity: Tensor, margin: float, count: int) -> tuple[Tensor, Tensor]:
-    """Which ``count`` tokens are merged, and into whom: positions (B, k) each.
-
-    The 2k tokens of greatest energy take part: in that order the 1st, 3rd, ... each join the most similar of the 2nd,
-    4th, ...
-    """
-    order = stable_order(energy(similarity, margin), descending=True)[:, : 2 * count]
-    merged, partners = order[:, 0::2], order[:, 1::2]
-    rows = similarity.gather(1, merged.unsqueeze(-1).expand(-1, -1, similarity.shape[2]))
-    between = rows.gather(2, partners.unsqueeze(1).expand(-1, count, -1))
-    return merged, partners.gather(1, between.argmax(-1))

@@ -11,10 +11,13 @@ Axes: B batch, N prunable tokens.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import register_method
-from ..signals import ModelShape, Reduction, Signals, Stage
+from ..signals import Merging, ModelShape, Reduction, Signals, Stage
+from ..tokens import stable_order
 from .layerwise import at_depth
 from .merging import (
     MergeStage,
@@ -24,9 +27,9 @@ from .merging import (
     keys_by_head,
     match_alternate,
     mean_keys,
-    merge_cheapest,
-    prunable_sizes,
+    merge_first,
 )
+from .similarity import shortened
 from .visionwise import significance
 
 Similarity = Literal["per_head", "mean_key"]
@@ -72,14 +75,19 @@ class SalienceMergeStage(MergeStage):
     def needs(self) -> frozenset[str]:
         return frozenset({"keys", "values"} | ({"cls_attention"} if self.salience == "cls" else set()))
 
-    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        salience = significance(signals) if self.salience == "cls" else contrast(signals)
-        if n_keep == salience.shape[1]:
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction | Merging:
+        if n_keep == signals.num_prunable:
             return everything(signals)
-        keys = keys_by_head(signals) if self.similarity == "per_head" else mean_keys(signals)
-        matching = match_alternate(keys, signals.num_protected)
-        cost = salience[:, matching.looking] * (1 - matching.similarity)
-        return replace(merge_cheapest(matching, cost, salience, n_keep), importance=salience)
+        salience = significance(signals) if self.salience == "cls" else contrast(signals)
+        weights = F.pad(salience, (signals.num_protected, 0), value=1.0)
+        if self.similarity == "per_head":
+            matching = match_alternate(keys_by_head(signals), signals.num_protected, signals.need("keys").shape[1])
+        else:
+            matching = match_alternate(shortened(mean_keys(signals)), signals.num_protected)
+        own = weights[:, matching.looking]
+        cost = torch.addcmul(own, own, matching.similarity, value=-1)  # salience · (1 - similarity)
+        weights = weights.clamp_min(1e-12)  # tokens that nothing speaks for are averaged evenly
+        return replace(merge_first(signals, matching, stable_order(cost), n_keep, weights), importance=salience)
 
 
 def contrast(signals: Signals) -> Tensor:
@@ -92,4 +100,5 @@ def contrast(signals: Signals) -> Tensor:
     keys, values = (signals.need(name)[:, :, signals.num_protected :].float() for name in ("keys", "values"))
     query = -keys.mean(dim=2, keepdim=True)
     attention = ((query @ keys.mT).squeeze(2) * keys.shape[-1] ** -0.5).softmax(dim=-1)
-    return (attention * values.norm(dim=-1)).sum(1) * prunable_sizes(signals)
+    salience = (attention * values.norm(dim=-1)).sum(1)
+    return salience if signals.sizes is None else salience * signals.sizes[:, signals.num_protected :]

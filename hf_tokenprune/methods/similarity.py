@@ -30,6 +30,24 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
+SHORT = 1e-4
+"""Length of vectors whose direction alone counts."""
+
+
+def shortened(vectors: Tensor) -> Tensor:
+    """(..., d) float32 brought to length ``SHORT``; what is shorter, such as a zero vector, stays as it is.
+
+    That is one operation, where ``F.normalize`` takes three; products are to be divided by ``SHORT ** 2``.
+    """
+    return torch.renorm(vectors.flatten(0, -2), p=2, dim=0, maxnorm=SHORT).view(vectors.shape)
+
+
+def products(one: Tensor, other: Tensor, scale: float) -> Tensor:
+    """``scale`` times the scalar products of (B, n, d) and (B, m, d), as (B, n, m)."""
+    ignored = one[:, :1, :1]  # with beta=0
+    return torch.baddbmm(ignored, one, other.mT, beta=0, alpha=scale)
+
+
 def cosines(features: Tensor) -> Tensor:
     """(B, N, N) float32, of each two tokens of (B, N, D)."""
     rows = unit(features)

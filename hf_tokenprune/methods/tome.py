@@ -10,8 +10,10 @@ Axes: B batch, N prunable tokens.
 from dataclasses import dataclass
 
 from ..registry import register_method
-from ..signals import ModelShape, Reduction, Signals, Stage
-from .merging import MergeStage, MergingConfig, everything, match_alternate, mean_keys, merge_cheapest, prunable_sizes
+from ..signals import Merging, ModelShape, Reduction, Signals, Stage
+from ..tokens import stable_order
+from .merging import MergeStage, MergingConfig, everything, match_alternate, mean_keys, merge_first
+from .similarity import shortened
 
 
 @register_method("tome")
@@ -32,9 +34,8 @@ class ToMeStage(MergeStage):
     def needs(self) -> frozenset[str]:
         return frozenset({"keys"})
 
-    def reduce(self, signals: Signals, n_keep: int) -> Reduction:
-        sizes = prunable_sizes(signals)
-        if n_keep == sizes.shape[1]:
+    def reduce(self, signals: Signals, n_keep: int) -> Reduction | Merging:
+        if n_keep == signals.num_prunable:
             return everything(signals)
-        matching = match_alternate(mean_keys(signals), signals.num_protected)
-        return merge_cheapest(matching, -matching.similarity, sizes, n_keep)
+        matching = match_alternate(shortened(mean_keys(signals)), signals.num_protected)
+        return merge_first(signals, matching, stable_order(matching.similarity, descending=True), n_keep)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ..registry import register_method
 from ..signals import ModelShape, Reduction, Signals, Stage
-from ..tokens import gather_tokens, num_to_keep, position_noise, stable_order, top_tokens, with_protected
+from ..tokens import num_to_keep, position_noise, stable_order, top_tokens, with_protected
 from .layerwise import LayerwiseConfig
+from .similarity import shortened
 
 Partition = Literal["sequential_unimportant", "sequential_important", "alternate", "random", "none"]
 Feature = Literal["key", "key_mean", "query", "value", "input", "output"]
@@ -34,6 +35,7 @@ Metric = Literal["cosine", "dot", "manhattan", "euclidean", "minkowski3", "minko
 MINKOWSKI = {f"minkowski{order}": float(order) for order in (3, 4, 5)}
 DISTANCE_ORDERS = {"manhattan": 1.0, "euclidean": 2.0, **MINKOWSKI, "chebyshev": math.inf}
 MAX_ITERATIONS = 1000
+MANY = 8  # rounds, from which on it pays to weigh the graph once
 SIMILAR_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the tokens that leave: what a search lets the S-stage drop
 
 
@@ -192,6 +194,10 @@ class ZeroTPruneStage(Stage):
         used = feature.get(self.config.similarity_feature)
         return frozenset({"attention"} | ({used} if used and self.num_similar else set()))
 
+    @property
+    def reads_tokens(self) -> bool:
+        return self.config.similarity_feature == "output"
+
     def num_kept(self, num_prunable: int) -> int:
         return num_to_keep(self.num_dissimilar(num_prunable), self.keep_ratio)
 
@@ -201,8 +207,7 @@ class ZeroTPruneStage(Stage):
 
     def reduce(self, signals: Signals, n_keep: int) -> Reduction:
         config, num_protected = self.config, signals.num_protected
-        num_tokens = signals.tokens.shape[1] - num_protected
-
+        num_tokens = signals.num_prunable
         options: dict[str, Any] = {"cls_boost": config.cls_boost and signals.has_cls, "renormalize": config.renormalize}
 
         def rank(num_iterations: int, *kept: Tensor) -> Tensor:
@@ -215,13 +220,8 @@ class ZeroTPruneStage(Stage):
             scores = rank(self.num_iterations)
             return Reduction(top_tokens(scores, n_keep), importance=scores)
         scores = rank(1)
-        candidates = least_similar(
-            similarity_features(signals, config.similarity_feature),
-            scores,
-            n_dissimilar,
-            config.partition,
-            config.similarity_metric,
-        )
+        features = similarity_features(signals, config.similarity_feature)
+        candidates = least_similar(features, scores, n_dissimilar, config.partition, config.similarity_metric)
         if n_keep == n_dissimilar:
             return Reduction(candidates, importance=scores)
         best = top_tokens(rank(self.num_iterations, with_protected(candidates, num_protected)), n_keep)
@@ -235,12 +235,7 @@ def default_iterations(layer: int, depth: int) -> int:
 
 
 def weighted_page_rank(
-    attention: Tensor,
-    kept: Tensor | None = None,
-    *,
-    num_iterations: int,
-    cls_boost: bool,
-    renormalize: bool = True,
+    attention: Tensor, kept: Tensor | None = None, *, num_iterations: int, cls_boost: bool, renormalize: bool = True
 ) -> Tensor:
     """Importance a head gives each token: ``s ← Aᵀ s`` on the attention graph, a fixed number of rounds (Algorithm 1).
 
@@ -255,23 +250,33 @@ def weighted_page_rank(
     """
     batch, heads, num_tokens, _ = attention.shape
     n = num_tokens if kept is None else kept.shape[1]
-    scores = attention.new_full((batch, heads, 1, num_tokens), 1 / n)
-    if cls_boost:
-        scores[..., 0] *= math.sqrt(n)
     if kept is None:
-        for _ in range(num_iterations):
-            scores = scores @ attention  # the row form s A is Aᵀ s, several times faster
-        return scores.squeeze(2)
-    # The graph is not copied: a token outside it gets weight 0 as voter and as candidate.
-    mask = attention.new_zeros(batch, num_tokens).scatter(1, kept, 1.0)[:, None, None]
-    voter = mask
+        scores = attention.mean(2)  # first round: all start with 1 / n
+        if cls_boost:
+            scores.add_(attention[:, :, 0], alpha=(math.sqrt(n) - 1) / n)
+        return _rounds(scores, attention, num_iterations - 1)
+    # The graph is not cut out: a token outside it gets weight 0 as voter and as candidate.
+    voter = attention.new_zeros(batch, 1, num_tokens).scatter_(2, kept.unsqueeze(1), 1.0)
     if renormalize:
-        voter = mask / (attention @ mask.transpose(2, 3)).transpose(2, 3).clamp_min(1e-12)
-    scores = scores * voter
-    for _ in range(num_iterations - 1):
-        scores = (scores @ attention) * voter
-    scores = (scores @ attention).squeeze(2)
-    return scores.gather(2, kept[:, None].expand(-1, heads, -1))
+        sums = torch.bmm(attention.flatten(1, 2), voter.mT).view(batch, heads, num_tokens)
+        voter = voter / sums.clamp_min_(1e-12)
+    scores = (voter / n).expand(-1, heads, -1)
+    if cls_boost:
+        scores = torch.cat([scores[..., :1] * math.sqrt(n), scores[..., 1:]], dim=2)
+    if num_iterations > MANY:
+        scores = _rounds(scores, attention * voter.unsqueeze(2), num_iterations - 1)
+    else:
+        for _ in range(num_iterations - 1):
+            scores = _rounds(scores, attention, 1).mul_(voter)
+    return _rounds(scores, attention, 1).gather(2, kept.unsqueeze(1).expand(-1, heads, -1))
+
+
+def _rounds(scores: Tensor, attention: Tensor, count: int) -> Tensor:
+    """``count`` times ``s ← Aᵀ s``, in the row form s A, several times faster: (B, H, T) as such."""
+    row, graph = scores.flatten(0, 1).unsqueeze(1), attention.flatten(0, 1)
+    for _ in range(count):
+        row = torch.bmm(row, graph)
+    return row.view(scores.shape)
 
 
 def importance(scores: Tensor, head_variance_range: tuple[float, float] | None) -> Tensor:
@@ -286,23 +291,22 @@ def importance(scores: Tensor, head_variance_range: tuple[float, float] | None) 
     """
     if head_variance_range is None:
         return scores.square().mean(1).sqrt()
-    low, high = head_variance_range
-    variance = (scores / scores.mean(-1, keepdim=True)).var(-1, correction=0)
-    informative = (variance >= low) & (variance <= high)
-    informative |= ~informative.any(1, keepdim=True)
-    weight = informative.to(scores.dtype).unsqueeze(-1)
-    return ((scores.square() * weight).sum(1) / weight.sum(1)).sqrt()
+    variance, mean = torch.var_mean(scores, -1, correction=0)
+    variance = variance / mean.square()  # of scores divided by their mean
+    informative = variance.clamp(*head_variance_range) == variance
+    weight = (informative / informative.sum(1, keepdim=True)).nan_to_num(1 / scores.shape[1])  # where none is, all
+    return torch.bmm(weight.unsqueeze(1), scores.square()).squeeze(1).sqrt()
 
 
 def similarity_features(signals: Signals, feature: Feature) -> Tensor:
-    """(B, N, features) float32 of the prunable tokens, heads concatenated unless averaged."""
+    """(B, N, features) of the prunable tokens, heads concatenated unless averaged."""
     if feature in ("input", "output"):
         states = signals.inputs if feature == "input" else signals.tokens
     else:
         name = {"key": "keys", "key_mean": "keys", "query": "queries", "value": "values"}[feature]
         per_head = signals.need(name).transpose(1, 2)
-        states = per_head.float().mean(2) if feature == "key_mean" else per_head.flatten(2)
-    return states[:, signals.num_protected :].float()
+        states = per_head.mean(2, dtype=torch.float32) if feature == "key_mean" else per_head.flatten(2)
+    return states[:, signals.num_protected :]
 
 
 def least_similar(features: Tensor, importance: Tensor, n_keep: int, partition: Partition, metric: Metric) -> Tensor:
@@ -316,33 +320,28 @@ def least_similar(features: Tensor, importance: Tensor, n_keep: int, partition: 
     Returns:
         (B, n_keep) int64, ascending. Ties: lower position stays.
     """
-    num_tokens = importance.shape[1]
-    half = num_tokens // 2
+    num_tokens, half = importance.shape[1], importance.shape[1] // 2
     order = stable_order(importance, descending=True)
+    # Partners are brought in front of those that may leave.
+    if partition == "sequential_important":
+        order = order.roll(half, dims=1)
+    elif partition == "alternate":
+        order = torch.cat([order[:, : 2 * half : 2], order[:, 1::2], order[:, 2 * half :]], dim=1)
+    elif partition == "random":
+        order = stable_order(position_noise(num_tokens, 0, order.device)).expand_as(order)
+    ranked = features[torch.arange(order.shape[0], device=order.device).unsqueeze(1), order].float()
+    ranked = shortened(ranked) if metric == "cosine" else ranked
     if partition == "none":
-        ranked = gather_tokens(features, order)
         less_important = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=order.device).tril(-1)
         nearest = similarity(ranked, ranked, metric).masked_fill(~less_important, -math.inf).amax(-1)
-        candidates = order
     else:
-        if partition == "sequential_unimportant":
-            partners, candidates = order[:, :half], order[:, half:]
-        elif partition == "sequential_important":
-            partners, candidates = order[:, num_tokens - half :], order[:, : num_tokens - half]
-        elif partition == "alternate":
-            partners, candidates = order[:, : 2 * half : 2], torch.cat([order[:, 1::2], order[:, 2 * half :]], 1)
-        else:
-            shuffled = stable_order(position_noise(num_tokens, 0, order.device)).expand_as(order)
-            partners, candidates = shuffled[:, :half], shuffled[:, half:]
-        nearest = similarity(gather_tokens(features, candidates), gather_tokens(features, partners), metric).amax(-1)
-    redundancy = torch.full_like(importance, -math.inf).scatter(1, candidates, nearest)
-    return top_tokens(-redundancy, n_keep)
+        nearest = F.pad(similarity(ranked[:, half:], ranked[:, :half], metric).amax(-1), (half, 0), value=-math.inf)
+    redundancy = torch.empty_like(nearest).scatter_(1, order, nearest)
+    return stable_order(redundancy)[:, :n_keep].sort(dim=1).values
 
 
 def similarity(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
-    """(B, n, m) similarity of ``a`` (B, n, F) and ``b`` (B, m, F), higher = more alike. Zero vectors have cosine 0."""
+    """(B, n, m) similarity of ``a`` (B, n, F) and ``b`` (B, m, F), higher = more alike; for cosines both shortened."""
     if metric in DISTANCE_ORDERS:
         return -torch.cdist(a, b, p=DISTANCE_ORDERS[metric], compute_mode="donot_use_mm_for_euclid_dist")
-    if metric == "cosine":
-        a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-    return a @ b.transpose(1, 2)
+    return torch.bmm(a, b.mT)

@@ -185,7 +185,7 @@ def saying(
     templates: Sequence[str] = TEMPLATES,
     max_new_tokens: int = NEW_TOKENS,
 ) -> Classes | Answers:
-    """What the model says of an RGB image, to be asked; arguments and errors are those of :func:`trace`."""
+    """What the model says of an RGB image, to be asked; arguments and errors are those of ``trace``."""
     is_decoder = find_adapter(model).shape(unwrapped(model)).kind == "decoder"
     if is_decoder != (question is not None):
         wanted = "is asked: give a question" if is_decoder else "answers no questions: leave the question out"

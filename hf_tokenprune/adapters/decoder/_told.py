@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...signals import Reduction
+from ...signals import Merging, Reduction
 
 
 def tell_kept(recorders: Iterable[Any], name: str, rank: Tensor, is_image: Tensor, most: int) -> None:
@@ -42,7 +42,7 @@ def tell_importance(
         recorder.on_importance(name, found)
 
 
-def tell_reduction(recorder: Any, name: str, reduction: Reduction) -> None:
+def tell_reduction(recorder: Any, name: str, reduction: Reduction | Merging) -> None:
     """What a stage found of the tokens of each image, of which ``reduction`` (I, ...) chooses."""
     if reduction.importance is not None:
         recorder.on_importance(name, reduction.importance)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
-from ...signals import Stage
-from ...tokens import gather_tokens, merge_tokens, with_protected
+from ...signals import Merging, Reduction, Stage
+from ...tokens import merge_rows, row_numbers, take_rows
 from .._capture import CAPTURE_ARGUMENT, Capture, check_all_heads
 from .._swap import SwappedBlock
 from ._carry import Carry, owner_of
@@ -79,6 +79,13 @@ class Projections(NamedTuple):
     dropout: float
 
 
+class Decision(NamedTuple):
+    """What leaves, and ``Signals.rows`` of what was there."""
+
+    reduction: Reduction | Merging
+    rows: Tensor
+
+
 class PrunedVisionBlock(SwappedBlock):
     """Mixed in before a stock block class; the subclass adds the parts of that block."""
 
@@ -121,31 +128,40 @@ class PrunedVisionBlock(SwappedBlock):
             carry.on_block(state.layer)
         bias = carry.bias(state.layer) if carry is not None and state.proportional else None
         if state.exact and carry is not None and carry.exact:
-            return self._queries_of_few(hidden_states, None, bias, carry)
+            return self.mlp_half(self._attention_of_few(hidden_states, None, bias, carry))
         if stage is not None and stage.where == "queries":
-            tokens = self._queries_of_few(hidden_states, stage, bias, carry)
+            tokens = self.mlp_half(self._attention_of_few(hidden_states, stage, bias, carry))
         elif stage is None and bias is None:
             tokens = super().forward(hidden_states, **self.no_mask, **kwargs)
         else:
             capture = Capture(stage.needs if stage else frozenset(), bias)
-            if capture.needs or bias is not None:  # a stock attention function may not know the argument
-                kwargs[CAPTURE_ARGUMENT] = capture
-            tokens = self.attention_half(hidden_states, **kwargs)
-            if stage is not None and stage.where == "mid_block":
-                tokens = self._reduce(stage, tokens, hidden_states, capture, carry)
-            tokens = self.mlp_half(tokens)
-            if stage is not None and stage.where == "after_block":
-                tokens = self._reduce(stage, tokens, hidden_states, capture, carry)
+            # A stock attention function may not know the argument.
+            captured = {CAPTURE_ARGUMENT: capture} if capture.needs or bias is not None else {}
+            tokens = self.attention_half(hidden_states, **kwargs, **captured)
+            if stage is None:
+                tokens = self.mlp_half(tokens)
+            elif stage.where == "after_block" and stage.reads_tokens:
+                tokens = self.mlp_half(tokens)
+                tokens = self._reduce(tokens, self._decide(stage, tokens, hidden_states, capture, carry), carry)
+            else:
+                decision = self._decide(stage, tokens, hidden_states, capture, carry)
+                del capture, captured  # the signals are not held while the MLP runs
+                if stage.where == "mid_block":
+                    tokens = self._reduce(tokens, decision, carry)
+                    tokens = self.mlp_half(tokens)
+                else:
+                    tokens = self._reduce(self.mlp_half(tokens), decision, carry)
         if state.restore and state.is_last and carry is not None:
             return carry.restored(state.layer, tokens, state.num_protected)
         return tokens
 
-    def _queries_of_few(
+    def _attention_of_few(
         self, hidden_states: Tensor, stage: Stage | None, bias: Tensor | None, carry: Carry | None
     ) -> Tensor:
-        """The block with keys and values of all tokens, and the rest for those that stay: (B, T, D) -> (B, P + n, D).
+        """The first half with keys and values of all tokens, and the rest for those that stay: (B, T, D) ->
+        (B, P + n, D).
 
-        Without a ``stage`` the protected ones stay: then it is exactly the block, for those.
+        Without a ``stage`` the protected ones stay: then it is exactly that half, for those.
         """
         num_protected, parts = self.token_prune.num_protected, self.projections()
         if stage is not None and carry is not None and carry.attentions:
@@ -163,33 +179,75 @@ class PrunedVisionBlock(SwappedBlock):
             if stage.needs:
                 check_all_heads(keys, self.token_prune.num_heads)
             capture = Capture(stage.needs, bias)
-            capture.store(heads(parts.query, states[:, :1]), keys, values, parts.scaling)
-            tokens = self._reduce(stage, hidden_states, hidden_states, capture, carry)
+            first = keys[:, :, :0]  # nobody asks for it
+            if "cls_attention" in stage.needs:
+                first = parts.query(states[:, 0]).unflatten(-1, (-1, 1, parts.head_dim))
+            capture.store(first, keys, values, parts.scaling)
+            decision = self._decide(stage, hidden_states, hidden_states, capture, carry)
+            tokens = self._reduce(hidden_states, decision, carry)
             states = parts.norm(tokens)
         mask = None if bias is None else bias.to(keys.dtype)
         dropout = parts.dropout if self.training else 0.0
         queries = heads(parts.query, states)
         attended = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=parts.scaling)
-        return self.mlp_half(self.add_attention(tokens, parts.output(attended.transpose(1, 2).flatten(2))))
+        return self.add_attention(tokens, parts.output(attended.transpose(1, 2).flatten(2)))
 
-    def _reduce(self, stage: Stage, tokens: Tensor, inputs: Tensor, capture: Capture, carry: Carry | None) -> Tensor:
+    def _decide(self, stage: Stage, tokens: Tensor, inputs: Tensor, capture: Capture, carry: Carry | None) -> Decision:
+        """What leaves ``tokens`` (B, P + N, D)."""
         state = self.token_prune
         n_keep = num_kept(stage, tokens.shape[1] - state.num_protected)
         sizes = carry.sizes.get(state.layer) if carry is not None else None
+        numbers = row_numbers(tokens) if carry is None else carry.row_numbers(tokens)
         # Autocast would take the scores to half precision.
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            signals = capture.signals(tokens, inputs, state.num_protected, state.has_cls, sizes)
+            signals = capture.signals(tokens, inputs, state.num_protected, state.has_cls, sizes, numbers)
             reduction = stage.reduce(signals, n_keep)
         for recorder in tuple(state.recorders):  # another thread may end its recording
-            owner = owner_of(reduction, tokens.shape[1] - state.num_protected)
+            owner = owner_of(reduction, signals.num_prunable)
             recorder.on_reduction(stage.name, reduction.keep, owner, reduction.importance)
-        if carry is not None:
-            carry.on_reduction(state.layer, reduction, tokens, state.num_protected, state.restore)
-        if reduction.merged is not None and reduction.into is not None:
-            protected, prunable = tokens.split([state.num_protected, tokens.shape[1] - state.num_protected], dim=1)
-            merged = merge_tokens(prunable, reduction.keep, reduction.merged, reduction.into, reduction.weights)
-            return torch.cat([protected, merged], dim=1)
-        return gather_tokens(tokens, with_protected(reduction.keep, state.num_protected))
+        return Decision(reduction, signals.rows)
+
+    def _reduce(self, tokens: Tensor, decision: Decision, carry: Carry | None) -> Tensor:
+        """(B, P + N, D) -> (B, P + n, D)."""
+        state, reduction = self.token_prune, decision.reduction
+        sizes = carry.sizes.get(state.layer) if carry is not None else None
+        if carry is not None and state.restore:
+            carry.remember(state.layer, reduction, tokens, state.num_protected)
+        if isinstance(reduction, Reduction):
+            protected, prunable = decision.rows[:, : state.num_protected], decision.rows[:, state.num_protected :]
+            rows = torch.cat([protected, reduction.keep + prunable[:, :1]], dim=1)
+            reduced, sizes = take_rows(tokens, rows), None if sizes is None else take_rows(sizes, rows)
+        else:
+            reduced, sizes = merge_tokens(tokens, sizes, reduction)
+        if carry is not None and sizes is not None:
+            carry.sizes[state.layer + 1] = sizes
+        return reduced
+
+
+def merge_tokens(tokens: Tensor, sizes: Tensor | None, merging: Merging) -> tuple[Tensor, Tensor | None]:
+    """States (B, P + n, D) and sizes (B, P + n) of what goes on of ``tokens`` (B, P + N, D).
+
+    Args:
+        sizes: (B, P + N) float32; None: one each.
+    """
+    rows, into = merging.rows, merging.into
+    moved = take_rows(tokens, rows)
+    if moved.dtype.itemsize < 4:  # sums of many could overflow
+        moved = moved.float()
+    weights = sizes if merging.weights is None else merging.weights
+    if weights is None:
+        weights = moved.new_ones(rows.shape, dtype=torch.float32)
+    else:
+        weights = take_rows(weights, rows)
+        moved.mul_(weights.unsqueeze(-1))
+    states = merge_rows(moved, into)
+    if not merging.average:
+        return states.to(tokens.dtype), None
+    total = merge_rows(weights, into)
+    states.div_(total.unsqueeze(-1))
+    if merging.weights is not None:
+        total = merge_rows(torch.ones_like(weights) if sizes is None else take_rows(sizes, rows), into)
+    return states.to(tokens.dtype), total
 
 
 def num_kept(stage: Stage, num_prunable: int) -> int:

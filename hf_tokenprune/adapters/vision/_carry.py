@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
-from ...signals import Reduction
-from ...tokens import gather_tokens
+from ...signals import Merging, Reduction
+from ...tokens import gather_tokens, row_numbers
 
 CARRY_ARGUMENT = "token_prune_carry"
 
@@ -39,6 +39,14 @@ class Carry:
         self.sizes: dict[int, Tensor] = {}
         self.owner: dict[int, Tensor] = {}
         self.left: dict[int, Tensor] = {}
+        self._numbers: Tensor | None = None
+        self._bias: tuple[Tensor, Tensor] | None = None  # the last one, behind the sizes that it is of
+
+    def row_numbers(self, tokens: Tensor) -> Tensor:
+        """See ``tokens.row_numbers``; in a forward tokens become fewer, so that the first ones do for all layers."""
+        if self._numbers is None or self._numbers.device != tokens.device:
+            self._numbers = row_numbers(tokens)
+        return self._numbers
 
     def on_device(self, layer: int, device: torch.device) -> None:
         """Take what enters a block to where it runs. accelerate moves the tensors among its arguments, not these."""
@@ -49,7 +57,11 @@ class Carry:
     def bias(self, layer: int) -> Tensor | None:
         """(B, 1, 1, P + N) float32 for the attention logits: a token of size s counts like s tokens (ToMe, eq. 1)."""
         sizes = self.sizes.get(layer)
-        return None if sizes is None else sizes.log()[:, None, None]
+        if sizes is None:
+            return None
+        if self._bias is None or self._bias[0] is not sizes:
+            self._bias = (sizes, sizes.log()[:, None, None])
+        return self._bias[1]
 
     def on_block(self, layer: int) -> None:
         """A block in which nothing leaves: the next one is entered by the same tokens."""
@@ -57,16 +69,9 @@ class Carry:
             if layer in entries:
                 entries[layer + 1] = entries[layer]
 
-    def on_reduction(self, layer: int, reduction: Reduction, tokens: Tensor, num_protected: int, restore: bool) -> None:
+    def remember(self, layer: int, reduction: Reduction | Merging, tokens: Tensor, num_protected: int) -> None:
         """``tokens`` (B, P + N, D) are about to become those of ``reduction``."""
-        before = self.sizes.get(layer)
-        if reduction.merged is not None or before is not None:
-            sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if before is None else before
-            self.sizes[layer + 1] = torch.cat([sizes[:, :num_protected], _sums(sizes[:, num_protected:], reduction)], 1)
-        if restore:
-            self._remember(layer, reduction, tokens[:, num_protected:])
-
-    def _remember(self, layer: int, reduction: Reduction, tokens: Tensor) -> None:
+        tokens = tokens[:, num_protected:]
         batch, entering, width = tokens.shape
         stands = owner_of(reduction, entering)
         owner, left = self.owner.get(layer), self.left.get(layer)
@@ -95,27 +100,19 @@ class Carry:
         return torch.cat([tokens[:, :num_protected], patches], dim=1)
 
 
-def _stays_of(reduction: Reduction) -> int:
+def _stays_of(reduction: Reduction | Merging) -> int:
     """How many of the entering tokens survive, or are merged into one that does."""
-    return reduction.keep.shape[1] + (0 if reduction.merged is None else reduction.merged.shape[1])
+    return reduction.keep.shape[1] + (reduction.into.shape[1] if isinstance(reduction, Merging) else 0)
 
 
-def _sums(sizes: Tensor, reduction: Reduction) -> Tensor:
-    """Sizes (B, N) of those that entered as sizes (B, n) of the survivors."""
-    kept = sizes.gather(1, reduction.keep)
-    if reduction.merged is None or reduction.into is None:
-        return kept
-    return kept.scatter_add(1, reduction.into, sizes.gather(1, reduction.merged))
-
-
-def owner_of(reduction: Reduction, entering: int) -> Tensor:
+def owner_of(reduction: Reduction | Merging, entering: int) -> Tensor:
     """(B, N) int64: the survivor that stands for each token that entered; -1: none does."""
     keep = reduction.keep
     places = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
     owner = torch.full((keep.shape[0], entering), -1, device=keep.device).scatter(1, keep, places)
-    if reduction.merged is None or reduction.into is None:
+    if isinstance(reduction, Reduction):
         return owner
-    return owner.scatter(1, reduction.merged, reduction.into)
+    return owner.scatter(1, reduction.merged, reduction.into - reduction.num_protected)
 
 
 def check_bias(implementation: str | None) -> None:
