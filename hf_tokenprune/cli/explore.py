@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from .options import DeviceOpt, device_for, readable_errors
 
 
@@ -24,9 +25,15 @@ def explore(
 
     placement = device_for(device)
     require("gradio", "app")
+    typer.echo("starting ...", err=True)
     from ..explorer.models import PACKAGED, Models
     from ..explorer.page import Page
 
     models, first = Models(placement), model or next(iter(PACKAGED))
     models[first]  # what is wrong with it is said here
-    Page(models, first).blocks.launch(server_name=host, server_port=port, inbrowser=browser, show_error=True)
+    page = Page(models, first)
+    try:
+        page.blocks.launch(server_name=host, server_port=port, inbrowser=browser, show_error=True)
+    except OSError as error:
+        asked = f"--port {port} on {host}" if port is not None else host
+        raise ConfigError(f"{asked} cannot be listened on; give another --port, or leave it out") from error

@@ -53,7 +53,9 @@ def value_of(control: Control, given: Any) -> Any:
     try:
         return json.loads(given.strip() or EMPTY)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{control.name} is {given!r}; expected JSON, such as {control.value}") from error
+        raise ConfigError(
+            f"{control.name} is {given!r}; expected JSON, such as 0.5, [1, 2] or null; it was {control.value}"
+        ) from error
 
 
 def told_of(config_class: type) -> dict[str, str]:
@@ -61,7 +63,7 @@ def told_of(config_class: type) -> dict[str, str]:
     told: dict[str, str] = {}
     for base in config_class.__mro__:
         for names, text in re.findall(r"^        ([\w, ]+?): (.*(?:\n {12,}.*)*)", base.__doc__ or "", re.MULTILINE):
-            sentence = re.split(r"(?<=\.)\s", " ".join(text.split()), maxsplit=1)[0]
+            sentence = re.split(r"(?<=\.)\s", " ".join(text.replace("``", "").split()), maxsplit=1)[0]
             for name in names.split(", "):
                 told.setdefault(name, sentence)
     return told

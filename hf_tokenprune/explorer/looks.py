@@ -22,6 +22,7 @@ from ..engine import pruned
 from ..evaluation.turns import DENSE
 from ..pictures import Trace
 from ..pictures.tracing import saying, trace_inputs
+from .fields import controls, value_of
 from .models import Loaded
 
 TIMED = 0.2
@@ -34,7 +35,7 @@ class Choice:
     """A method as it was chosen on the page.
 
     Attributes:
-        fields: that are not as at the start (``Loaded.start``).
+        fields: what was given for those that are not as at the start (``Loaded.start``).
         budget: share of the dense multiply-adds, at most; 1: the fields say how much.
     """
 
@@ -46,9 +47,11 @@ class Choice:
         """The config.
 
         Raises:
-            ConfigError: a field, or the budget, is out of reach.
+            ConfigError: a field is none that there may be, or the budget is out of reach.
         """
-        config = PruneConfig.from_dict({**loaded.start(self.method).to_dict(), **self.fields})
+        start = loaded.start(self.method)
+        given = {c.name: value_of(c, self.fields[c.name]) for c in controls(start) if c.name in self.fields}
+        config = PruneConfig.from_dict({**start.to_dict(), **given})
         return config if self.budget >= 1 else config.for_budget(loaded.model, speedup=1 / self.budget)
 
 
@@ -107,11 +110,14 @@ def milliseconds(model: nn.Module, forward: Callable[[], None], configs: Mapping
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def call_of(config: PruneConfig) -> str:
+def call_of(model: Any, path: str, config: PruneConfig) -> str:
     """A config as Python, with the fields that are not as by default."""
     fields = ", ".join(f"{name}={value!r}" for name, value in changed(config).items())
-    name = type(config).__name__
-    return f"from hf_tokenprune import {name}, prune\n\nprune(model, {name}({fields}))"
+    name, kind = type(config).__name__, type(model).__name__
+    return (
+        f"from transformers import {kind}\n\nfrom hf_tokenprune import {name}, prune\n\n"
+        f"model = {kind}.from_pretrained({path!r})\nprune(model, {name}({fields}))"
+    )
 
 
 def command_for(model: str, config: PruneConfig, question: str | None) -> str:

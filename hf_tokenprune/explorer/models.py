@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +18,13 @@ from ..demo.digits import MODEL_DIR, load_digits_split
 from ..demo.mosaics import CLIP_DIR, LLAVA_DIR, Mosaics, digit_pictures
 from ..demo.run import on_mini_llava
 from ..engine import default_config, find_adapter
+from ..errors import TokenPruneError
 from ..registry import get_method, list_methods
 
 KEPT = 2
 """Models in memory at a time."""
+AGAIN = 60
+"""Seconds for which a model that could not be loaded is not tried again: the Hub may take half a minute to say no."""
 
 
 @dataclass(frozen=True)
@@ -96,24 +101,48 @@ class Models:
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self._device = device
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._failed: dict[str, tuple[float, str]] = {}
         self._lock = Lock()
+        self._loading = Lock()  # another one: models that are there are given while one loads
 
     def __getitem__(self, name: str) -> Loaded:
         """The model called ``name``: a packaged one, a folder, or owner/name on the Hub.
 
         Raises:
-            TokenPruneError: there is none, or no adapter fits.
+            TokenPruneError: there is none, no adapter fits, or so it was less than ``AGAIN`` seconds ago.
         """
+        if (found := self._at_hand(name)) is not None:
+            return found
+        with self._loading:
+            if (found := self._at_hand(name)) is not None:  # it was loaded meanwhile
+                return found
+            try:
+                found = self._load(name)
+            except (TokenPruneError, ImportError, OSError, ValueError) as error:
+                with self._lock:
+                    self._failed[name] = time.monotonic(), str(error)
+                raise
+            with self._lock:
+                self._loaded[name] = found
+                while len(self._loaded) > KEPT:
+                    self._loaded.popitem(last=False)
+            return found
+
+    def _at_hand(self, name: str) -> Loaded | None:
+        with self._lock:
+            if name in self._loaded:
+                self._loaded.move_to_end(name)
+                return self._loaded[name]
+            when, reason = self._failed.get(name, (-math.inf, ""))
+        if time.monotonic() - when < AGAIN:
+            raise TokenPruneError(reason)
+        return None
+
+    def _load(self, name: str) -> Loaded:
         from ..cli.options import load_dense
         from ..evaluation.run import processor_of
 
-        with self._lock:
-            if name not in self._loaded:
-                packaged = PACKAGED.get(name, Packaged(name, list))
-                model = load_dense(packaged.folder, self._device).eval()
-                find_adapter(model)
-                self._loaded[name] = Loaded(model, processor_of(packaged.folder, model), packaged.fit)
-                while len(self._loaded) > KEPT:
-                    self._loaded.popitem(last=False)
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
+        packaged = PACKAGED.get(name, Packaged(name, list))
+        model = load_dense(packaged.folder, self._device).eval()
+        find_adapter(model)
+        return Loaded(model, processor_of(packaged.folder, model), packaged.fit)

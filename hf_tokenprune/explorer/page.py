@@ -17,7 +17,7 @@ from ..evaluation.turns import DENSE
 from ..pictures.page import places_of, steps_at
 from ..pictures.sheets import kl_of, verdict, work
 from ..pictures.tokens import draw_tokens
-from .fields import Control, controls, value_of
+from .fields import Control, controls
 from .looks import Choice, Look, call_of, command_for, look
 from .models import PACKAGED, Models
 
@@ -60,7 +60,9 @@ class Page:
             list(dict.fromkeys([first, *PACKAGED])), value=first, allow_custom_value=True, label="Model",
             info="A packaged one, a folder, or owner/name on the Hub.", elem_id="model",
         )  # fmt: skip
-        self.image = gr.Image(type="pil", label="Image", sources=["upload", "clipboard"], height=240, elem_id="image")
+        self.image = gr.Image(label="Image", sources=["upload", "clipboard"], height=240, elem_id="image")
+        # A file, not what gradio reads of it: where it is no image, the page says so.
+        self.image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
         self.examples = gr.Gallery(
             label="Examples", columns=4, height=110, allow_preview=False, interactive=False, elem_id="examples"
         )
@@ -68,19 +70,23 @@ class Page:
         self.texts = gr.Textbox(label="Texts to choose from, between commas", elem_id="texts")
         self.budget = gr.Slider(
             20, AS_SET, AS_SET, step=5, label="Budget, % of the dense multiply-adds", elem_id="budget",
-            info="100: what the settings of a method come to.",
+            info="100: what the settings of a method come to. Below, they are scaled to fit.",
         )  # fmt: skip
         self.methods, self.fields = [], []
         for i, label in enumerate(("Method", "Beside it")):
             self.methods.append(
-                gr.Dropdown([NONE], value=NONE, allow_custom_value=True, label=label, elem_id=f"method{i}")
+                gr.Dropdown(
+                    [NONE], value=NONE, allow_custom_value=True, filterable=False, label=label, elem_id=f"method{i}"
+                )
             )
             self.fields.append(gr.State({}))
             gr.render(inputs=[self.model, self.methods[i]])(self._settings_of(i))
 
     def _results(self) -> None:
         self.error = gr.Markdown(visible=False, elem_id="error")
-        self.layer = gr.Slider(0, 1, 1, step=1, label="Layer", elem_id="layer")
+        self.layer = gr.Slider(
+            0, 1, 1, step=1, label="Layer", info="0: in front of all; the pictures say which it is.", elem_id="layer"
+        )
         runs = range(1 + ARMS)
         with gr.Row():
             self.pictures = [
@@ -116,14 +122,15 @@ class Page:
 
     def _connect(self) -> None:
         of_model = [self.error, self.image, self.examples, self.question, self.texts, *self.methods, *self.fields]
-        self.inputs = [self.model, self.image, self.question, self.texts, self.budget, *self.methods, *self.fields]
+        visitors = [self.seen, self.layer, self.model, self.image, self.question, self.texts, self.budget]
         parts = [part for parts in self.taken for part in parts]
         shown = [self.error, self.seen, self.layer, *self.pictures, *self.said, self.numbers, *parts]
         self.update: dict[str, Any] = {
-            "fn": self.looked, "inputs": self.inputs, "outputs": shown, "show_progress": "minimal",
+            "fn": self.looked, "inputs": [*visitors, *self.methods, *self.fields], "outputs": shown,
+            "show_progress": "minimal",
             "trigger_mode": "always_last", "concurrency_id": "models", "concurrency_limit": 1,
         }  # fmt: skip
-        chose = gr.on([self.blocks.load, self.model.input], self.chose, self.model, of_model, concurrency_id="models")
+        chose = gr.on([self.blocks.load, self.model.input], self.chose, self.model, of_model)
         chose.success(**self.update)
         self.examples.select(self.chose_example, self.examples, self.image)
         typed = [moment for box in (self.question, self.texts) for moment in (box.submit, box.blur)]
@@ -145,14 +152,11 @@ class Page:
                 for control in controls(config):
                     field, moments = component(control, f"method{number}-{control.name}")
 
-                    def put(fields: dict[str, Any], given: Any, control: Control = control) -> dict[str, Any]:
-                        try:
-                            return {**fields, control.name: value_of(control, given)}
-                        except READABLE as error:
-                            raise gr.Error(str(error), print_exception=False) from error
+                    def put(fields: dict[str, Any], given: Any, name: str = control.name) -> dict[str, Any]:
+                        return {**fields, name: given}
 
                     state = self.fields[number]
-                    gr.on(moments, put, [state, field], state).success(**self.update)
+                    gr.on(moments, put, [state, field], state).then(**self.update)
 
         return settings
 
@@ -161,7 +165,7 @@ class Page:
         try:
             loaded = self.models[name]
         except READABLE as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            return {self.error: told(str(error))}
         packaged = PACKAGED.get(name)
         images = list(packaged.images()) if packaged else []
         asked, texts = (packaged.question, packaged.class_names) if packaged else ("What is in this image?", ())
@@ -181,7 +185,15 @@ class Page:
         return images[event.index][0]
 
     def looked(
-        self, name: str, image: Image.Image | None, question: str, texts: str, budget: float, *chosen: Any
+        self,
+        before: Look | None,
+        layer: int,
+        name: str,
+        image: str | None,
+        question: str,
+        texts: str,
+        budget: float,
+        *chosen: Any,
     ) -> Changes:
         """All that is shown; or an error beside what was shown before."""
         if image is None:
@@ -194,18 +206,21 @@ class Page:
         ]
         class_names = [text.strip() for text in texts.split(",") if text.strip()]
         try:
-            found = look(self.models[name], image, choices, question, class_names)
+            loaded = self.models[name]
+            found = look(loaded, opened(image), choices, question, class_names)
         except READABLE as error:
             return {self.error: told(str(error))}
         last = len(places_of(found.trace)) - 1
+        stays = before is not None and len(places_of(before.trace)) - 1 == last  # to compare at one layer
+        stop = layer if stays else last
         return {
             self.error: gr.update(visible=False),
             self.seen: found,
-            self.layer: gr.update(maximum=last, value=last),
-            **dict(zip(self.pictures, self.at_layer(found, last), strict=True)),
+            self.layer: gr.update(maximum=last, value=stop),
+            **dict(zip(self.pictures, self.at_layer(found, stop), strict=True)),
             **self._said(found),
             self.numbers: rows(found),
-            **self._taken(found, PACKAGED[name].folder if name in PACKAGED else name),
+            **self._taken(found, loaded.model, PACKAGED[name].folder if name in PACKAGED else name),
         }
 
     def at_layer(self, found: Look | None, stop: int) -> list[Any]:
@@ -224,12 +239,12 @@ class Page:
         """The likeliest classes, or the answer, of each run."""
         said: Changes = {label: gr.update(visible=False) for label in self.said}
         for label, run in zip(self.said, found.trace.runs, strict=False):
-            classes: Any = dict(run.classes) or run.answer
+            classes: Any = {name.split(",")[0]: share for name, share in run.classes} or run.answer
             mark = "" if run.name == DENSE else verdict(found.trace, run)[0][:1]
             said[label] = gr.update(value=classes, label=f"{run.name} {mark}", visible=classes is not None)
         return said
 
-    def _taken(self, found: Look, path: str) -> Changes:
+    def _taken(self, found: Look, model: Any, path: str) -> Changes:
         """The config of each run, as it is used elsewhere."""
         taken: Changes = {parts[0]: gr.update(visible=False) for parts in self.taken}
         pruned = [run for run in found.trace.runs if run.config is not None]
@@ -239,7 +254,7 @@ class Page:
                 whole: gr.update(label=f"Take it along: {run.name}", visible=True),
                 code: json.dumps(run.config.to_dict(), indent=2),
                 download: self._file(run.config),
-                python: call_of(run.config),
+                python: call_of(model, path, run.config),
                 command: command_for(path, run.config, found.trace.question),
             }
         return taken
@@ -264,6 +279,20 @@ def component(control: Control, elem_id: str) -> tuple[Any, list[Any]]:
         return field, [field.input]
     field = gr.Textbox(**how)
     return field, [field.submit, field.blur]
+
+
+def opened(path: str) -> Image.Image:
+    """The image in a file.
+
+    Raises:
+        TokenPruneError: it holds none.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise TokenPruneError(f"{Path(path).name} is no image that can be read; choose another file") from error
+    return image
 
 
 def told(error: str) -> Changes:
