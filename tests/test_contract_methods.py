@@ -310,8 +310,8 @@ def test_deterministic(stage: Stage) -> None:
     assert torch.equal(keep_of(stage, signals), keep_of(stage, signals))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_chooses_what_its_float32_copy_does(stage: Stage, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_precision_chooses_what_its_float32_copy_does(stage: Stage, dtype: torch.dtype) -> None:
     half = signals_for(stage, 2, dtype=dtype)
     full = mapped(half, torch.Tensor.float)
     assert torch.equal(keep_of(stage, half), keep_of(stage, full))

@@ -111,7 +111,7 @@ class PiToMeStage(Stage):
 
 
 def energy(similarity: Tensor, margin: float) -> Tensor:
-    """(B, N): how many others a token is like, from their cosines (B, N, N): mean of f (eq. 4).
+    """(B, T): how many others a token is like, from its cosines with N (B, T, N): mean of f (eq. 4).
 
     f(x) is x from the margin on, and exp(x − margin) − 1 below.
     """

@@ -5,7 +5,6 @@ Axes: B batch, N prunable tokens.
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..config import PruneConfig
@@ -40,5 +39,4 @@ def significance(signals: Signals) -> Tensor:
     Vision Transformers", eq. 3 without the denominator).
     """
     attention, values = signals.need("cls_attention"), signals.need("values")
-    norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-    return (attention * norms).sum(1)[:, signals.num_protected :]
+    return (attention * values.float().norm(dim=-1)).sum(1)[:, signals.num_protected :]
