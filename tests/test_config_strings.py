@@ -7,6 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub import DryRunFileInfo
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers import ViTForImageClassification
 from typer.testing import CliRunner
@@ -42,14 +43,15 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The Hub has ``owner/name``, with a config of ``uniform``; the calls are recorded."""
     calls: list[dict[str, Any]] = []
 
-    def download(repo_id: str, filename: str, **kwargs: Any) -> str:
-        calls.append({"repo_id": repo_id, **kwargs})
+    def download(repo_id: str, filename: str, dry_run: bool = False, **kwargs: Any) -> Any:
+        calls.extend([] if dry_run else [{"repo_id": repo_id, **kwargs}])
         response = type("Response", (), {"headers": {}, "request": None})()
         if repo_id != "owner/name":
             raise RepositoryNotFoundError("404", response=response)
         if kwargs.get("revision") == "gone":
             raise RevisionNotFoundError("404", response=response)
-        return calls[0]["file"]
+        file = calls[0]["file"]
+        return DryRunFileInfo("0" * 40, 100, filename, str(file), False, True) if dry_run else file
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return calls

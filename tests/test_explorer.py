@@ -44,6 +44,7 @@ def address(models: Models) -> Iterator[str]:
     """Where the page is served."""
     from hf_tokenprune.explorer.page import Page
 
+    models["digits ViT"]
     page = Page(models)
     _, url, _ = page.blocks.launch(prevent_thread_lock=True, quiet=True)
     yield url
@@ -107,10 +108,15 @@ class Visitor:
         playwright.expect(self.tab.locator(f"#picture{number} img")).not_to_have_attribute("src", before)
 
     def config(self, number: int, folder: Path) -> PruneConfig:
-        """Download it and load it."""
-        with self.tab.expect_download() as download:
-            self.tab.locator(f"#download{number}").click()
-        download.value.save_as(folder / "prune_config.json")
+        """Download it and load it. The button is made anew with every look, so a click may come to nothing."""
+        for _ in range(6):
+            try:
+                with self.tab.expect_download(timeout=10_000) as download:
+                    self.tab.locator(f"#download{number}").click()
+                download.value.save_as(folder / "prune_config.json")
+                break
+            except playwright.TimeoutError:
+                continue
         return PruneConfig.from_pretrained(folder)
 
 

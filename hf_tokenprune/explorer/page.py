@@ -47,7 +47,8 @@ class Page:
         self.files = TemporaryDirectory(prefix="hf_tokenprune_")  # configs to download
         with gr.Blocks(title="hf_tokenprune", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
             gr.Markdown(INTRO)
-            self.seen = gr.State()  # the last Look
+            # The last Look, the model that the controls are for, and the layer that somebody went to.
+            self.seen, self.of, self.stop = gr.State(), gr.State(), gr.State()
             with gr.Row():
                 with gr.Column(scale=1, min_width=320):
                     self._controls(first)
@@ -121,8 +122,18 @@ class Page:
             self.taken.append((whole, code, download, python, command))
 
     def _connect(self) -> None:
-        of_model = [self.error, self.image, self.examples, self.question, self.texts, *self.methods, *self.fields]
-        visitors = [self.seen, self.layer, self.model, self.image, self.question, self.texts, self.budget]
+        of_model = [
+            self.of,
+            self.stop,
+            self.error,
+            self.image,
+            self.examples,
+            self.question,
+            self.texts,
+            *self.methods,
+            *self.fields,
+        ]
+        visitors = [self.stop, self.model, self.image, self.question, self.texts, self.budget]
         parts = [part for parts in self.taken for part in parts]
         shown = [self.error, self.seen, self.layer, *self.pictures, *self.said, self.numbers, *parts]
         self.update: dict[str, Any] = {
@@ -130,13 +141,14 @@ class Page:
             "show_progress": "minimal",
             "trigger_mode": "always_last", "concurrency_id": "models", "concurrency_limit": 1,
         }  # fmt: skip
-        chose = gr.on([self.blocks.load, self.model.input], self.chose, self.model, of_model)
+        chose = gr.on([self.blocks.load, self.model.input], self.chose, [self.model, self.of], of_model)
         chose.success(**self.update)
         self.examples.select(self.chose_example, self.examples, self.image)
         typed = [moment for box in (self.question, self.texts) for moment in (box.submit, box.blur)]
         gr.on([self.image.change, *typed, self.budget.change], **self.update)
         moved: dict[str, Any] = {"fn": self.at_layer, "inputs": [self.seen, self.layer], "outputs": self.pictures}
         self.layer.change(**moved, show_progress="hidden", trigger_mode="always_last")
+        self.layer.input(lambda stop: stop, self.layer, self.stop, show_progress="hidden")
         for method, fields in zip(self.methods, self.fields, strict=True):
             method.input(dict, None, fields).then(**self.update)
 
@@ -160,8 +172,10 @@ class Page:
 
         return settings
 
-    def chose(self, name: str) -> Changes:
+    def chose(self, name: str, former: str | None) -> Changes:
         """What belongs to a model: images, questions and the methods that it takes."""
+        if name == former:  # leaving the list counts as a choice too
+            return {}
         try:
             loaded = self.models[name]
         except READABLE as error:
@@ -170,6 +184,8 @@ class Page:
         images = list(packaged.images()) if packaged else []
         asked, texts = (packaged.question, packaged.class_names) if packaged else ("What is in this image?", ())
         return {
+            self.of: name,
+            self.stop: None,
             self.error: gr.update(visible=False),
             **({self.image: images[0]} if images else {}),
             self.examples: gr.update(value=images, visible=bool(images)),
@@ -186,8 +202,7 @@ class Page:
 
     def looked(
         self,
-        before: Look | None,
-        layer: int,
+        stop: int | None,
         name: str,
         image: str | None,
         question: str,
@@ -211,8 +226,7 @@ class Page:
         except READABLE as error:
             return {self.error: told(str(error))}
         last = len(places_of(found.trace)) - 1
-        stays = before is not None and len(places_of(before.trace)) - 1 == last  # to compare at one layer
-        stop = layer if stays else last
+        stop = last if stop is None else min(stop, last)
         return {
             self.error: gr.update(visible=False),
             self.seen: found,
