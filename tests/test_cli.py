@@ -415,6 +415,7 @@ def test_mistakes_of_a_search(folder: Path, tmp_path: Path, options: tuple, word
     assert result.exit_code == 1 and words in result.output
 
 
+@pytest.mark.slow
 def test_search_without_images(tmp_path: Path) -> None:
     options = ("--out", tmp_path, "-m", "tome", "-g", 0.13, "--limit", 6, "--strategy", "monte_carlo", "--trials", 2)
     data = json.loads(ok("search", DIGITS, "--synthetic", *options, "--json"))

@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_table_picture_and_configs(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
     chosen = ("-m", "tome", "-m", "random", "-g", "0.12", "-g", "0.15")

@@ -488,6 +488,7 @@ def test_padded_images_are_refused_and_run_without_their_padding(family, attenti
     assert rec.tokens[0] == 32 and rec.tokens[TINY["num_hidden_layers"] - 1] < 32
 
 
+@pytest.mark.slow
 def test_padded_images_are_refused_where_values_are_not_known_yet() -> None:
     model = tiny_model(*PADDABLE[-1])
     inputs = inputs_for(model, images())

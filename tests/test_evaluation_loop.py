@@ -426,6 +426,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)

@@ -47,6 +47,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(torch.randn(2, 3, CANVAS, CANVAS, generator=torch.Generator().manual_seed(0))).logits
 
 
+@pytest.mark.slow
 def test_prune_vit(tmp_path: Path) -> None:
     output = run("prune_vit.py", "--limit", 3, "--out", tmp_path / "out", cwd=tmp_path)
     assert "197    148" in output, "tokens that entered block 1, and patches it kept"
