@@ -32,13 +32,12 @@ def _seed() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="the whole cross product, and slow tests (make test-all)")
-    parser.addoption("--rest", action="store_true", help="of these, what runs without --all left out (make test-rest)")
+    parser.addoption("--rest", action="store_true", help="what make test leaves out, and some slow tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skips = {} if torch.cuda.is_available() else {"gpu": "no CUDA device"}
-    whole = config.getoption("--all") or config.getoption("--rest")
-    if not whole:
+    if not (config.getoption("--all") or config.getoption("--rest")):
         skips["slow"] = "slow: run with --all"
     skipped = set()
     for item in items:
@@ -47,12 +46,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             skipped.add(item)
     run = [item for item in items if item not in skipped]  # a test that is skipped covers nothing
     factors = [factors_of(*named(item)) for item in run]
+    kinds, alike = {**kinds_of_families(), **places_of_methods()}, kinds_of_methods()
+
+    def some_of(part: list[int]) -> set[int]:
+        return {part[i] for i in covering([factors[i] for i in part], kinds, alike)}
+
+    slow = [i for i, item in enumerate(run) if item.get_closest_marker("slow")]
     quick = [i for i, item in enumerate(run) if not item.get_closest_marker("slow")]
-    kinds = {**kinds_of_families(), **places_of_methods()}
-    numbers = {quick[i] for i in covering([factors[i] for i in quick], kinds, kinds_of_methods())}
-    if whole:
-        done = numbers if config.getoption("--rest") else set()
-        numbers = {*one_of_each(factors, kinds_of_methods())} - done
+    if config.getoption("--all"):
+        numbers = {*one_of_each(factors, alike)}
+    elif config.getoption("--rest"):
+        numbers = {quick[i] for i in one_of_each([factors[i] for i in quick], alike)} - some_of(quick) | some_of(slow)
+    else:
+        numbers = some_of(quick)
     chosen = {run[i] for i in numbers} | skipped
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
