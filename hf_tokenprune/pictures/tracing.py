@@ -170,7 +170,8 @@ def trace(
 
     Raises:
         TokenPruneError: a question to a model that answers none, or none to one that does; what ``prompts`` raises.
-        UnsupportedModelError, ConfigError: a config does not fit the model.
+        UnsupportedModelError: a config does not fit the model.
+        ConfigError: a field of a config does not.
     """
     texts: dict[str, Any] = {"class_names": class_names, "templates": templates, "max_new_tokens": max_new_tokens}
     image = to_rgb(image)
