@@ -283,7 +283,7 @@ def test_a_chart_has_the_tokens_of_every_block() -> None:
     steps = [patch.get_data() for patch in axes.patches]
     assert [step.values.tolist() for step in steps] == [list(run.tokens) for run in found.runs]
     assert all(step.edges.tolist() == [i - 0.5 for i in range(9)] for step in steps), "all blocks are equally wide"
-    assert axes.get_ylabel() == "tokens that enter, 1 not of the image included"
+    assert axes.get_ylabel() == "tokens that enter (image + 1)"
 
 
 @plotting

@@ -74,16 +74,17 @@ def sheet(traces: Trace | Sequence[Trace], columns: int = 5, what: What = "token
     across = max(len(row.panels) for row in rows)
     width = across * PANEL
     headers = [row.above(int(width / LETTER)) for row in rows]
-    drawn = [panel for row in rows for panel in row.panels if panel is not None]
-    tall = max(panel.picture.height / panel.picture.width for panel in drawn)
-    lines = max(panel.caption.count("\n") + 1 + bool(panel.title) for panel in drawn)
-    lines += max(sum(text.count("\n") + 1 for text, _ in header) for header in headers) + 1
+    drawn = [[panel for panel in row.panels if panel is not None] for row in rows]
+    tall = max(panel.picture.height / panel.picture.width for panels in drawn for panel in panels)
+    lines = sum(_lines_in(text) for header in headers for text, _ in header)
+    lines += sum(max(_lines_in(panel.caption) + bool(panel.title) for panel in panels) + 1 for panels in drawn)
     handles = _legend(traces, columns, what)
     ncols = max(1, int(width / (LETTER * (6 + max(len(handle.get_label()) for handle in handles)))))
-    figure = new_figure(width, len(rows) * (PANEL * tall + lines * LINE) + LINE * (1 + math.ceil(len(handles) / ncols)))
+    lines += 1 + math.ceil(len(handles) / ncols)
+    figure = new_figure(width, len(rows) * PANEL * tall + lines * LINE)
     grid = figure.subplots(len(rows), across, squeeze=False)
     for axes, row, header in zip(grid, rows, headers, strict=True):
-        room = "\n" * sum(text.count("\n") + 1 for text, _ in header)
+        room = "\n" * sum(_lines_in(text) for text, _ in header)
         for each in axes:
             each.set_axis_off()
         titled = False
@@ -105,7 +106,7 @@ def sheet(traces: Trace | Sequence[Trace], columns: int = 5, what: What = "token
         for text, colour in header:
             style = {"color": colour, "size": "large", "parse_math": False, "in_layout": False}
             axes[0].annotate(text, (0, 1), (0, height), "axes fraction", "offset points", **style)
-            height += 15 * (text.count("\n") + 1)
+            height += 15 * _lines_in(text)
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
     return figure
 
@@ -127,7 +128,7 @@ def token_chart(trace: Trace) -> Any:
             edges = [i - 0.5 for i in range(len(counts) + 1)]
             axes.stairs(counts, edges, baseline=None, label=_called(run, trace), **style)
         others = trace.runs[0].tokens[0] - trace.num_tokens if field == "tokens" else 0
-        entering = f"tokens that enter, {others} not of the image included" if others > 0 else "tokens that enter"
+        entering = f"tokens that enter (image + {others})" if others > 0 else "tokens that enter"
         axes.set(xlabel=name, ylabel=entering, ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -207,6 +208,10 @@ def _unranked(step: Step, what: What) -> str:
 
 def _lines(parts: Sequence[str]) -> str:
     return "\n".join(filter(None, parts))
+
+
+def _lines_in(text: str) -> int:
+    return text.count("\n") + 1
 
 
 def asked(trace: Trace) -> str:
