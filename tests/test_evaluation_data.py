@@ -12,6 +12,7 @@ from PIL import Image
 
 from hf_tokenprune.errors import DataError
 from hf_tokenprune.evaluation import load_images
+from hf_tokenprune.evaluation.images import to_rgb
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -153,6 +154,16 @@ def test_images_become_upright_rgb(tmp_path):
     images = load_images(tmp_path)
     assert [images[i]["image"].size for i in range(3)] == [(12, 10), (12, 10), (10, 12)]
     assert {images[i]["image"].mode for i in range(3)} == {"RGB"}
+
+
+def test_transparent_is_white_and_16_bits_are_scaled():
+    clear = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    clear.putpixel((1, 0), (200, 0, 0, 0))
+    assert [to_rgb(clear).getpixel((x, 0)) for x in (0, 1)] == [(200, 0, 0), (255, 255, 255)]
+    deep = Image.fromarray(np.array([[0, 100 * 257, 65535]], dtype=np.uint16))
+    for image in (deep, deep.convert("I")):
+        assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+    assert to_rgb(Image.fromarray(np.array([[7, 200]], dtype=np.int32))).getpixel((1, 0)) == (200, 200, 200)
 
 
 def jpeg(tmp_path: Path) -> bytes:

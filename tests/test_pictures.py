@@ -3,7 +3,8 @@
 import json
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from hf_tokenprune.pictures import (
     trace,
     visualize,
 )
+from hf_tokenprune.pictures.pixels import crops
 from hf_tokenprune.pictures.reports import curves, read_points
 from hf_tokenprune.pictures.style import as_image
 from hf_tokenprune.pictures.tokens import EDGE, PAPER, STRIPE
@@ -220,10 +222,42 @@ def test_a_sheet_has_a_row_a_run_and_says_what_it_shows() -> None:
         (header,) = [text for text in said if run.name in text]
         assert f"✗ {run.answer}" in header and f"({run.macs / found.runs[0].macs:.0%})" in header and "KL" in header
         assert [f"{each.name}: {each.num_kept} of 64" in said for each in run.steps][-1]
-    assert {"kept", "left", "merged into one token", "wrong"} <= set(said) and "right" not in said
+    assert {"kept", "removed", "merged: one colour, one token", "wrong"} <= set(said) and "right" not in said
     beside = sheet(found, columns=1)
     assert len([axes for axes in beside.axes if axes.axison]) == 3 and len(figure.axes) == 6
     assert as_image(beside).width > as_image(beside).height > 100
+
+
+@plotting
+def test_what_is_the_same_for_all_runs_is_said_once_and_nothing_is_cut() -> None:
+    _, found, _ = traced()
+    asked = replace(found, question="what is there, and what else is there, in the lowest row ?", is_cropped=True)
+    for columns, runs in ((3, 3), (1, 2)):
+        figure = sheet(replace(asked, runs=asked.runs[:runs]), columns=columns)
+        (question,) = [text for text in texts(figure) if "what else" in text.replace("\n", " ")]
+        assert question.replace("\n", " ") == f'"{asked.question}"'
+        assert sum("cropped by the processor" in text for text in texts(figure)) == 1
+        width = as_image(figure).width
+        above = [text for axes in figure.axes for text in axes.texts if text.get_text()]
+        for text in (*above, *figure.legends[0].get_texts()):
+            box = text.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= width, text.get_text()
+
+
+class Cropping(Scaled):
+    do_resize = do_center_crop = True
+    crop_size: ClassVar[dict[str, int]] = {"width": 32, "height": 32}
+
+    def __init__(self, **size: int) -> None:
+        self.size = size
+
+
+def test_what_a_processor_crops() -> None:
+    shortest, whole = Cropping(shortest_edge=32), Cropping(width=32, height=32)
+    assert crops(shortest, (80, 40)) and not crops(shortest, (40, 40)) and crops(Cropping(shortest_edge=36), (40, 40))
+    assert not crops(whole, (80, 40)) and not crops(Scaled(), (80, 40))
+    model = tiny_model("vit", ViTForImageClassification)
+    assert trace(model, picture(80, 40), {}, shortest).is_cropped
 
 
 @plotting
@@ -239,14 +273,17 @@ def test_a_sheet_of_importance_explains_its_colours() -> None:
     model = tiny_model("vit", ViTForImageClassification)
     configs = {"evit": PruneConfig.for_method("evit", layers=(1, 4), keep_ratios=0.5, fuse=False)}
     found = trace(model, picture(40, 40), configs, Scaled())
-    assert {"least important", "most important", "left"} <= set(texts(sheet(found, what="importance")))
+    assert {"least important", "most important", "removed"} <= set(texts(sheet(found, what="importance")))
 
 
 @plotting
 def test_a_chart_has_the_tokens_of_every_block() -> None:
     _, found, _ = traced()
     (axes,) = token_chart(found).axes
-    assert [line.get_ydata().tolist() for line in axes.lines] == [list(run.tokens) for run in found.runs]
+    steps = [patch.get_data() for patch in axes.patches]
+    assert [step.values.tolist() for step in steps] == [list(run.tokens) for run in found.runs]
+    assert all(step.edges.tolist() == [i - 0.5 for i in range(9)] for step in steps), "all blocks are equally wide"
+    assert axes.get_ylabel() == "tokens that enter (image + 1)"
 
 
 @plotting
@@ -304,11 +341,20 @@ def test_reports_of_one_run_are_put_together() -> None:
 
 
 @plotting
-def test_curves_stand_over_macs_and_over_time() -> None:
+def test_curves_stand_over_macs_and_over_time(tmp_path: Path) -> None:
     kl, kl_time, accuracy, _ = curves(EVAL, BENCH).axes
     assert kl.lines[0].get_xdata().tolist() == [2.0, 3.0] and kl.lines[0].get_ydata().tolist() == [0.05, 0.1 / 3]
     assert kl_time.lines[0].get_xdata().tolist() == [25.0]
     assert accuracy.get_ylabel() == "accuracy against dense, points"
-    assert "no speed to be told from noise, or too few rounds" in texts(curves(EVAL))
+    assert len(curves(EVAL).axes) == 2, "no panels over time, which this report does not say"
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(EVAL))
+    assert curves(path, str(path)).axes[0].lines[0].get_xdata().tolist() == [2.0, 3.0]
+    figure = curves(path)
+    as_image(figure)  # ticks have their texts when they are drawn
+    shown = texts(figure)
+    assert "0.05" in shown and not any("10^" in text for text in shown)
+    with pytest.raises(DataError, match="type list: expected a path or a dict"):
+        curves([EVAL])  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no pruned run"):
         curves({"rows": EVAL["rows"][:1]})

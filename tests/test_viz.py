@@ -145,6 +145,12 @@ def test_classes_of_a_model_with_a_text_tower(mosaic: Path, tmp_path: Path) -> N
     assert result.exit_code == 0 and "dense: 256 of 256 tokens" in result.output and "the " in result.output
 
 
+def test_without_class_names_it_is_said_what_is_missing(mosaic: Path, tmp_path: Path) -> None:
+    result = viz(CLIP_DIR, mosaic, "-m", "tome", "--out", tmp_path / "a.html")
+    assert result.exit_code == 0 and "give --class-names FILE" in result.stderr
+    assert [kind for _, kind in page_of(tmp_path / "a.html")["legend"]] == ["kept", "merged: one colour, one token"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

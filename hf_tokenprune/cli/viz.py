@@ -94,6 +94,9 @@ def viz(
         loaded, sample["image"], configs_for(loaded, model, method, set_, gmacs, prune_config), processor,
         question=question, prompt=prompt, class_names=names, expected=expected, max_new_tokens=new_tokens or NEW_TOKENS,
     )  # fmt: skip
+    if hasattr(loaded, "get_text_features") and names is None:
+        note = "note: nothing is said of the image: give --class-names FILE, with what it may show, one a line"
+        typer.secho(note, fg=typer.colors.YELLOW, err=True)
     files = [out]
     if out.suffix != ".html":
         what: Any = shown  # checked above

@@ -150,7 +150,8 @@ def _digits(out: Path, limit: int | None, progress: bool) -> tuple[PairedReport,
         model, images, processor, arms(model, configs), macs=macs_of(model, configs), progress=progress
     )
     checkpoint, picture = out / "digits_vit_zero_tprune", out / "kept_patches.png"
-    few = [images[i] for i in range(0, len(images), max(1, len(images) // 4))][:4]
+    # Not the first image, a 7 like a question mark.
+    few = [images[i] for i in range(len(images) // 32, len(images), max(1, len(images) // 4))][:4]
     pixels = processor(images=[each["image"] for each in few], return_tensors="pt").pixel_values
     shown = {name: configs[name] for name in ("salience_merge", "zero_tprune")}
     traces = [trace(model, each["image"], shown, processor, expected=str(each["label"])) for each in few]
@@ -208,7 +209,7 @@ def _llava(out: Path, limit: int | None, progress: bool) -> tuple[AnswersReport,
         progress=progress,
     )
     picture = out / "kept_for_questions.png"
-    chosen = [KINDS.index("what"), KINDS.index("where")]
+    chosen = [KINDS.index("what"), len(KINDS) + KINDS.index("compare")]  # about one mosaic and the next
     shown = {name: configs[name] for name in ("transprune", "divprune")}
     traces = [
         trace(model, one["image"], shown, processor, question=one["question"], expected=one["answers"][0])

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
@@ -168,16 +169,16 @@ def _ends_with(path: Path, marker: bytes) -> bool:
 def _decode(source: Any, name: str) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
-            return _upright(source)
+            return to_rgb(source)
         if isinstance(source, Mapping) and ("bytes" in source or "path" in source):
             source = source.get("bytes") or source["path"]
         if hasattr(source, "__array_interface__"):
-            return _upright(Image.fromarray(source))
+            return to_rgb(Image.fromarray(source))
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         if isinstance(source, (str, PathLike, io.BytesIO)):
             with Image.open(source) as image:
-                return _upright(image)
+                return to_rgb(image)
     except Exception as error:  # decoders of damaged bytes raise nearly anything
         raise DataError(f"cannot read {name} ({_reason(error)}); delete or replace it") from error
     raise DataError(
@@ -185,9 +186,18 @@ def _decode(source: Any, name: str) -> Image.Image:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """RGB and turned as its EXIF data say: what `datasets` and the pipelines of transformers show a model."""
-    return ImageOps.exif_transpose(image).convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB and turned as its EXIF data say, which is what `datasets` and the pipelines of transformers show a model.
+
+    Other than there, what is transparent is white, in place of the colours that lie under it; and 16 bits of grey are
+    scaled to 8, in place of all above 255 being white.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") and (levels := np.asarray(image)).max() > 255:
+        image = Image.fromarray((levels / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def _reason(error: Exception) -> str:

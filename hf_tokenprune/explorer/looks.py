@@ -19,6 +19,7 @@ from torch import nn
 from ..benchmark.timing import seconds
 from ..config import PruneConfig
 from ..engine import pruned
+from ..evaluation.images import to_rgb
 from ..evaluation.turns import DENSE
 from ..pictures import Trace
 from ..pictures.tracing import saying, trace_inputs
@@ -82,7 +83,7 @@ def look(
         texts: dict[str, Any] = {"question": question if loaded.kind == "decoder" else None}
         if loaded.reads_names and class_names:
             texts |= {"class_names": class_names, "templates": ("{}",)}
-        image = image.convert("RGB")
+        image = to_rgb(image)
         said = saying(model, image, processor, **texts)
         found = trace_inputs(model, image, configs, said, processor)
         found = dataclasses.replace(found, question=texts["question"])

@@ -29,7 +29,7 @@ WIDTH = 448  # pixels of a picture
 COLUMNS = ["", "image tokens", "multiply-adds", "time, ms", "to dense"]
 INTRO = """# Which tokens stay, and does the answer?
 [hf_tokenprune](https://github.com/hf-tokenprune/hf_tokenprune) on your image, layer by layer."""
-LEGEND = "As photographed: kept. One colour within an edge: merged into one token. Striped: left."
+LEGEND = "As photographed: kept. One colour within edges: merged into one token. Striped: removed."
 Changes = dict[Any, Any]
 """New values by component; the others stay as they are."""
 

@@ -15,21 +15,24 @@ from PIL import Image
 from ..atomic import write_text
 from .sheets import asked, kl_of, verdict, work
 from .style import CHANGED, SAME
-from .tokens import AVERAGED, LEFT, draw_tokens
+from .tokens import AVERAGED, KEPT, MERGED, REMOVED, draw_tokens, kinds_in
 from .tracing import Step, Trace, TracedRun
 
 TEMPLATE = Path(__file__).with_name("page.html")
 WIDTH = 336  # pixels of a picture
+LOOKS = {KEPT: "", MERGED: "merged", REMOVED: "removed", AVERAGED: "removed"}
+"""Classes in the template, by what a legend calls them."""
 TOWER, NOTHING = "tower block", "as it came"
 
 
 def write_page(trace: Trace, path: str | PathLike[str]) -> None:
     """Write a page with a slider through the blocks, which moves the pictures of all runs."""
     places = places_of(trace)
+    kinds = {KEPT}.union(*(kinds_in(step) for run in trace.runs for step in run.steps))
     data = {
         "title": trace.model,
         "asked": asked(trace),
-        "left": AVERAGED if any(step.averages for run in trace.runs for step in run.steps) else LEFT,
+        "legend": [[look, kind] for kind, look in LOOKS.items() if kind in kinds],
         "places": [NOTHING, *(f"behind {'' if place[-1].isdigit() else 'the '}{place}" for place in places[1:])],
         "runs": [_run(trace, run) for run in trace.runs],
     }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
@@ -12,7 +15,6 @@ from .style import COLOURS, MARKERS, new_figure
 Report = Mapping[str, Any]
 LOWEST = 1e-6  # of a KL on a logarithmic axis
 AXES = {"gmacs": "GMACs an image", "milliseconds": "ms an image, measured"}
-NO_TIME = "no speed to be told from noise, or too few rounds"
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,15 @@ class Point:
         return self.run.partition("@")[0]
 
 
-def curves(*reports: Report) -> Any:
+def curves(*reports: Report | str | PathLike[str]) -> Any:
     """A matplotlib figure: KL, and accuracy or agreement, over MACs and over measured time, a line a method.
 
-    A run whose time could not be told from noise stands over its MACs only.
+    A run whose time could not be told from noise stands over its MACs only; what no report says has no panel.
 
     Args:
         reports: what ``eval --json``, ``compare --json`` and ``bench --json`` print and ``search`` writes as
-            ``search.json``, read. Runs that are called alike are one: ``bench`` adds the time to those of ``eval``.
+            ``search.json``: paths, or what was read from them. Runs that are called alike are one: ``bench`` adds the
+            time to those of ``eval``.
 
     Raises:
         DataError: it is none of these, or there is no run besides the dense one.
@@ -56,11 +59,14 @@ def curves(*reports: Report) -> Any:
     points = read_points(reports)
     dense, runs = points.pop("dense", Point("dense")), list(points.values())
     if not runs:
-        raise DataError("there is no pruned run in these reports; give --method to the command")
+        raise DataError("there is no pruned run in these reports; give -m METHOD to the command that makes them")
     labelled = any(point.difference for point in runs)
-    figure = new_figure(12, 9)
-    panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    for column, (field, label) in enumerate(AXES.items()):
+    axes = {field: label for field, label in AXES.items() if any(getattr(point, field) for point in runs)}
+    if not axes:
+        raise DataError("these reports say neither MACs nor times of a pruned run")
+    figure = new_figure(6 * len(axes), 9)
+    panels = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
+    for column, (field, label) in enumerate(axes.items()):
         kl_panel, panel = panels[:, column]
         for i, method in enumerate(dict.fromkeys(point.method for point in runs)):
             style = {"color": COLOURS[i % 10], "marker": MARKERS[i % 10], "label": method, "alpha": 0.85}
@@ -78,24 +84,31 @@ def curves(*reports: Report) -> Any:
             if (x := getattr(dense, field)) is not None:
                 each.axvline(x, color="grey", linestyle="--", linewidth=1)
             each.grid(alpha=0.3)
-            if all(getattr(point, field) is None for point in runs):
-                each.text(0.5, 0.5, NO_TIME, ha="center", va="center", transform=each.transAxes)
         panel.set_xlabel(f"{label} (dashed: dense)")
     panels[0, 0].set_yscale("log")
+    panels[0, 0].yaxis.set_major_formatter("{x:g}")
+    low, high = panels[0, 0].get_ylim()
+    named = "25" if high > 10 * low else "23456789"
+    panels[0, 0].yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in named else "")
     panels[0, 0].set_ylabel("KL(dense || pruned), nats")
     panels[1, 0].set_ylabel("accuracy against dense, points" if labelled else "agreement with dense, %")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
-def read_points(reports: Sequence[Report]) -> dict[str, Point]:
+def read_points(reports: Sequence[Report | str | PathLike[str]]) -> dict[str, Point]:
     """The runs of all reports by name.
 
     Raises:
         DataError: a report of another kind.
     """
     found: dict[str, Point] = {}
-    for report in reports:
+    for each in reports:
+        report = json.loads(Path(each).read_text(encoding="utf-8")) if isinstance(each, (str, PathLike)) else each
+        if not isinstance(report, Mapping):
+            raise DataError(
+                f"a report of type {type(report).__name__}: expected a path or a dict; several as curves(a, b)"
+            )
         for point in _points(report):
             told = {name: value for name, value in vars(point).items() if value is not None}
             found[point.run] = replace(found.get(point.run, Point(point.run)), **told)

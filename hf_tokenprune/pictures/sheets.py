@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from textwrap import shorten
+from textwrap import fill, shorten
 from typing import Any, Literal
 
 from PIL import Image
 
 from .style import CHANGED, COLOURS, QUIET, SAME, new_figure
-from .tokens import AVERAGED, KEPT, LEFT, MERGED, PAPER, STRIPE, draw_importance, draw_tokens, kinds_in
+from .tokens import AVERAGED, KEPT, MERGED, PAPER, REMOVED, STRIPE, draw_importance, draw_tokens, kinds_in
 from .tracing import Step, Trace, TracedRun
 
 PANEL = 2.4
@@ -19,6 +20,8 @@ PIXELS = 448
 """Width of what is drawn for one."""
 LINE = 0.19
 """Height of a line of text in inches."""
+LETTER = 0.09
+"""Width of a letter above a row, and of one of the legend with what belongs to it, in inches."""
 LONGEST = 30
 """Letters of an answer, under a panel."""
 LEAST, MOST = "least important", "most important"
@@ -33,6 +36,21 @@ class Panel:
     caption: str
     title: str = ""
     colour: str = QUIET
+
+
+@dataclass(frozen=True)
+class Row:
+    """Panels beside each other (None: an empty place), under what was asked and what a run says."""
+
+    panels: Sequence[Panel | None]
+    asked: str = ""
+    said: str = ""
+    colour: str = QUIET
+
+    def above(self, width: int) -> list[tuple[str, str]]:
+        """Texts above it with their colours, the lowest first, of lines of at most ``width`` letters."""
+        texts = ((self.said, self.colour), (self.asked, QUIET))
+        return [(fill(text, width), colour) for text, colour in texts if text]
 
 
 def sheet(traces: Trace | Sequence[Trace], columns: int = 5, what: What = "tokens") -> Any:
@@ -53,30 +71,43 @@ def sheet(traces: Trace | Sequence[Trace], columns: int = 5, what: What = "token
     traces = [traces] if isinstance(traces, Trace) else list(traces)
     beside = columns == 1
     rows = [row for trace in traces for row in ([_beside(trace, what)] if beside else _below(trace, columns, what))]
-    across = max(len(panels) for _, panels in rows)
-    tall = max(panel.picture.height / panel.picture.width for _, panels in rows for panel in panels)
-    lines = max(panel.caption.count("\n") + bool(panel.title) for _, panels in rows for panel in panels) + 2
-    lines += max(header.count("\n") + bool(header) for (header, _), _ in rows)
-    figure = new_figure(across * PANEL, len(rows) * (PANEL * tall + lines * LINE) + 2 * LINE)
+    across = max(len(row.panels) for row in rows)
+    width = across * PANEL
+    headers = [row.above(int(width / LETTER)) for row in rows]
+    drawn = [[panel for panel in row.panels if panel is not None] for row in rows]
+    tall = max(panel.picture.height / panel.picture.width for panels in drawn for panel in panels)
+    lines = sum(_lines_in(text) for header in headers for text, _ in header)
+    lines += sum(max(_lines_in(panel.caption) + bool(panel.title) for panel in panels) + 1 for panels in drawn)
+    handles = _legend(traces, columns, what)
+    ncols = max(1, int(width / (LETTER * (6 + max(len(handle.get_label()) for handle in handles)))))
+    lines += 1 + math.ceil(len(handles) / ncols)
+    figure = new_figure(width, len(rows) * PANEL * tall + lines * LINE)
     grid = figure.subplots(len(rows), across, squeeze=False)
-    for axes, ((header, colour), panels) in zip(grid, rows, strict=True):
-        room = "\n" * (header.count("\n") + bool(header)) + ("" if panels[0].title else " ")
+    for axes, row, header in zip(grid, rows, headers, strict=True):
+        room = "\n" * sum(_lines_in(text) for text, _ in header)
         for each in axes:
             each.set_axis_off()
-        for each, panel in zip(axes, panels, strict=False):
+        titled = False
+        for each, panel in zip(axes, row.panels, strict=False):
+            each.set_title(room or None, parse_math=False)  # which the layout leaves above the row
+            if panel is None:
+                each.set_box_aspect(tall)
+                continue
             each.set_axis_on()
             each.imshow(panel.picture)
             each.set(xticks=[], yticks=[])
             each.set_xlabel(panel.caption, color=panel.colour, parse_math=False)
             each.set_title(room + panel.title, weight="bold", parse_math=False)
+            titled = bool(panel.title)
             for side in each.spines.values():
                 side.set(color=panel.colour, linewidth=1)
         # As wide as the row, which the layout must not know: it would widen the first panel.
-        above = (0, 6 + 16 * bool(panels[0].title))
-        style = {"color": colour, "size": "large", "parse_math": False, "in_layout": False}
-        axes[0].annotate(header, (0, 1), above, "axes fraction", "offset points", **style)
-    handles = _legend(traces, columns, what)
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(3, across + 1), frameon=False)
+        height = 6 + 16 * titled
+        for text, colour in header:
+            style = {"color": colour, "size": "large", "parse_math": False, "in_layout": False}
+            axes[0].annotate(text, (0, 1), (0, height), "axes fraction", "offset points", **style)
+            height += 15 * _lines_in(text)
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
     return figure
 
 
@@ -94,8 +125,11 @@ def token_chart(trace: Trace) -> Any:
         for i, run in enumerate(trace.runs):
             counts = getattr(run, field)
             style: dict[str, Any] = {"color": COLOURS[(i - 1) % 10], "linewidth": 2} if i else DENSE_LINE
-            axes.step(range(len(counts)), counts, where="mid", label=_called(run, trace), **style)
-        axes.set(xlabel=name, ylabel="tokens that enter", ylim=(0, None))
+            edges = [i - 0.5 for i in range(len(counts) + 1)]
+            axes.stairs(counts, edges, baseline=None, label=_called(run, trace), **style)
+        others = trace.runs[0].tokens[0] - trace.num_tokens if field == "tokens" else 0
+        entering = f"tokens that enter (image + {others})" if others > 0 else "tokens that enter"
+        axes.set(xlabel=name, ylabel=entering, ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -143,8 +177,8 @@ def summary(trace: Trace) -> str:
     """A line a run."""
     lines = []
     for run in trace.runs:
-        left = trace.num_tokens if not run.steps else run.steps[-1].num_kept
-        parts = (f"{left} of {trace.num_tokens} tokens", work(trace, run), verdict(trace, run)[0], kl_of(run))
+        kept = trace.num_tokens if not run.steps else run.steps[-1].num_kept
+        parts = (f"{kept} of {trace.num_tokens} tokens", work(trace, run), verdict(trace, run)[0], kl_of(run))
         lines.append(f"{run.name}: {', '.join(filter(None, parts))}")
     return "\n".join(lines)
 
@@ -165,11 +199,19 @@ def _input(trace: Trace, caption: Sequence[str], title: str = "", colour: str = 
     """The image as the model sees it, with every token."""
     picture = trace.grids[0].picture
     picture = picture.resize((PIXELS, PIXELS * picture.height // picture.width))
-    return Panel(picture, _lines(caption), title, colour)
+    return Panel(picture, _lines((*caption, "cropped by the processor" if trace.is_cropped else "")), title, colour)
+
+
+def _unranked(step: Step, what: What) -> str:
+    return "(not ranked: its tokens)" if what == "importance" and step.importance is None else ""
 
 
 def _lines(parts: Sequence[str]) -> str:
     return "\n".join(filter(None, parts))
+
+
+def _lines_in(text: str) -> int:
+    return text.count("\n") + 1
 
 
 def asked(trace: Trace) -> str:
@@ -178,37 +220,36 @@ def asked(trace: Trace) -> str:
     return "   ".join(filter(None, (question, trace.expected and f"expected: {trace.expected}")))
 
 
-def _beside(trace: Trace, what: What) -> tuple[tuple[str, str], list[Panel]]:
+def _beside(trace: Trace, what: What) -> Row:
     """The runs of a trace in one row."""
     dense, *runs = trace.runs
     text, colour = verdict(trace, dense)
-    panels = [_input(trace, (f"{trace.num_tokens} tokens, {work(trace, dense)}", text), "dense", colour)]
+    first = _input(trace, (f"{trace.num_tokens} tokens, {work(trace, dense)}", text), "dense", colour)
+    panels = [first]
     for run in runs:
         text, colour = verdict(trace, run)
-        picture = _picture(run.steps[-1], what) if run.steps else panels[0].picture
-        left = run.steps[-1].num_kept if run.steps else trace.num_tokens
-        caption = _lines((f"{left} tokens, {work(trace, run)}", text, kl_of(run)))
+        picture, kept, note = first.picture, trace.num_tokens, ""
+        if run.steps:
+            picture, kept, note = _picture(run.steps[-1], what), run.steps[-1].num_kept, _unranked(run.steps[-1], what)
+        caption = _lines((f"{kept} tokens, {work(trace, run)}", text, kl_of(run), note))
         panels.append(Panel(picture, caption, run.name, colour))
-    return (asked(trace), QUIET), panels
+    return Row(panels, asked(trace))
 
 
-def _below(trace: Trace, columns: int, what: What) -> list[tuple[tuple[str, str], list[Panel]]]:
-    """A row for each run of a trace."""
-    dense, rows = trace.runs[0], []
+def _below(trace: Trace, columns: int, what: What) -> list[Row]:
+    """A row for each run of a trace; the first one has what is the same for all: the question and the image."""
+    dense, rows = trace.runs[0], list[Row]()
     said, _ = verdict(trace, dense)
+    first = _input(trace, (f"input: {trace.num_tokens} tokens", f"dense: {said}" if said else "", work(trace, dense)))
     for run in trace.runs[1:]:
         text, colour = verdict(trace, run)
-        header = _lines((asked(trace), "   ".join(filter(None, (run.name, work(trace, run), text, kl_of(run))))))
-        first = _input(
-            trace, (f"input: {trace.num_tokens} tokens", f"dense: {said}" if said else "", work(trace, dense))
-        )
-        steps = [
-            Panel(_picture(step, what), f"{step.name}: {step.num_kept} of {len(step.owner)}")
-            for step in spread(run, columns)
-        ]
-        rows.append(
-            ((header, colour), [first, *(steps or [Panel(first.picture, "no token leaves\nbefore the last block")])])
-        )
+        steps = []
+        for step in spread(run, columns):
+            caption = (f"{step.name}: {step.num_kept} of {len(step.owner)}", _unranked(step, what))
+            steps.append(Panel(_picture(step, what), _lines(caption)))
+        panels = [None if rows else first, *(steps or [Panel(first.picture, "no token leaves\nbefore the last block")])]
+        header = "   ".join(filter(None, (run.name, work(trace, run), text, kl_of(run))))
+        rows.append(Row(panels, "" if rows else asked(trace), header, colour))
     return rows
 
 
@@ -221,7 +262,7 @@ def _legend(traces: Sequence[Trace], columns: int, what: What) -> list[Any]:
     looks: dict[str, dict[str, Any]] = {
         KEPT: {"facecolor": "none", "edgecolor": "grey"},
         MERGED: {"facecolor": "#9b7653", "edgecolor": "black"},
-        LEFT: gone,
+        REMOVED: gone,
         AVERAGED: gone,
         LEAST: {"facecolor": colormaps["inferno"](0.05)},
         MOST: {"facecolor": colormaps["inferno"](0.95)},
@@ -229,9 +270,10 @@ def _legend(traces: Sequence[Trace], columns: int, what: What) -> list[Any]:
     there: set[str] = set()
     for step in (step for trace in traces for run in trace.runs for step in spread(run, columns)):
         if what == "importance" and step.importance is not None:
-            there |= {LEAST, MOST, *([LEFT] if bool(step.importance.isnan().any()) else [])}
+            there |= {LEAST, MOST, *([REMOVED] if bool(step.importance.isnan().any()) else [])}
         else:
             there |= set(kinds_in(step))
+    there -= {REMOVED} if AVERAGED in there else set()  # they look the same
     marks = {verdict(trace, run): trace.expected is not None for trace in traces for run in trace.runs[1:]}
     judged = {(text[:1], colour, known) for (text, colour), known in marks.items() if text}
     words = {

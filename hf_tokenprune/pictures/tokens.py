@@ -18,15 +18,16 @@ from ..evaluation.optional import require
 from .tracing import ImageGrid, Step
 
 PAPER, STRIPE, EDGE = (238, 236, 246), (176, 168, 204), (255, 255, 255)
-"""Colours of what has left: paper, with stripes that no photograph has; and of the edges of merged regions."""
-KEPT, MERGED, LEFT, AVERAGED = "kept", "merged into one token", "left", "left, or averaged into others"
+"""Colours of what was removed: paper, with stripes that no photograph has; and of the edges of merged regions."""
+KEPT, MERGED, REMOVED = "kept", "merged: one colour, one token", "removed"
+AVERAGED = "removed, or averaged into others"
 """What a legend calls them."""
 GAP = 6
 
 
 def draw_tokens(step: Step, width: int = 224) -> Image.Image:
-    """The image behind a pruning point: tokens that stay as they are, those of one merged token as a region of one
-    colour, the mean of its pixels, within an edge, and those that have left as striped paper.
+    """The image behind a pruning point: tokens that stay as they are, those of one merged token in one colour, the
+    mean of their pixels, within edges (they need not touch), and those that were removed as striped paper.
 
     Args:
         width: of the picture in pixels; where the image is seen in several ways, these lie side by side.
@@ -78,7 +79,7 @@ def kinds_in(step: Step) -> list[str]:
     """What a legend of ``draw_tokens`` has to explain."""
     sizes = torch.bincount(step.owner[step.owner >= 0])
     there = {KEPT: bool((sizes == 1).any()), MERGED: bool((sizes > 1).any())}
-    there[AVERAGED if step.averages else LEFT] = bool((step.owner < 0).any())
+    there[AVERAGED if step.averages else REMOVED] = bool((step.owner < 0).any())
     return [kind for kind, is_there in there.items() if is_there]
 
 
@@ -115,7 +116,7 @@ def _edge(pixels: np.ndarray, label: np.ndarray, merged: np.ndarray) -> None:
 
 
 def _stripe(pixels: np.ndarray, left: np.ndarray) -> None:
-    """Put striped paper where something has left."""
+    """Put striped paper where something was removed."""
     rows, columns = np.indices(left.shape)
     pixels[left] = PAPER
     pixels[left & ((rows + columns) % 8 < 2)] = STRIPE

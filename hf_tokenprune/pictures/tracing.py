@@ -16,13 +16,14 @@ from ..config import PruneConfig, as_config
 from ..cost import cost
 from ..engine import ConfigLike, current_config, find_adapter, prune, pruned, unprune, unwrapped
 from ..errors import TokenPruneError
+from ..evaluation.images import to_rgb
 from ..evaluation.prompts import prompts
 from ..evaluation.questions import is_right
 from ..evaluation.tables import plain
 from ..evaluation.turns import DENSE, eval_mode
 from ..evaluation.zero_shot import TEMPLATES
 from ..recording import Record, record
-from .pixels import to_image
+from .pixels import crops, to_image
 from .said import Answers, Classes, classifier
 
 NEW_TOKENS = 32
@@ -48,11 +49,11 @@ class Step:
     Attributes:
         name: "block 3", "layer 3", "entrance", "vision tower", or "tower block 3".
         grids: how the tokens lie in the image: one grid, or the whole and its details; of a tower one a crop.
-        owner: (N,) int64, of each token who stands for it: itself, or what it was merged into; -1: it has left.
+        owner: (N,) int64, of each token who stands for it: itself, or what it was merged into; -1: it was removed.
         importance: (N,) float32 by which the method ranked them, higher = keep, of merged ones that of their owner; NaN
-            for those that had left before. None: it does not rank tokens, or ranked others than these (of crops, before
-            their filling is cut off).
-        averages: some of those that have left were averaged into ones that stay; which ones is not recorded.
+            for those that were removed before. None: it does not rank tokens, or ranked others than these (of crops,
+            before their filling is cut off).
+        averages: some of those that were removed were averaged into ones that stay; which ones is not recorded.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Trace:
         runs: the dense one first.
         question: that a vision-language model was asked.
         expected: the right answer or class, where the caller knows it.
+        is_cropped: the processor cut off a part of the image, which the model did not see.
     """
 
     model: str
@@ -114,6 +116,7 @@ class Trace:
     runs: tuple[TracedRun, ...]
     question: str | None = None
     expected: str | None = None
+    is_cropped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: what is counted and said; not where tokens lie."""
@@ -155,6 +158,7 @@ def trace(
 
     Args:
         model: with an adapter, on any device; pruned or not, and so it is left.
+        image: of any mode; what is transparent is white.
         configs: by name.
         processor: of the model, as ``AutoProcessor`` or ``load_processor`` gives it.
         question: for a vision-language model, which has to be asked one.
@@ -166,12 +170,14 @@ def trace(
 
     Raises:
         TokenPruneError: a question to a model that answers none, or none to one that does; what ``prompts`` raises.
-        UnsupportedModelError, ConfigError: a config does not fit the model.
+        UnsupportedModelError: a config does not fit the model.
+        ConfigError: a field of a config does not.
     """
     texts: dict[str, Any] = {"class_names": class_names, "templates": templates, "max_new_tokens": max_new_tokens}
-    image = image.convert("RGB")
+    image = to_rgb(image)
     said = saying(model, image, processor, question=question, prompt=prompt, **texts)
-    return replace(trace_inputs(model, image, configs, said, processor), question=question, expected=expected)
+    found = trace_inputs(model, image, configs, said, processor)
+    return replace(found, question=question, expected=expected, is_cropped=crops(processor, image.size))
 
 
 def saying(
