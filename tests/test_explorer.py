@@ -68,7 +68,11 @@ class Visitor:
         self.requests: list[str] = []
         self.tab.on("request", lambda request: self.requests.append(request.url))
         self.tab.goto(address)
-        self.tab.locator("#picture1 img").wait_for()
+        try:
+            self.tab.locator("#picture1 img").wait_for(timeout=30_000)
+        except playwright.TimeoutError:  # seen twice in a dozen runs on a busy machine; why is not known
+            self.tab.reload()
+            self.tab.locator("#picture1 img").wait_for()
 
     def choose(self, what: str, value: str) -> None:
         """Of a list; or, in the list of models, one of one's own."""
