@@ -55,7 +55,8 @@ def test_table_picture_and_configs(folder: Path, tmp_path: Path) -> None:
         assert int(row["n"]) == N and float(row["gmacs"]) == pytest.approx(expected["macs"] / 1e9)
         assert float(row["top1"]) == expected["accuracy"]
         if row["run"] != "dense":
-            assert float(row["kl_nats"]) == pytest.approx(expected["kl"], rel=1e-3)
+            # Images share batches with others here: what is left of a KL below 1e-9 is how their products are rounded.
+            assert float(row["kl_nats"]) == pytest.approx(expected["kl"], rel=1e-3, abs=1e-10)
             assert float(row["agreement"]) == expected["agreement"]
             assert float(row["speedup_low"]) <= float(row["speedup_high"]) and row["decision_low"]
             assert bool(row["speedup"]) == bool(row["of_ideal"]) == bool(row["images_per_second"])
