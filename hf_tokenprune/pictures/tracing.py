@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..benchmark.timing import dense
 from ..config import PruneConfig, as_config
 from ..cost import cost
-from ..engine import ConfigLike, current_config, find_adapter, prune, pruned, unprune, unwrapped
+from ..engine import ConfigLike, find_adapter, pruned, unwrapped
 from ..errors import TokenPruneError
 from ..evaluation.images import to_rgb
 from ..evaluation.prompts import prompts
@@ -238,20 +238,6 @@ def trace_inputs(
     name = getattr(stock.config, "_name_or_path", "")
     name = Path(name).name if Path(name).is_dir() else name  # whoever gets a picture has no use for folders
     return Trace(name or type(stock).__name__, image, grids, total, (first, *runs))
-
-
-@contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
-    """The model as it was before ``prune``, if it is pruned, for the length of a ``with`` block."""
-    config = current_config(model)
-    if config is None:
-        yield
-        return
-    unprune(model)
-    try:
-        yield
-    finally:
-        prune(model, config)
 
 
 def _grids(views: Sequence[Any], image: Image.Image, processor: Any) -> tuple[ImageGrid, ...]:
