@@ -56,7 +56,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--all"):
         numbers = {*one_of_each(factors, alike)}
     elif config.getoption("--rest"):
-        numbers = {quick[i] for i in one_of_each([factors[i] for i in quick], alike)} - some_of(quick) | some_of(slow)
+        rest = one_of_each([factors[i] for i in quick], {**kinds_of_families(), **alike})
+        numbers = {quick[i] for i in rest} - some_of(quick) | some_of(slow)
     else:
         numbers = some_of(quick)
     chosen = {run[i] for i in numbers} | skipped
