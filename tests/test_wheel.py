@@ -50,7 +50,7 @@ hf_tokenprune.list_presets()
 for module, name, arguments in (
     ("evaluation", "load_images", ("someone/something",)),
     ("evaluation.accelerator", "require", ("accelerate",)),
-    ("pictures.reports", "curves", ({"rows": [{"name": name, "kl": 1.0} for name in ("dense", "tome")]},)),
+    ("pictures.reports", "curves", ({"rows": [{"name": name, "kl": 1.0, "macs": 1e9} for name in ("dense", "tome")]},)),
     ("search.strategies", "check_strategy", ("optuna", 1)),
     ("demo.digits", "originals", ()),
     ("evaluation.optional", "require", ("gradio", "app")),
