@@ -118,12 +118,7 @@ def measure_generation(
     from transformers import GenerationConfig
 
     model = arms.model
-    if not model.can_generate():
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot generate; load the checkpoint with a class that has a language modelling "
-            "head, such as AutoModelForImageTextToText"
-        )
-    inputs = random_inputs(model, batch_size, text_tokens, image_size)
+    inputs = checked_inputs(model, batch_size, text_tokens, image_size)
     greedy = GenerationConfig(
         min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0
     )
@@ -172,6 +167,22 @@ class TokenClock:
         """Mean time from the first new token to the last."""
         _, first, *_, last = self.times
         return (last - first) / (len(self.times) - 2)
+
+
+def checked_inputs(
+    model: Any, batch_size: int, text_tokens: int, image_size: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """``random_inputs`` of a model that can answer them.
+
+    Raises:
+        UnsupportedModelError: the model cannot generate.
+    """
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot generate; load the checkpoint with a class that has a language modelling "
+            "head, such as AutoModelForImageTextToText"
+        )
+    return random_inputs(model, batch_size, text_tokens, image_size)
 
 
 def random_inputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from ..cost import GenerationCostReport, cost
 from ..engine import ConfigLike, as_config, current_config
 from ..errors import ConfigError
+from .compiled import CompiledBenchmarkReport, CompileMode, measure_compiled
 from .decoder import GenerationBenchmarkReport, measure_generation
 from .timing import Arms, Repeats, dense, environment, settings
 from .vision import BenchmarkReport, measure_images
@@ -29,7 +31,8 @@ def benchmark(
     *,
     text_tokens: int | None = None,
     new_tokens: int | None = None,
-) -> BenchmarkReport | GenerationBenchmarkReport:
+    compile_mode: CompileMode | None = None,
+) -> BenchmarkReport | GenerationBenchmarkReport | CompiledBenchmarkReport:
     """Time ``model`` dense and pruned on random images, on the device it is on.
 
     Args:
@@ -44,10 +47,13 @@ def benchmark(
         progress: show a progress bar.
         text_tokens: vision-language models: tokens of each prompt besides those of its one image; None: 64.
         new_tokens: vision-language models: tokens to generate; None: 32.
+        compile_mode: both models go through ``torch.compile`` in this mode: "default", or "reduce-overhead", which
+            makes CUDA graphs. The forward of an encoder must be one graph; of a vision-language model the prefill is
+            measured. Graphs compiled before are forgotten. None: neither model is compiled.
 
     Returns:
         Of a vision encoder a ``BenchmarkReport``; of a vision-language model a ``GenerationBenchmarkReport``, which
-        splits prefill, decode and end to end.
+        splits prefill, decode and end to end; with ``compile_mode`` a ``CompiledBenchmarkReport``.
 
     Raises:
         ConfigError: no config, or one that does not fit; counts that are too small, or have no effect on this model.
@@ -62,9 +68,18 @@ def benchmark(
     for name, counts in (("batch_sizes", batch_sizes), ("rounds", [rounds]), ("threads", [threads or 1])):
         if not counts or min(counts) < 1:
             raise ConfigError(f"{name}={counts}: expected numbers >= 1")
+    if compile_mode not in (None, *get_args(CompileMode)):
+        raise ConfigError(f"compile_mode={compile_mode!r}: expected one of {', '.join(get_args(CompileMode))}, or None")
     if dtype is not None and dtype != next(model.parameters()).dtype:
         model = copy.deepcopy(model).to(dtype)
     repeats = Repeats(rounds, warmup, progress)
+    if compile_mode is not None:
+        text = macs.text_tokens if isinstance(macs, GenerationCostReport) else None
+        with settings(model, threads), dense(model):
+            where = {**environment(model), "compile": compile_mode}
+            same = (text, image_size, repeats, compile_mode)
+            compiled = (measure_compiled(model, config, batch_size, *same) for batch_size in batch_sizes)
+            return CompiledBenchmarkReport(tuple(compiled), macs, rounds, where)
     with settings(model, threads), dense(model):
         arms, where = Arms(model, config), environment(model)
         if isinstance(macs, GenerationCostReport):

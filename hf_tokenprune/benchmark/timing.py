@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -116,15 +117,20 @@ class Arms:
 
     def interleave(self, measure: Callable[[], T], repeats: Repeats, label: str) -> dict[str, list[T]]:
         """By arm, what ``measure()`` returned in each measured round."""
-        from tqdm.auto import trange
+        return interleave({arm: partial(self.run, arm, measure) for arm in self.stages}, repeats, label)
 
-        measured: dict[str, list[T]] = {arm: [] for arm in self.stages}
-        for turn in trange(repeats.warmup + repeats.rounds, desc=label, disable=not repeats.progress, leave=False):
-            for arm in self.stages if turn % 2 else reversed(self.stages):
-                value = self.run(arm, measure)
-                if turn >= repeats.warmup:
-                    measured[arm].append(value)
-        return measured
+
+def interleave(measures: dict[str, Callable[[], T]], repeats: Repeats, label: str) -> dict[str, list[T]]:
+    """By arm, what its measure returned in each measured round; the arms take turns in changing order."""
+    from tqdm.auto import trange
+
+    measured: dict[str, list[T]] = {arm: [] for arm in measures}
+    for turn in trange(repeats.warmup + repeats.rounds, desc=label, disable=not repeats.progress, leave=False):
+        for arm in measures if turn % 2 else reversed(measures):
+            value = measures[arm]()
+            if turn >= repeats.warmup:
+                measured[arm].append(value)
+    return measured
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from ..cost import CostReport
+from ..engine import find_adapter
 from .medians import Quartiles, cell, decision_share, explained, over, shown
 from .operations import count_operations
 from .timing import Arms, Repeats, Timing, peak_bytes, seconds
@@ -81,13 +83,21 @@ class BenchmarkReport:
         return "\n".join(lines)
 
 
-def measure_images(arms: Arms, batch_size: int, image_size: tuple[int, int] | None, repeats: Repeats) -> BenchmarkRow:
-    model, shape = arms.model, arms.adapter.shape(arms.model)
-    run = getattr(model, "get_image_features", model)  # of a model with a text tower, what images pass
-    size = image_size or shape.image_size
+def image_forward(
+    model: Any, batch_size: int, image_size: tuple[int, int] | None
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """(what images pass of ``model``, the arguments that it takes random ones in)."""
+    adapter = find_adapter(model)
+    shape = adapter.shape(model)
     parameter = next(model.parameters())
+    size = image_size or shape.image_size
     pixels = torch.randn(batch_size, shape.num_channels, *size, generator=torch.Generator().manual_seed(0))
-    inputs = arms.adapter.image_inputs(model, pixels.to(parameter.device, parameter.dtype))
+    run = getattr(model, "get_image_features", model)  # of a model with a text tower
+    return run, adapter.image_inputs(model, pixels.to(parameter.device, parameter.dtype))
+
+
+def measure_images(arms: Arms, batch_size: int, image_size: tuple[int, int] | None, repeats: Repeats) -> BenchmarkRow:
+    run, inputs = image_forward(arms.model, batch_size, image_size)
 
     def forward() -> None:
         run(**inputs)

@@ -49,11 +49,14 @@ def bench(
     dtype: DtypeOpt = "float32",
     device: DeviceOpt = "cpu",
     random_weights: Annotated[bool, typer.Option(help="Only the config is read; speed needs no weights.")] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Both through torch.compile; CUDA graphs where --device is cuda.")
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Wall-clock time, dense (SDPA) against pruned, interleaved, beside the ideal and the cost of the decision.
 
-    Of a vision-language model prefill, decode and end to end, with one image a prompt.
+    Of a vision-language model prefill, decode and end to end, with one image a prompt; with --compile the prefill.
     """
     from ..benchmark import benchmark
 
@@ -61,9 +64,10 @@ def bench(
     loaded = random_model(model) if random_weights else load_dense(model, "cpu")
     loaded.to(*placement).eval()
     variants = configs_for(loaded, model, method, set_, gmacs, prune_config, text_tokens, size)
+    mode = None if not compile_ else "reduce-overhead" if placement[0].type == "cuda" else "default"
     measure = partial(
         benchmark, batch_sizes=batch_size, rounds=rounds, threads=threads, progress=sys.stderr.isatty(),
-        image_size=size, text_tokens=text_tokens, new_tokens=new_tokens,
+        image_size=size, text_tokens=text_tokens, new_tokens=new_tokens, compile_mode=mode,
     )  # fmt: skip
     reports = {name: measure(loaded, config) for name, config in variants.items()}
     data = {name: {"config": variants[name].to_dict(), **report.to_dict()} for name, report in reports.items()}

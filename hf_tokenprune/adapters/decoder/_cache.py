@@ -191,6 +191,7 @@ def check_lengths(cache: PrunedDynamicCache, state: CacheState) -> None:
                 )
 
 
+@torch.compiler.disable  # it knows no change of class
 def bind(cache: Cache, state: CacheState) -> None:
     """Put ``state`` on ``cache``, in place."""
     cache.__class__ = PrunedDynamicCache

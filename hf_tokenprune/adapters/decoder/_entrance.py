@@ -43,8 +43,12 @@ class CountProposals:
 
 
 class EnterDecoder:
-    """Forward pre-hook of the language model: what leaves at the entrance leaves, and layers are told of the rest."""
+    """Forward pre-hook of the language model: what leaves at the entrance leaves, and layers are told of the rest.
 
+    A compiler leaves it out as a whole: it reads where the image tokens are, which would break its graph many times.
+    """
+
+    @torch.compiler.disable
     def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         cache = given_cache(kwargs)
         embeds: Tensor | None = kwargs.get("inputs_embeds")

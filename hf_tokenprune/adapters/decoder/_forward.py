@@ -8,7 +8,6 @@ sure outside (offloading, sharding, models over several devices).
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -90,7 +89,7 @@ class Forward:
 
     def segment(self, layer: int) -> int:
         """Index of the segment that a layer belongs to."""
-        return bisect_right(self.starts, layer) - 1
+        return sum(start <= layer for start in self.starts) - 1
 
     def view(self, index: int, device: torch.device) -> View:
         """What a segment sees, on the device of one of its layers."""
@@ -234,7 +233,8 @@ class Forward:
         assert self.layout is not None
         layout, text, count = self.layout, self.text, self.counter(stage, self.layout)
         keep, self.text = ~layout.is_image, None
-        merged, ranked = list[tuple[Tensor, Tensor, Tensor]](), list[tuple[Tensor, Tensor, Tensor]]()
+        merged: list[tuple[Tensor, Tensor, Tensor]] = []
+        ranked: list[tuple[Tensor, Tensor, Tensor]] = []
         scores = [self.observed[layer] for layer in stage.observes] if "layer_scores" in stage.needs else []
         for group in layout.groups(count, stage.budget):
             rows, index = group.rows, group.index

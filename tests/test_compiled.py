@@ -1,0 +1,90 @@
+"""Pruned models under ``torch.compile``: how many graphs, when they are made anew, and the benchmark of them.
+
+That every family compiles as one graph is in test_contract_families.py.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_tokenprune import ConfigError, DivPruneConfig, RandomConfig, UnsupportedModelError, prune
+from hf_tokenprune.benchmark import CompiledBenchmarkReport, benchmark
+from hf_tokenprune.benchmark.compiled import twin
+from hf_tokenprune.cli import app
+from hf_tokenprune.cost import cost
+from hf_tokenprune.demo.digits import MODEL_DIR
+
+from .decoder_families import tiny_vlm
+from .families import images, snapshot
+from .test_export_shapes import classifier
+
+QUICK: dict[str, Any] = {"rounds": 3, "warmup": 0, "compile_mode": "default"}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
+    """What is compiled, without generating code."""
+    found: list[Callable[..., Any]] = []
+    stock = partial(torch.compile, backend="eager")
+
+    def compile_(run: Callable[..., Any], **options: Any) -> Any:
+        found.append(run)
+        return stock(run, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    return found
+
+
+@pytest.mark.slow
+def test_dense_and_pruned_are_compiled_once_a_batch_size(compiled: list[Any]) -> None:
+    model, config = classifier(None, 2), RandomConfig()
+    model(images())  # the first forward of any model installs hooks of Transformers' own
+    before = snapshot(model)
+    report = benchmark(model, config, batch_sizes=(1, 2), **QUICK)
+    assert isinstance(report, CompiledBenchmarkReport) and report.macs == cost(model, config)
+    assert len(compiled) == 4 and compiled[0] is compiled[2] is model
+    for row in report.rows:
+        assert row.dense_graphs == row.pruned_graphs == 1
+        assert min(row.dense_compile_seconds, row.pruned_compile_seconds, row.dense_seconds, row.pruned_seconds) > 0
+    assert json.loads(json.dumps(report.to_dict()))["environment"]["compile"] == "default"
+    assert "1 -> 1" in report.summary() and "operations" not in report.summary()
+    assert snapshot(model) == before
+
+
+@pytest.mark.slow
+def test_of_a_vision_language_model_the_prefill_is_compiled(compiled: list[Any]) -> None:
+    """In several graphs, and generate could not be measured: it is told before."""
+    model = tiny_vlm("llava")
+    report = benchmark(model, DivPruneConfig(keep_ratio=0.4), batch_sizes=(1,), text_tokens=6, new_tokens=3, **QUICK)
+    (row,) = report.rows
+    assert row.pruned_graphs >= row.dense_graphs > 1 and len(compiled) == 2
+    assert "6 text tokens in, 3 new tokens out, prefill; 3 interleaved rounds" in report.summary()
+    with pytest.raises(UnsupportedModelError, match="cannot generate"):
+        benchmark(model.model, RandomConfig(), **QUICK)
+
+
+def test_unknown_modes() -> None:
+    with pytest.raises(ConfigError, match="compile_mode='fast': expected one of default, reduce-overhead, or None"):
+        benchmark(classifier(None, 2), RandomConfig(), **{**QUICK, "compile_mode": "fast"})
+
+
+def test_a_twin_is_pruned_alone_and_shares_the_weights() -> None:
+    model = classifier(None, 2)
+    expected, before = model(images()).logits, snapshot(model)
+    other = prune(twin(model), RandomConfig())
+    assert snapshot(model) == before and torch.equal(model(images()).logits, expected)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert one is two
+
+
+@pytest.mark.slow
+def test_command_line_with_generated_code() -> None:
+    options = ["bench", str(MODEL_DIR), "-m", "uniform", "-b", "1", "--rounds", "1", "--compile", "--json"]
+    result = CliRunner().invoke(app, options, catch_exceptions=False)
+    (row,) = json.loads(result.stdout)["uniform"]["rows"]
+    assert row["dense_graphs"] == row["pruned_graphs"] == 1 and row["pruned_compile_seconds"] > 0
