@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_tokenprune import ConfigError, DivPruneConfig, RandomConfig, UnsupportedModelError, prune
 from hf_tokenprune.benchmark import CompiledBenchmarkReport, benchmark
+from hf_tokenprune.benchmark.cases import HEADER, Case, run_cases
 from hf_tokenprune.benchmark.compiled import twin
 from hf_tokenprune.cli import app
 from hf_tokenprune.cost import cost
@@ -88,3 +89,21 @@ def test_command_line_with_generated_code() -> None:
     result = CliRunner().invoke(app, options, catch_exceptions=False)
     (row,) = json.loads(result.stdout)["uniform"]["rows"]
     assert row["dense_graphs"] == row["pruned_graphs"] == 1 and row["pruned_compile_seconds"] > 0
+
+
+def test_a_case_that_fails_is_a_line_and_the_others_go_on() -> None:
+    report = benchmark(classifier(None, 2), RandomConfig(), (1,), 1, 0)
+
+    def full() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    def refused() -> Any:
+        raise UnsupportedModelError("no\nmore")
+
+    told: list[str] = []
+    cases = [Case("full", full), Case("refused", refused), Case("fine", lambda: report)]
+    lines = list(run_cases(cases, 60, told.append))
+    assert told == ["full", "refused", "fine"]
+    assert [line.note for line in lines] == ["out of memory", "UnsupportedModelError: no", ""]
+    assert lines[2].dense_seconds == report.rows[0].dense_seconds and lines[2].part == "forward"
+    assert all(len(line.cells()) == len(HEADER) for line in lines)

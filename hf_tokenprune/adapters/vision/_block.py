@@ -266,7 +266,8 @@ def refuse_mask(attention_mask: Tensor | None) -> None:
             'sequence; call model.set_attn_implementation("sdpa") for a pruned model'
         )
     message = "a pruned vision model takes no attention_mask; call unprune(model) to use one"
-    if torch.compiler.is_compiling() and attention_mask.dim() == 4:  # the values are not known yet
+    # A compiler makes one before its values are known. A block in it that runs again for a backward gets that one too.
+    if attention_mask.dim() == 4:
         require(attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0, message)
         return
     raise UnsupportedModelError(message)
