@@ -107,3 +107,5 @@ def test_a_case_that_fails_is_a_line_and_the_others_go_on() -> None:
     assert [line.note for line in lines] == ["out of memory", "UnsupportedModelError: no", ""]
     assert lines[2].dense_seconds == report.rows[0].dense_seconds and lines[2].part == "forward"
     assert all(len(line.cells()) == len(HEADER) for line in lines)
+    late = list(run_cases(cases, -1, told.append))
+    assert len(told) == 3 and {line.note for line in late} == {"left out: the time is spent"}

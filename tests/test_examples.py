@@ -172,17 +172,13 @@ def test_gpu_report(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["machine"]["card"].startswith("none") and data["Tests that need a GPU"] == "not run"
     notes = {line["case"]: line["note"] for line in data["lines"]}
-    flash = notes.pop("ViT-L, zero_tprune, eager, bfloat16, flash_attention_2")
+    (flash,) = [notes.pop(name) for name in tuple(notes) if "flash" in name]
     assert flash and set(notes.values()) == {""} and len(notes) == 6
     parts = [line["part"] for line in data["lines"] if line["case"].startswith("LLaVA-NeXT-7B, divprune")]
     assert parts == ["prefill", "decode a token", "end to end"]
     assert all(line["pruned_seconds"] > 0 and line["ideal"] > 1 for line in data["lines"] if line["part"] == "forward")
     table = (tmp_path / "report.md").read_text().splitlines()
     assert sum(line.startswith("| ") for line in table) == 2 + len(data["lines"])
-
-    run("gpu_report.py", "--dry-run", "--minutes", -1, "--out", "report", cwd=tmp_path)
-    left_out = json.loads((tmp_path / "report.json").read_text())["lines"]
-    assert [line["note"] for line in left_out] == ["left out: the time is spent"] * 7
 
 
 def test_search_curve(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTForImageClassification
 
-from hf_tokenprune import DivPruneConfig, PruneConfig, PruneStateError, UniformConfig, prune, pruned
+from hf_tokenprune import DivPruneConfig, PruneConfig, PruneStateError, ToMeConfig, UniformConfig, prune, pruned
 
 from .decoder_families import ONCE, Case, Inputs, adapter_of, collate, is_image, sample, tiny_vlm
 from .families import first_tensor, images, inputs_for, tiny_model
@@ -114,3 +114,17 @@ def test_a_backward_where_blocks_are_pruned_otherwise_is_refused() -> None:
         late = model(pixel_values=images()).logits.sum()
     with pruned(model, UniformConfig(layers=(3,), keep_ratios=0.5)), pytest.raises(PruneStateError, match="otherwise"):
         late.backward()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_that_run_again_get_the_mask_that_the_compiler_made() -> None:
+    """It hides nothing, but by then its values are there, and none of a pruned model is refused for being one."""
+    found = []
+    for compiled in (False, True):
+        model: Any = prune(tiny_model("vit", ViTForImageClassification, num_hidden_layers=2), ToMeConfig()).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.compiler.reset()
+        called = torch.compile(model, backend="eager") if compiled else model
+        called(images()).logits.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[1], found[0])

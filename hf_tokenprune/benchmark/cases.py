@@ -155,9 +155,7 @@ def write_report(out: Path, lines: Sequence[Line], notes: Mapping[str, str]) -> 
     where = machine()
     head = [f"# Pruning on: {where['card']}", ", ".join(f"{name} {value}" for name, value in where.items())]
     table = markdown(HEADER, [line.cells() for line in lines])
-    legend = (
-        "Medians of interleaved rounds; [ ] quartiles; noise: quartiles on both sides of 1. Memory: without weights."
-    )
+    legend = "Medians of interleaved rounds; [ ] quartiles; noise: they have 1 between them. Memory: without weights."
     below = [f"**{name}**: {text}" for name, text in notes.items()]
     out.with_suffix(".md").write_text("\n\n".join([*head, table, legend, *below]) + "\n", encoding="utf-8")
     data = {"machine": where, "lines": [line.to_dict() for line in lines], **notes}
