@@ -12,16 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_tokenprune import ConfigError, DivPruneConfig, RandomConfig, UnsupportedModelError, prune
+from hf_tokenprune import ConfigError, DivPruneConfig, PruneConfig, RandomConfig, UnsupportedModelError, prune, unprune
 from hf_tokenprune.benchmark import CompiledBenchmarkReport, benchmark
 from hf_tokenprune.benchmark.cases import HEADER, Case, run_cases
 from hf_tokenprune.benchmark.compiled import twin
+from hf_tokenprune.benchmark.decoder import random_inputs
 from hf_tokenprune.cli import app
 from hf_tokenprune.cost import cost
 from hf_tokenprune.demo.digits import MODEL_DIR
 
+from .decoder_families import Case as DecoderCase
 from .decoder_families import tiny_vlm
-from .families import images, snapshot
+from .families import images, methods_for, snapshot
 from .test_export_shapes import classifier
 
 QUICK: dict[str, Any] = {"rounds": 3, "warmup": 0, "compile_mode": "default"}
@@ -109,3 +111,70 @@ def test_a_case_that_fails_is_a_line_and_the_others_go_on() -> None:
     assert all(len(line.cells()) == len(HEADER) for line in lines)
     late = list(run_cases(cases, -1, told.append))
     assert len(told) == 3 and {line.note for line in late} == {"left out: the time is spent"}
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_follows_prune_and_unprune() -> None:
+    """Blocks have another class then, which guards of the graph look at."""
+    model, graphs = classifier(None, 2), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        dense = compiled(images()).logits
+        prune(model, RandomConfig())
+        pruned = compiled(images()).logits
+        assert len(graphs) == 2 and not torch.equal(pruned, dense)
+        assert torch.equal(pruned, model(images()).logits)
+        assert torch.equal(compiled(images()).logits, pruned) and len(graphs) == 2
+        unprune(model)
+        assert torch.equal(compiled(images()).logits, dense) and len(graphs) == 2, "the former graph again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", methods_for("vision"))
+def test_a_batch_size_compiles_no_more_than_of_a_dense_model(name: str) -> None:
+    counts = []
+    for config in (None, PruneConfig.for_method(name)):
+        model, graphs = classifier(config, 2), list[Any]()
+
+        def backend(graph: torch.fx.GraphModule, _: Any, graphs: list[Any] = graphs) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        torch.compiler.reset()
+        compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
+        with torch.no_grad():
+            for batch in (2, 3, 5):
+                torch.testing.assert_close(compiled(images(batch)).logits, model(images(batch)).logits)
+        counts.append(len(graphs))
+    assert counts == [2, 2], "the second one is for every batch size"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["divprune", "transprune"])
+def test_a_prefill_is_cut_at_the_entrance_and_nowhere_in_the_layers(name: str) -> None:
+    """Other prompts of the same sizes compile nothing anew."""
+    case, graphs = DecoderCase(name), list[int]()
+    model = tiny_vlm("llava")
+    prune(model, case.config(model))
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(sum("scaled_dot_product" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend=backend)
+    inputs = random_inputs(model, 2, 6)
+    with torch.no_grad():
+        first = compiled(**inputs, use_cache=True).logits
+        assert max(graphs) == model.config.text_config.num_hidden_layers, "all layers of the decoder in one graph"
+        torch.testing.assert_close(first, model(**inputs, use_cache=True).logits)
+        made = len(graphs)
+        inputs["input_ids"] = inputs["input_ids"].roll(1, 0)
+        torch.testing.assert_close(compiled(**inputs, use_cache=True).logits, model(**inputs, use_cache=True).logits)
+        assert len(graphs) == made
