@@ -50,7 +50,7 @@ def test_dense_and_pruned_are_compiled_once_a_batch_size(compiled: list[Any]) ->
     before = snapshot(model)
     report = benchmark(model, config, batch_sizes=(1, 2), **QUICK)
     assert isinstance(report, CompiledBenchmarkReport) and report.macs == cost(model, config)
-    assert len(compiled) == 4 and compiled[0] is compiled[2] is model
+    assert len(compiled) == 4
     for row in report.rows:
         assert row.dense_graphs == row.pruned_graphs == 1
         assert min(row.dense_compile_seconds, row.pruned_compile_seconds, row.dense_seconds, row.pruned_seconds) > 0

@@ -104,7 +104,7 @@ def measure_compiled(
     from torch._dynamo.utils import counters  # which takes a second
 
     torch.compiler.reset()  # else a second batch size would be compiled for all of them, and be slower
-    models = {"dense": model, "pruned": prune(twin(model), config)}
+    models = {"dense": twin(model), "pruned": prune(twin(model), config)}  # torch.compile leaves a mark on them
     if text_tokens is None:
         prepared = {arm: image_forward(each, batch_size, image_size) for arm, each in models.items()}
     else:
