@@ -29,6 +29,7 @@ def benchmark(
     *,
     text_tokens: int | None = None,
     new_tokens: int | None = None,
+    engine: str = "pytorch",
 ) -> BenchmarkReport | GenerationBenchmarkReport:
     """Time ``model`` dense and pruned on random images, on the device it is on.
 
@@ -44,6 +45,7 @@ def benchmark(
         progress: show a progress bar.
         text_tokens: vision-language models: tokens of each prompt besides those of its one image; None: 64.
         new_tokens: vision-language models: tokens to generate; None: 32.
+        engine: vision encoders: "onnxruntime" or "openvino" times dense and pruned exports of the model there.
 
     Returns:
         Of a vision encoder a ``BenchmarkReport``; of a vision-language model a ``GenerationBenchmarkReport``, which
@@ -51,7 +53,9 @@ def benchmark(
 
     Raises:
         ConfigError: no config, or one that does not fit; counts that are too small, or have no effect on this model.
-        UnsupportedModelError: the model cannot be pruned, or is a vision-language model without a head.
+        UnsupportedModelError: the model cannot be pruned, or exported to the engine, or is a vision-language model
+            without a head.
+        ImportError: the engine is not installed.
     """
     config = current_config(model) if config is None else as_config(config)
     if config is None:
@@ -67,6 +71,11 @@ def benchmark(
     repeats = Repeats(rounds, warmup, progress)
     with settings(model, threads), dense(model):
         arms, where = Arms(model, config), environment(model)
+        if engine != "pytorch":
+            from .engines import measure_exported  # export is above, and evaluation, which it needs, reads `medians`
+
+            exported, version = measure_exported(arms, engine, batch_sizes, image_size, repeats)
+            return BenchmarkReport(tuple(exported), macs, rounds, where | {"engine": version})
         if isinstance(macs, GenerationCostReport):
             sizes = (macs.text_tokens, macs.new_tokens, image_size)
             generated = (measure_generation(arms, batch_size, *sizes, repeats) for batch_size in batch_sizes)

@@ -116,15 +116,20 @@ class Arms:
 
     def interleave(self, measure: Callable[[], T], repeats: Repeats, label: str) -> dict[str, list[T]]:
         """By arm, what ``measure()`` returned in each measured round."""
-        from tqdm.auto import trange
+        return interleave(self.stages, lambda arm: self.run(arm, measure), repeats, label)
 
-        measured: dict[str, list[T]] = {arm: [] for arm in self.stages}
-        for turn in trange(repeats.warmup + repeats.rounds, desc=label, disable=not repeats.progress, leave=False):
-            for arm in self.stages if turn % 2 else reversed(self.stages):
-                value = self.run(arm, measure)
-                if turn >= repeats.warmup:
-                    measured[arm].append(value)
-        return measured
+
+def interleave(arms: Iterable[str], measure: Callable[[str], T], repeats: Repeats, label: str) -> dict[str, list[T]]:
+    """By arm, what ``measure(arm)`` returned in each measured round; every other round goes backwards."""
+    from tqdm.auto import trange
+
+    measured: dict[str, list[T]] = {arm: [] for arm in arms}
+    for turn in trange(repeats.warmup + repeats.rounds, desc=label, disable=not repeats.progress, leave=False):
+        for arm in measured if turn % 2 else reversed(measured):
+            value = measure(arm)
+            if turn >= repeats.warmup:
+                measured[arm].append(value)
+    return measured
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -48,6 +48,9 @@ def bench(
     threads: ThreadsOpt = None,
     dtype: DtypeOpt = "float32",
     device: DeviceOpt = "cpu",
+    engine: Annotated[
+        str, typer.Option(help="pytorch; or onnxruntime or openvino, for exports of the dense and the pruned model.")
+    ] = "pytorch",
     random_weights: Annotated[bool, typer.Option(help="Only the config is read; speed needs no weights.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -63,7 +66,7 @@ def bench(
     variants = configs_for(loaded, model, method, set_, gmacs, prune_config, text_tokens, size)
     measure = partial(
         benchmark, batch_sizes=batch_size, rounds=rounds, threads=threads, progress=sys.stderr.isatty(),
-        image_size=size, text_tokens=text_tokens, new_tokens=new_tokens,
+        image_size=size, text_tokens=text_tokens, new_tokens=new_tokens, engine=engine,
     )  # fmt: skip
     reports = {name: measure(loaded, config) for name, config in variants.items()}
     data = {name: {"config": variants[name].to_dict(), **report.to_dict()} for name, report in reports.items()}
