@@ -224,7 +224,7 @@ def test_a_forward_that_looks_at_values_is_refused_with_the_reason(tmp_path: Pat
 
 
 def test_wherever_it_is_interrupted_no_file_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(program: object, file: Path, format: Format) -> None:
+    def interrupted(program: object, file: Path, format: Format, int8: bool) -> None:
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 

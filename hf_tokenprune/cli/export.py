@@ -51,6 +51,7 @@ def export(
     Of CLIP-like models it is the image tower, with --class-names the zero-shot classifier.
     """
     from ..engine import prune
+    from ..evaluation.run import read_class_names
     from ..export import export as write
     from ..export.formats import FILES
 
@@ -68,7 +69,7 @@ def export(
         prune(loaded, config)
     texts: dict[str, Any] = {}
     if class_names is not None:
-        texts["class_names"] = class_names.read_text(encoding="utf-8-sig").splitlines()
+        texts["class_names"] = read_class_names(class_names)
     if template:
         texts["templates"] = template
     processor = _processor(model, loaded, texts)

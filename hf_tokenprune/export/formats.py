@@ -26,18 +26,25 @@ NEEDS: dict[Format, tuple[str, ...]] = {
 """Modules of the extra with the name of the format."""
 
 
-def write(program: ExportedProgram, file: Path, format: Format) -> None:
-    """Write a graph to a file; OpenVINO and large ONNX files have their weights in another one beside it."""
+def write(program: ExportedProgram, file: Path, format: Format, int8: bool = False) -> None:
+    """Write a graph to a file; OpenVINO and large ONNX files have their weights in another one beside it.
+
+    Args:
+        int8: of ONNX, see `quantize_onnx`.
+    """
     if format == "torch-export":
         torch.export.save(program, file)
-    elif format == "onnx":
+    elif format == "onnx" and not int8:
         write_onnx(program, file)
     else:
-        openvino: Any = require("openvino", "openvino")
         with tempfile.TemporaryDirectory() as folder:
             onnx = Path(folder) / FILES["onnx"]
-            write_onnx(program, onnx)  # which it converts in a third of the time that a graph of torch takes
-            openvino.save_model(openvino.convert_model(onnx), file, compress_to_fp16=False)
+            write_onnx(program, onnx)
+            if int8:
+                quantize_onnx(onnx, file)
+            else:  # OpenVINO converts this in a third of the time that a graph of torch takes
+                openvino: Any = require("openvino", "openvino")
+                openvino.save_model(openvino.convert_model(onnx), file, compress_to_fp16=False)
 
 
 def write_onnx(program: ExportedProgram, file: Path) -> None:
@@ -59,8 +66,8 @@ def write_onnx(program: ExportedProgram, file: Path) -> None:
     made.save(file)
 
 
-def quantize_onnx(file: Path) -> None:
-    """Int8 for the linear layers of an ONNX file, in place: weights by output channel, what enters them at run time.
+def quantize_onnx(file: Path, out: Path) -> None:
+    """Int8 for the linear layers of an ONNX file: weights by output channel, what enters them at run time.
 
     Of weights 7 bits are used: with 8, processors without VNNI overflow. Convolutions stay as they are, because ONNX
     Runtime has no fast ones in int8.
@@ -68,7 +75,7 @@ def quantize_onnx(file: Path) -> None:
     quantization: Any = require("onnxruntime.quantization", "onnx")
     layers = ["MatMul", "Gemm"]
     with _quiet():
-        quantization.quantize_dynamic(file, file, op_types_to_quantize=layers, per_channel=True, reduce_range=True)
+        quantization.quantize_dynamic(file, out, op_types_to_quantize=layers, per_channel=True, reduce_range=True)
 
 
 @contextmanager

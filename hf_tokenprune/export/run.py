@@ -17,7 +17,7 @@ from ..engine import current_config, unwrapped
 from ..errors import ConfigError, UnsupportedModelError
 from ..evaluation.optional import require
 from ..evaluation.zero_shot import TEMPLATES, zero_shot_classifier
-from .formats import FILES, NEEDS, Format, quantize_onnx, write
+from .formats import FILES, NEEDS, Format, write
 from .graph import check_exportable, trace
 
 
@@ -75,9 +75,7 @@ def export(
     program = trace(stock, image_size, classes)
     with beside(folder) as new:
         file = new / FILES[format]
-        write(program, file, format)
-        if int8:
-            quantize_onnx(file)
+        write(program, file, format, int8)
         _write_about(stock, new, processor, class_names)
         for path in sorted(new.iterdir(), key=lambda path: path == file):
             put(path, folder / path.name)
