@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..cost import GenerationCostReport, cost
+from ..cost import CostReport, GenerationCostReport, cost
 from ..engine import ConfigLike, as_config, current_config
 from ..errors import ConfigError
 from .decoder import GenerationBenchmarkReport, measure_generation
@@ -75,6 +75,7 @@ def benchmark(
             from .engines import measure_exported  # export is above, and evaluation, which it needs, reads `medians`
 
             exported, version = measure_exported(arms, engine, batch_sizes, image_size, repeats)
+            assert isinstance(macs, CostReport)  # other models are not exported
             return BenchmarkReport(tuple(exported), macs, rounds, where | {"engine": version})
         if isinstance(macs, GenerationCostReport):
             sizes = (macs.text_tokens, macs.new_tokens, image_size)
