@@ -17,8 +17,9 @@ from .families import first_tensor, fitting, images, inputs_for, methods_for, su
 
 torchao = pytest.importorskip("torchao.quantization")
 PAIRS = fitting(supported_classes(), map(PruneConfig.for_method, methods_for("vision")))
-SOME = {PAIRS.index(case) for by in (0, 1) for case in {case[by]: case for case in PAIRS}.values()}
-"""Every model class with one of the methods, and every method with one of the classes."""
+OF_METHOD, OF_CLASS = ({case[by]: case for case in PAIRS}.values() for by in (1, 0))
+CASES = [*OF_METHOD, *(pytest.param(*case, marks=pytest.mark.slow) for case in OF_CLASS if case not in OF_METHOD)]
+"""Every method with one of the model classes, and every model class with one of the methods."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def quantized(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("pair", "config"),
-    [PAIRS[i] for i in sorted(SOME)],
+    CASES,
     ids=lambda value: value[1].__name__ if isinstance(value, tuple) else value.method,
 )
 def test_in_either_order(pair: tuple[str, type[PreTrainedModel]], config: PruneConfig) -> None:
