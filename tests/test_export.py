@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     CLIPModel,
     CLIPVisionModelWithProjection,
@@ -26,6 +25,7 @@ from hf_tokenprune.cli import app
 from hf_tokenprune.demo.digits import MODEL_DIR, load_digits_split
 from hf_tokenprune.engine import find_adapter
 from hf_tokenprune.errors import DataError
+from hf_tokenprune.evaluation import load_images, load_processor
 from hf_tokenprune.export import export, load_exported, run
 from hf_tokenprune.export.formats import FILES, Format
 
@@ -102,13 +102,13 @@ def test_in_openvino(method: str, tmp_path: Path) -> None:
 def test_as_a_graph_of_torch_and_what_lies_beside_it(tmp_path: Path) -> None:
     config = PruneConfig.for_method("uniform", layers=(0,), keep_ratios=0.5)
     model = small(ViTModel, "vit", config)
-    file = export(model, tmp_path / "out", "torch-export", processor=AutoImageProcessor.from_pretrained(MODEL_DIR))
+    file = export(model, tmp_path / "out", "torch-export", processor=load_processor(MODEL_DIR))
     assert file == tmp_path / "out" / "model.pt2"
     assert_equal_to(model, file.parent)
     names = {path.name for path in file.parent.iterdir()}
     assert names == {"model.pt2", "config.json", "prune_config.json", "preprocessor_config.json"}
     assert PruneConfig.from_pretrained(file.parent) == config
-    assert AutoImageProcessor.from_pretrained(file.parent).size == AutoImageProcessor.from_pretrained(MODEL_DIR).size
+    assert load_processor(file.parent).size == load_processor(MODEL_DIR).size
 
 
 def test_a_dense_model_of_a_pruned_checkpoint_says_nothing_of_pruning(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_same_classes_of_digits_and_in_int8_nearly_all(method: str, tmp_path
 
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     model = AutoModelForImageClassification.from_pretrained(MODEL_DIR).eval()
-    processor, digits = AutoImageProcessor.from_pretrained(MODEL_DIR), load_digits_split("test")
+    processor, digits = load_processor(MODEL_DIR), load_digits_split("test")
     pixels = processor(images=[digits[i]["image"] for i in range(100)], return_tensors="pt")["pixel_values"]
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     prune(model, method)
@@ -175,12 +175,10 @@ def test_the_same_classes_of_digits_and_in_int8_nearly_all(method: str, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["salience_merge", "tome", "zero_tprune"])
 def test_the_same_classes_of_photographs(method: str, shared: Path, tmp_path: Path) -> None:
-    from hf_tokenprune.evaluation import load_images
-
     folder = shared / "data" / "deit-tiny-patch16-224"
     model = prune(AutoModelForImageClassification.from_pretrained(folder).eval(), method)
     photos = load_images(shared / "data" / "nips17_dev", limit=40)
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     pixels = processor(images=[photos[i]["image"] for i in range(40)], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model(pixel_values=pixels).logits
