@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import ViTForImageClassification
 
 from hf_tokenprune import DivPruneConfig, PruneConfig, SalienceMergeConfig, from_pretrained, list_methods
 from hf_tokenprune.cost import cost
@@ -19,10 +21,12 @@ from hf_tokenprune.demo.digits import CANVAS, MODEL_DIR, load_digits_split
 from hf_tokenprune.demo.mosaics import LLAVA_DIR, Mosaics, digit_pictures
 from hf_tokenprune.registry import get_method
 
+from .families import tiny_model
 from .llava_checkpoint import save_photo, save_tiny_llava
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MAX_LINES = 80
+ENGINES = ("eager", "compiled", "ONNX Runtime", "OpenVINO", "compiled int8", "ONNX Runtime int8")
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install hf-tokenprune[demo]")
 
@@ -219,6 +223,28 @@ def test_finetune_pruned(tmp_path: Path) -> None:
     assert [name.strip() for name, _ in rows] == ["dense", "pruned", "pruned, fine-tuned", "fine-tuned, dense"]
     assert "32 images (32 labelled)" in output
     assert cost(from_pretrained(tmp_path / "out")).ratio <= 0.4
+
+
+@pytest.mark.slow
+def test_engines_table(tmp_path: Path) -> None:
+    for module in ("torchao", "onnxruntime", "onnxscript", "openvino"):
+        pytest.importorskip(module)
+    sizes = {"image_size": CANVAS, "patch_size": 8, "num_labels": 10, "num_hidden_layers": 2}
+    tiny_model("vit", ViTForImageClassification, **sizes).save_pretrained(tmp_path / "vit")
+    shutil.copy(Path(MODEL_DIR, "preprocessor_config.json"), tmp_path / "vit")
+    digits, rows = load_digits_split("test"), ["file,label"]
+    for i in range(3):
+        digits[i]["image"].save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{digits[i]['label']}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    options = ("-m", "tome", "--threads", 1, "--rounds", 3, "-b", 1, 2)
+    output = run("engines_table.py", tmp_path / "vit", tmp_path, *options, cwd=tmp_path)
+    _, _, *table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line[:1] == "|"]
+    assert [row[:2] for row in table] == [[engine, arm] for engine in ENGINES for arm in ("dense", "pruned")]
+    kl = {(engine, arm): float(cells[-1]) for engine, arm, *cells in table}
+    for engine in ("compiled", "ONNX Runtime", "OpenVINO"):
+        assert kl[engine, "dense"] == pytest.approx(0, abs=1e-6)
+        assert kl[engine, "pruned"] == pytest.approx(kl["eager", "pruned"], abs=1e-6)
 
 
 @pytest.mark.slow

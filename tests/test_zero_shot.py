@@ -31,7 +31,7 @@ from hf_tokenprune import UniformConfig, prune, pruned
 from hf_tokenprune.errors import DataError, TokenPruneError, UnsupportedModelError
 from hf_tokenprune.evaluation import evaluate_retrieval, evaluate_zero_shot, load_images, zero_shot_classifier
 from hf_tokenprune.evaluation.loop import place
-from hf_tokenprune.evaluation.zero_shot import ImageTower, _Classifier
+from hf_tokenprune.evaluation.zero_shot import ImageTower, SimilarityToClasses
 
 from .clip_checkpoint import SIZES, letters, tiny_clip
 
@@ -316,7 +316,8 @@ def test_similarities_in_float32_of_a_model_in_bfloat16(autocast):
     assert classes.dtype == torch.float32
     pixels = processor(images=pictures(3), return_tensors="pt")["pixel_values"].to(model.dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        embeddings, logits = ImageTower(model)(pixel_values=pixels), _Classifier(model, classes)(pixel_values=pixels)
+        embeddings = ImageTower(model)(pixel_values=pixels)
+        logits = SimilarityToClasses(model, classes)(pixel_values=pixels)
     assert embeddings.dtype == logits.dtype == torch.float32
     want = math.exp(model.logit_scale.item()) * embeddings.double().numpy() @ classes.double().numpy().T
     np.testing.assert_allclose(logits.numpy(), want, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from ..cost import GenerationCostReport, cost
+from ..cost import CostReport, GenerationCostReport, cost
 from ..engine import ConfigLike, as_config, current_config
 from ..errors import ConfigError
 from .compiled import CompiledBenchmarkReport, CompileMode, measure_compiled
@@ -32,6 +32,7 @@ def benchmark(
     text_tokens: int | None = None,
     new_tokens: int | None = None,
     compile_mode: CompileMode | None = None,
+    engine: str = "pytorch",
 ) -> BenchmarkReport | GenerationBenchmarkReport | CompiledBenchmarkReport:
     """Time ``model`` dense and pruned on random images, on the device it is on.
 
@@ -50,6 +51,7 @@ def benchmark(
         compile_mode: both models go through ``torch.compile`` in this mode: "default", or "reduce-overhead", which
             makes CUDA graphs. The forward of an encoder must be one graph; of a vision-language model the prefill is
             measured. Graphs compiled before are forgotten. None: neither model is compiled.
+        engine: vision encoders: "onnxruntime" or "openvino" times dense and pruned exports of the model there.
 
     Returns:
         Of a vision encoder a ``BenchmarkReport``; of a vision-language model a ``GenerationBenchmarkReport``, which
@@ -57,7 +59,9 @@ def benchmark(
 
     Raises:
         ConfigError: no config, or one that does not fit; counts that are too small, or have no effect on this model.
-        UnsupportedModelError: the model cannot be pruned, or is a vision-language model without a head.
+        UnsupportedModelError: the model cannot be pruned, or exported to the engine, or is a vision-language model
+            without a head.
+        ImportError: the engine is not installed.
     """
     config = current_config(model) if config is None else as_config(config)
     if config is None:
@@ -70,6 +74,8 @@ def benchmark(
             raise ConfigError(f"{name}={counts}: expected numbers >= 1")
     if compile_mode not in (None, *get_args(CompileMode)):
         raise ConfigError(f"compile_mode={compile_mode!r}: expected one of {', '.join(get_args(CompileMode))}, or None")
+    if compile_mode is not None and engine != "pytorch":
+        raise ConfigError(f"engine={engine!r} runs exported files, which torch.compile has no part in; leave out one")
     if dtype is not None and dtype != next(model.parameters()).dtype:
         model = copy.deepcopy(model).to(dtype)
     repeats = Repeats(rounds, warmup, progress)
@@ -82,6 +88,12 @@ def benchmark(
             return CompiledBenchmarkReport(tuple(compiled), macs, rounds, where)
     with settings(model, threads), dense(model):
         arms, where = Arms(model, config), environment(model)
+        if engine != "pytorch":
+            from .engines import measure_exported  # export is above, and evaluation, which it needs, reads `medians`
+
+            exported, version = measure_exported(arms, engine, batch_sizes, image_size, repeats)
+            assert isinstance(macs, CostReport)  # other models are not exported
+            return BenchmarkReport(tuple(exported), macs, rounds, where | {"engine": version})
         if isinstance(macs, GenerationCostReport):
             sizes = (macs.text_tokens, macs.new_tokens, image_size)
             generated = (measure_generation(arms, batch_size, *sizes, repeats) for batch_size in batch_sizes)

@@ -25,8 +25,10 @@ class BenchmarkRow:
         decision_share: median of (pruned - given) / dense, the cost of choosing the tokens as a fraction of the dense
             time, where "given" drops as many tokens without choosing; None where it cannot be told from noise.
         decision_quartiles: its lower and upper quartile; None of too few rounds.
-        dense_peak_bytes, pruned_peak_bytes: most memory held at once by tensors of one forward (without the weights).
-        dense_operations, pruned_operations: what one forward dispatches, views not counted; see `operations`.
+        dense_peak_bytes, pruned_peak_bytes: most memory held at once by tensors of one forward (without the weights);
+            None in another engine than PyTorch.
+        dense_operations, pruned_operations: what one forward dispatches, views not counted, see `operations`; None in
+            another engine than PyTorch.
     """
 
     batch_size: int
@@ -36,10 +38,17 @@ class BenchmarkRow:
     speedup_quartiles: Quartiles | None
     decision_share: float | None
     decision_quartiles: Quartiles | None
-    dense_peak_bytes: int
-    pruned_peak_bytes: int
-    dense_operations: int
-    pruned_operations: int
+    dense_peak_bytes: int | None = None
+    pruned_peak_bytes: int | None = None
+    dense_operations: int | None = None
+    pruned_operations: int | None = None
+
+    @classmethod
+    def of(cls, batch_size: int, measured: dict[str, list[float]], **more: Any) -> BenchmarkRow:
+        """From the seconds of every round of the three arms."""
+        share, spread = decision_share(**measured)
+        timing = Timing.of(measured["dense"], measured["pruned"])
+        return cls(batch_size, **vars(timing), decision_share=share, decision_quartiles=spread, **more)
 
     @property
     def images_per_second(self) -> tuple[float, float]:
@@ -70,8 +79,10 @@ class BenchmarkReport:
         ]
         for row in self.rows:
             dense_rate, pruned_rate = row.images_per_second
-            memory = f"{row.dense_peak_bytes / 1e6:.0f} -> {row.pruned_peak_bytes / 1e6:.0f}"
-            operations = f"{row.dense_operations} -> {row.pruned_operations}"
+            memory = operations = "-"
+            if row.dense_peak_bytes is not None and row.pruned_peak_bytes is not None:
+                memory = f"{row.dense_peak_bytes / 1e6:.0f} -> {row.pruned_peak_bytes / 1e6:.0f}"
+                operations = f"{row.dense_operations} -> {row.pruned_operations}"
             lines.append(
                 f"{row.batch_size:>5}{dense_rate:>13.1f}{pruned_rate:>14.1f}"
                 f"{cell(row.speedup, row.speedup_quartiles, '.2f'):>21}{ideal:>7.2f}"
@@ -103,12 +114,9 @@ def measure_images(arms: Arms, batch_size: int, image_size: tuple[int, int] | No
         run(**inputs)
 
     measured = arms.interleave(lambda: seconds(forward), repeats, f"batch {batch_size}")
-    share, share_quartiles = decision_share(**measured)
-    return BenchmarkRow(
+    return BenchmarkRow.of(
         batch_size,
-        **vars(Timing.of(measured["dense"], measured["pruned"])),
-        decision_share=share,
-        decision_quartiles=share_quartiles,
+        measured,
         dense_peak_bytes=arms.run("dense", lambda: peak_bytes(forward)),
         pruned_peak_bytes=arms.run("pruned", lambda: peak_bytes(forward)),
         dense_operations=arms.run("dense", lambda: count_operations(run, inputs)),

@@ -1,5 +1,5 @@
 """``hf-tokenprune``: list, presets, info, apply, push, eval, compare, search, bench, viz,
-serve, demo; one file a command.
+export, serve, demo; one file a command.
 
 What a command needs besides its options is imported when it runs, so that help and completion do not wait for it.
 """
@@ -14,6 +14,7 @@ from .compare import compare
 from .demo import demo
 from .eval import evaluate
 from .explore import explore
+from .export import export
 from .info import info
 from .list import list_
 from .presets import presets
@@ -46,5 +47,6 @@ app.command()(search)
 app.command()(bench)
 app.command()(viz)
 app.command()(explore)
+app.command()(export)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(demo)

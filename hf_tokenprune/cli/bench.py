@@ -48,6 +48,9 @@ def bench(
     threads: ThreadsOpt = None,
     dtype: DtypeOpt = "float32",
     device: DeviceOpt = "cpu",
+    engine: Annotated[
+        str, typer.Option(help="pytorch; or onnxruntime or openvino, for exports of the dense and the pruned model.")
+    ] = "pytorch",
     random_weights: Annotated[bool, typer.Option(help="Only the config is read; speed needs no weights.")] = False,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Both through torch.compile; CUDA graphs where --device is cuda.")
@@ -67,7 +70,7 @@ def bench(
     mode = None if not compile_ else "reduce-overhead" if placement[0].type == "cuda" else "default"
     measure = partial(
         benchmark, batch_sizes=batch_size, rounds=rounds, threads=threads, progress=sys.stderr.isatty(),
-        image_size=size, text_tokens=text_tokens, new_tokens=new_tokens, compile_mode=mode,
+        image_size=size, text_tokens=text_tokens, new_tokens=new_tokens, compile_mode=mode, engine=engine,
     )  # fmt: skip
     reports = {name: measure(loaded, config) for name, config in variants.items()}
     data = {name: {"config": variants[name].to_dict(), **report.to_dict()} for name, report in reports.items()}

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "None to evaluate without labels (--no-labels)": "evaluate without labels (--no-labels)",
     "label_column, --label-column": "--label-column",
     "split, --split": "--split",
+    "int8=True": "--int8",
 }
 """What Python has and a command does instead."""
 

@@ -68,7 +68,7 @@ def viz(
     Several methods come below each other; with --columns 1 beside each other.
     """
     from ..evaluation import load_images
-    from ..evaluation.run import processor_of
+    from ..evaluation.run import processor_of, read_class_names
     from ..pictures import sheet, token_chart, trace, write_page
     from ..pictures.sheets import summary
     from ..pictures.tracing import NEW_TOKENS
@@ -89,7 +89,7 @@ def viz(
     sample = load_images([{"image": image}], label_column=None)[0]
     loaded = load_dense(model, *placement).eval()
     processor = processor_of(model, loaded)
-    names = None if class_names is None else class_names.read_text(encoding="utf-8-sig").splitlines()
+    names = None if class_names is None else read_class_names(class_names)
     found = trace(
         loaded, sample["image"], configs_for(loaded, model, method, set_, gmacs, prune_config), processor,
         question=question, prompt=prompt, class_names=names, expected=expected, max_new_tokens=new_tokens or NEW_TOKENS,

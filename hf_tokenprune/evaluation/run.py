@@ -110,12 +110,21 @@ def names_for_texts(class_names: Path | None, images: ImageDataset) -> Sequence[
     """What to call the classes in texts: the lines of a file, or what the images call them.
 
     Raises:
-        ConfigError: neither says it, or the file cannot be read.
+        ConfigError: neither says it, or what `read_class_names` raises.
     """
     if class_names is None:
         if images.classes is None:
             raise ConfigError("the images have labels without names: give --class-names FILE, a line a class")
         return images.classes
+    return read_class_names(class_names)
+
+
+def read_class_names(class_names: Path) -> list[str]:
+    """The lines of a file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         return class_names.read_text(encoding="utf-8-sig").splitlines()  # editors write a byte order mark
     except UnicodeDecodeError as error:

@@ -46,8 +46,13 @@ class ImageTower(nn.Module):
         return _unit(self.model.get_image_features(**inputs))
 
 
-class _Classifier(ImageTower):
-    """A two-tower model as a classifier: images to their similarity with each class."""
+class SimilarityToClasses(ImageTower):
+    """A two-tower model as a classifier: images to their similarity with each class.
+
+    Args:
+        model: see `ImageTower`.
+        classes: ``(C, D)`` float32 of length 1, see `zero_shot_classifier`.
+    """
 
     def __init__(self, model: nn.Module, classes: Tensor) -> None:
         super().__init__(model)
@@ -133,7 +138,7 @@ def similarity_to_classes(
     model: nn.Module, processor: Callable[..., Any], class_names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """A two-tower model as a function from inputs of B images to (B, C) logits; see `zero_shot_classifier`."""
-    classifier = _Classifier(model, zero_shot_classifier(model, processor, class_names, templates))
+    classifier = SimilarityToClasses(model, zero_shot_classifier(model, processor, class_names, templates))
     return lambda inputs: classifier(**inputs)
 
 
@@ -181,7 +186,7 @@ def evaluate_zero_shot(
     place(model, accelerator)
     try:
         report = evaluate_paired(
-            _Classifier(model, zero_shot_classifier(model, processor, class_names, templates)),
+            SimilarityToClasses(model, zero_shot_classifier(model, processor, class_names, templates)),
             images,
             processor,
             variants,

@@ -41,6 +41,8 @@ class VisionAdapter:
     """Model classes that read protected tokens only after the last block."""
     pooling_heads: ClassVar[tuple[type[PreTrainedModel], ...]] = ()
     """Model classes that pool all patches after the last block: where tokens were merged, they get all of them back."""
+    no_graph: ClassVar[str] = ""
+    """Why there is no graph for batches of any size, and what to do; empty: there is one."""
     encoder_hooks: ClassVar[tuple[Callable[..., Any], ...]] = ()
     """Forward pre-hooks (with keyword arguments) that the encoder needs while it is pruned."""
 

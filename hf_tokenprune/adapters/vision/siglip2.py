@@ -54,6 +54,10 @@ class Siglip2Adapter(SiglipAdapter):
     restored_heads: ClassVar = (Siglip2ForImageClassification,)
     pooling_heads: ClassVar = (Siglip2Model, Siglip2VisionModel)
     encoder_hooks: ClassVar = (WholeImages(),)
+    no_graph: ClassVar = (
+        "it interpolates positions image by image, so that a graph would be of one batch size; take a SigLIP of fixed "
+        "size, or torch.compile"
+    )
 
     def image_inputs(self, model: PreTrainedModel, pixels: Tensor) -> dict[str, Any]:
         side: int = self.encoder(model).config.patch_size
