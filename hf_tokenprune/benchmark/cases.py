@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..cost import GenerationCostReport
 from ..evaluation.tables import markdown
 from .compiled import CompiledBenchmarkReport
 from .decoder import PARTS, GenerationBenchmarkReport
@@ -63,13 +64,11 @@ class Line:
         """As strings, under `HEADER`."""
         times = [None if value is None else value * 1e3 for value in (self.dense_seconds, self.pruned_seconds)]
         speedup = cell(self.speedup, self.speedup_quartiles, ".2f") if self.part else "-"
-        peak, compiling = (
-            "-" if values[0] is None else f"{values[0] / unit:.0f} → {values[1] / unit:.0f}"
-            for values, unit in (
-                ((self.dense_peak_bytes, self.pruned_peak_bytes), 1e6),
-                (self.compile_seconds or (None, None), 1),
-            )
-        )
+        peak, compiling = "-", "-"
+        if self.dense_peak_bytes is not None and self.pruned_peak_bytes is not None:
+            peak = f"{self.dense_peak_bytes / 1e6:.0f} → {self.pruned_peak_bytes / 1e6:.0f}"
+        if self.compile_seconds is not None:
+            compiling = "{:.0f} → {:.0f}".format(*self.compile_seconds)
         batch = "-" if self.batch_size is None else str(self.batch_size)
         of_ideal = None if self.ideal is None else over(self.speedup, self.ideal)
         ratios = [speedup, shown(self.ideal, ".2f"), shown(of_ideal, ".2f")]
@@ -111,20 +110,22 @@ def run_cases(cases: Iterable[Case], seconds: float, progress: Callable[[str], N
 
 def lines_of(name: str, report: Report) -> Iterator[Line]:
     """The lines of one report."""
+    if isinstance(report, CompiledBenchmarkReport):
+        part = "prefill" if isinstance(report.macs, GenerationCostReport) else "forward"
+        for compiled in report.rows:
+            line = Line(name, compiled.batch_size)
+            line = replace(line, compile_seconds=(compiled.dense_compile_seconds, compiled.pruned_compile_seconds))
+            yield _timed(line, part, compiled, report.macs.ideal_speedup)
+        return
     for row in report.rows:
         line = Line(name, row.batch_size)
-        if isinstance(report, CompiledBenchmarkReport):
-            part = "prefill" if hasattr(report.macs, "decode_macs") else "forward"
-            compiling = (row.dense_compile_seconds, row.pruned_compile_seconds)
-            yield _timed(replace(line, compile_seconds=compiling), part, row, report.macs.ideal_speedup)
-            continue
-        line = replace(line, dense_peak_bytes=row.dense_peak_bytes, pruned_peak_bytes=row.pruned_peak_bytes)
+        peaks = replace(line, dense_peak_bytes=row.dense_peak_bytes, pruned_peak_bytes=row.pruned_peak_bytes)
         if isinstance(report, BenchmarkReport):
-            yield _timed(line, "forward", row, report.macs.ideal_speedup)
+            yield _timed(peaks, "forward", row, report.macs.ideal_speedup)
             continue
         for part, ideal in report.ideal.items():
-            yield _timed(line, PARTS[part], getattr(row, part), ideal)
-            line = Line(name, row.batch_size)
+            yield _timed(peaks, PARTS[part], getattr(row, part), ideal)
+            peaks = line
 
 
 def _timed(line: Line, part: str, timing: Any, ideal: float) -> Line:

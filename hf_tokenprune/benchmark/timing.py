@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -120,13 +120,13 @@ class Arms:
         return interleave({arm: partial(self.run, arm, measure) for arm in self.stages}, repeats, label)
 
 
-def interleave(measures: dict[str, Callable[[], T]], repeats: Repeats, label: str) -> dict[str, list[T]]:
+def interleave(measures: Mapping[str, Callable[[], T]], repeats: Repeats, label: str) -> dict[str, list[T]]:
     """By arm, what its measure returned in each measured round; the arms take turns in changing order."""
     from tqdm.auto import trange
 
     measured: dict[str, list[T]] = {arm: [] for arm in measures}
     for turn in trange(repeats.warmup + repeats.rounds, desc=label, disable=not repeats.progress, leave=False):
-        for arm in measures if turn % 2 else reversed(measures):
+        for arm in measured if turn % 2 else reversed(measured):
             value = measures[arm]()
             if turn >= repeats.warmup:
                 measured[arm].append(value)

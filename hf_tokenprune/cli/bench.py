@@ -62,12 +62,13 @@ def bench(
     Of a vision-language model prefill, decode and end to end, with one image a prompt; with --compile the prefill.
     """
     from ..benchmark import benchmark
+    from ..benchmark.compiled import CompileMode
 
     placement, size = (device_for(device), dtype_for(dtype)), size_for(image_size)
     loaded = random_model(model) if random_weights else load_dense(model, "cpu")
     loaded.to(*placement).eval()
     variants = configs_for(loaded, model, method, set_, gmacs, prune_config, text_tokens, size)
-    mode = None if not compile_ else "reduce-overhead" if placement[0].type == "cuda" else "default"
+    mode: CompileMode | None = None if not compile_ else "reduce-overhead" if placement[0].type == "cuda" else "default"
     measure = partial(
         benchmark, batch_sizes=batch_size, rounds=rounds, threads=threads, progress=sys.stderr.isatty(),
         image_size=size, text_tokens=text_tokens, new_tokens=new_tokens, compile_mode=mode, engine=engine,
