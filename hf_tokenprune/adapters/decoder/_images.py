@@ -185,14 +185,11 @@ class Images:
 
 @dataclass
 class FindImages:
-    """Forward pre-hook of the model around the language model: sends ``Images`` along, if there are any.
-
-    A compiler leaves it out as a whole, as it does ``EnterDecoder``.
-    """
+    """Forward pre-hook of the model around the language model: sends ``Images`` along, if there are any."""
 
     family: Family
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # see EnterDecoder
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         proposed = kwargs.pop(PROPOSED, 0)
         input_ids = args[0] if args else kwargs.get("input_ids")
