@@ -34,7 +34,8 @@ def write(program: ExportedProgram, file: Path, format: Format, int8: bool = Fal
     """
     if format == "torch-export":
         # Regions without autocast, in which tokens are chosen, cannot be saved; decomposed, they are plain operators.
-        torch.export.save(program.run_decompositions({}), file)
+        with _quiet():
+            torch.export.save(program.run_decompositions({}), file)
     elif format == "onnx" and not int8:
         write_onnx(program, file)
     else:
