@@ -93,6 +93,14 @@ def test_every_model_class_in_onnx_runtime(pair: tuple[str, type[PreTrainedModel
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
+def test_every_method_as_a_graph_of_torch(config: PruneConfig, tmp_path: Path) -> None:
+    """Blocks that choose tokens have regions without autocast, which such files cannot hold."""
+    model = vit(config)
+    assert_equal_to(model, export(model, tmp_path, "torch-export"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tome", "zero_tprune"])
 def test_in_openvino(method: str, tmp_path: Path) -> None:
     model = small(CLIPVisionModelWithProjection, "clip_vision_model", PruneConfig.for_method(method))

@@ -33,7 +33,9 @@ def write(program: ExportedProgram, file: Path, format: Format, int8: bool = Fal
         int8: of ONNX, see `quantize_onnx`.
     """
     if format == "torch-export":
-        torch.export.save(program, file)
+        # Regions without autocast, in which tokens are chosen, cannot be saved; decomposed, they are plain operators.
+        with _quiet():
+            torch.export.save(program.run_decompositions({}), file)
     elif format == "onnx" and not int8:
         write_onnx(program, file)
     else:
