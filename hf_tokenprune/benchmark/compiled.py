@@ -103,7 +103,6 @@ def measure_compiled(
     """
     from torch._dynamo.utils import counters  # which takes a second
 
-    torch.compiler.reset()  # else a second batch size would be compiled for all of them, and be slower
     models = {"dense": twin(model), "pruned": prune(twin(model), config)}  # torch.compile leaves a mark on them
     if text_tokens is None:
         prepared = {arm: image_forward(each, batch_size, image_size) for arm, each in models.items()}
@@ -113,10 +112,13 @@ def measure_compiled(
     forwards: dict[str, Callable[[], None]] = {}
     compiling, graphs = {}, {}
     for arm, (run, given) in prepared.items():
+        # Else a second batch size would be compiled for all of them, and arms would share what they have in common.
+        torch.compiler.reset()
         forwards[arm] = partial(replay, torch.compile(run, fullgraph=text_tokens is None, mode=mode), given)
         before = counters["stats"]["unique_graphs"]
         compiling[arm] = seconds(forwards[arm])
         graphs[arm] = counters["stats"]["unique_graphs"] - before
+    forwards["dense"]()  # its graphs are forgotten
     measured = interleave({arm: partial(seconds, f) for arm, f in forwards.items()}, repeats, f"batch {batch_size}")
     return CompiledRow(
         batch_size,
