@@ -62,7 +62,7 @@ def test_dense_and_pruned_are_compiled_once_a_batch_size(compiled: list[Any]) ->
 @pytest.mark.slow
 def test_of_a_vision_language_model_the_prefill_is_compiled(compiled: list[Any]) -> None:
     """In several graphs, and generate could not be measured: it is told before."""
-    model = tiny_vlm("llava")
+    model = tiny_vlm("llava", text_config={"num_hidden_layers": 1}, vision_config={"num_hidden_layers": 2})
     report = benchmark(model, DivPruneConfig(keep_ratio=0.4), batch_sizes=(1,), text_tokens=6, new_tokens=3, **QUICK)
     (row,) = report.rows
     assert row.pruned_graphs >= row.dense_graphs > 1 and len(compiled) == 2
