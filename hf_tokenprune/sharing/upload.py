@@ -140,8 +140,10 @@ def _is_pickle(path: Path) -> bool:
     return mark == pickle.PROTO[0] and bool(version) and version[0] <= pickle.HIGHEST_PROTOCOL
 
 
-def push_config(config: PruneConfig, repo_id: str, content: bytes, tags: Sequence[str], **kwargs: Any) -> CommitInfo:
-    """Upload a config alone, see ``PruneConfig.push_to_hub``; ``content`` is that of its file."""
+def push_config(
+    config: PruneConfig, repo_id: str, files: Mapping[str, bytes], tags: Sequence[str], **kwargs: Any
+) -> CommitInfo:
+    """Upload a config alone, see ``PruneConfig.push_to_hub``; ``files`` are those that it is written to."""
 
     def describe(repo_id: str, card: ModelCard | None, **about: Any) -> ModelCard:
         api, at = HfApi(token=kwargs.get("token")), about["revision"]
@@ -149,7 +151,7 @@ def push_config(config: PruneConfig, repo_id: str, content: bytes, tags: Sequenc
         return config_card(config, repo_id, card, tags=tags, beside=next(there, None), **about)
 
     kwargs.setdefault("commit_message", f"Upload {CONFIG_NAME} ({config.method})")
-    return upload({CONFIG_NAME: content}, describe, repo_id, **kwargs)
+    return upload(files, describe, repo_id, **kwargs)
 
 
 def _card_of(repo_id: str, revision: str | None, token: str | None) -> Path | None:
