@@ -168,9 +168,7 @@ class _Run:
         """What the dense model says of every image, on every process."""
         with torch.no_grad():
             for indices, batch in self.loader([*self.learn, *self.judge], "ask the dense model"):
-                with self.accelerator.autocast():
-                    rows = self.target.dense(batch)
-                self.said.update(self.gathered(list(zip(indices, rows, strict=True))))
+                self.said.update(self.gathered(list(zip(indices, self.target.dense(batch), strict=True))))
 
     def one_pass(self, number: int, last: float) -> None:
         """All images once, in an order of this pass; ``last``: the distance on those held out."""
@@ -180,7 +178,9 @@ class _Run:
         for step, (indices, batch) in enumerate(
             self.loader(order, f"pass {number + 1}, held out {last:.4g}"), number * self.steps_a_pass
         ):
-            self.distance(indices, batch, TEMPERATURE).mean().backward()
+            with self.accelerator.autocast():  # here alone: what the dense model says, and what is kept, is not rounded
+                distances = self.distance(indices, batch, TEMPERATURE)
+            distances.mean().backward()
             self.trained.step(self.rate(step), self.accelerator)
 
     def judged(self) -> float:
@@ -195,8 +195,7 @@ class _Run:
 
     def distance(self, indices: Sequence[int], batch: Any, temperature: float = 1.0) -> Tensor:
         """(B,) of a batch."""
-        with self.accelerator.autocast():
-            return self.target.distance(batch, [self.said[i] for i in indices], self.as_dense, temperature)
+        return self.target.distance(batch, [self.said[i] for i in indices], self.as_dense, temperature)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: it rises, then falls as a cosine to nothing."""
