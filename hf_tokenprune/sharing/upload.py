@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..config import PruneConfig
 from ..config_files import ADAPTER_CONFIG_NAME, CONFIG_NAME, MODEL_CONFIG_NAME
 from ..errors import ConfigError
+from ..weights import RECOVERY_NAME
 from .card import config_card, read_card
 
 CARD_NAME = "README.md"
@@ -122,7 +123,7 @@ def files_of_model(folder: Path) -> tuple[list[Path], list[Path]]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     left = [path for path in files if path.name in OF_TRAINING or _is_pickle(path)]
     kept = [path for path in files if path not in left]
-    if not any(path.suffix == ".safetensors" for path in kept):
+    if not any(path.suffix == ".safetensors" and path.name != RECOVERY_NAME for path in kept):
         raise ConfigError(
             f"the folder {str(folder)!r} holds no weights in *.safetensors, and no others are uploaded: load the model "
             "and save it anew, with hf_tokenprune.save_pretrained or `hf-tokenprune apply`"
