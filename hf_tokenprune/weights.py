@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .config_files import VALUES, read_beside
+from .config_files import VALUES, check_size, read_beside
 from .errors import ConfigError, UnsupportedModelError, did_you_mean, shown
 
 C = TypeVar("C", bound="Recoverable")
@@ -50,8 +50,13 @@ class Recovery:
 
     @classmethod
     def of(cls, values: Mapping[str, Tensor]) -> Recovery:
-        """The file of these values, each by the name of its parameter."""
+        """The file of these values, each by the name of its parameter.
+
+        Raises:
+            ConfigError: they are too many for a file that would be read again.
+        """
         content = save({name: value.detach().cpu().contiguous() for name, value in sorted(values.items())})
+        check_size(len(content), RECOVERY_NAME, "recovered values: ")
         return cls(RECOVERY_NAME, hashlib.sha256(content).hexdigest(), content)
 
     @classmethod
@@ -221,7 +226,7 @@ def forget(model: nn.Module) -> None:
 def values_in(model: nn.Module) -> dict[str, Tensor]:
     """Of parameters that have others kept beside them, the values now: by name, not copied."""
     kept = {id(getattr(module, attribute)) for module, attribute in _kept(model)}
-    own = model.named_parameters()
+    own = model.named_parameters() if kept else ()
     return {name.replace(OF_PEFT, ""): value.detach() for name, value in own if id(value) in kept}
 
 

@@ -481,6 +481,14 @@ def test_a_config_alone_carries_them(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(by_hand(vit(), given(vit()))))
 
 
+def test_values_of_another_model_are_refused_before_weights_are_read(saved: Path, tmp_path: Path) -> None:
+    model = tiny_model("vit", ViTForImageClassification, num_hidden_layers=2, hidden_size=16)
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"fits vision encoders.*, not .*has shape \(32,\).*it was made for another"):
+        from_pretrained(tmp_path / "other", saved)
+
+
 def test_an_argument_without_the_values_of_the_checkpoint_makes_a_warning(saved: Path) -> None:
     with pytest.warns(UserWarning, match="recovered.safetensors.*disagree"):
         model = from_pretrained(saved, CONFIG)
