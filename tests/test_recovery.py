@@ -664,6 +664,8 @@ def test_the_command_writes_a_config_that_others_take(checkpoint: Path, photos: 
     assert torch.equal(logits(from_pretrained(tmp_path / "applied")), logits(model))
     done = run.invoke(app, ["eval", str(checkpoint), str(photos), "-c", str(out), "--no-labels", "--json"])
     assert done.exit_code == 0, done.output
+    done = run.invoke(app, ["eval", str(checkpoint), str(photos), "-c", str(out), "--no-labels", "-g", "0.0001"])
+    assert done.exit_code == 1 and "recovered values were trained for it" in done.stderr
     done = run.invoke(app, [*options(checkpoint, photos, out), "--question", "what"])
     assert done.exit_code == 1 and "--question has no effect" in done.stderr
 
