@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .methods.zero_tprune import ZeroTPruneConfig
     from .presets import Preset, get_preset, list_presets
     from .recording import record
+    from .recovery import merge_recovery, recover
     from .registry import list_adapters, list_methods, register_adapter, register_method
     from .sharing import disable_auto, enable_auto, from_pretrained, save_pretrained
 
@@ -86,9 +87,11 @@ __all__ = [
     "list_adapters",
     "list_methods",
     "list_presets",
+    "merge_recovery",
     "prune",
     "pruned",
     "record",
+    "recover",
     "register_adapter",
     "register_method",
     "save_pretrained",
@@ -126,6 +129,7 @@ _NAMES = {
     "methods.zero_tprune": ("ZeroTPruneConfig",),
     "presets": ("Preset", "get_preset", "list_presets"),
     "recording": ("record",),
+    "recovery": ("merge_recovery", "recover"),
     "registry": ("list_adapters", "list_methods", "register_adapter", "register_method"),
     "sharing": ("disable_auto", "enable_auto", "from_pretrained", "save_pretrained"),
 }

@@ -53,7 +53,12 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: as in ``beside``.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """``write_text`` of what is no text."""
     with beside(path.parent) as folder:
         file = folder / path.name
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(content)
         put(file, path)

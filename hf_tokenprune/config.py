@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from .atomic import write_text
+from .atomic import write_bytes, write_text
 from .config_files import CONFIG_NAME, MODEL_CONFIG_NAME, find_config_file, is_path, read_json
 from .errors import ConfigError, did_you_mean, shown
 from .field_types import convert, describe, few_values, field_types
 from .registry import get_method, list_methods
+from .weights import RECOVERY, Recoverable, Recovery
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -36,7 +37,7 @@ C = TypeVar("C", bound="PruneConfig")
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(Recoverable):
     """Base of all method configs: one frozen dataclass a method, validated when it is made.
 
     Raises:
@@ -181,16 +182,21 @@ class PruneConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON values only: ``{"method": ..., "format_version": 1, <fields>}``."""
         fields = {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {"method": self.method, "format_version": FORMAT_VERSION, **fields}
+        recovery = {} if self.recovery is None else {RECOVERY: self.recovery.to_dict()}
+        return {"method": self.method, "format_version": FORMAT_VERSION, **fields, **recovery}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PruneConfig:
-        """Inverse of ``to_dict``. Missing fields take the method's defaults, unknown ones raise."""
+        """Inverse of ``to_dict``. Missing fields take the method's defaults, unknown ones raise.
+
+        A ``recovery`` is known by its name and hash alone; ``from_pretrained`` reads its file too.
+        """
         if not isinstance(data, dict):
             raise ConfigError(f"a prune config is an object with a 'method', got {type(data).__name__}: {shown(data)}")
         fields = dict(data)
         if (place := fields.pop(ALSO_IN, MODEL_CONFIG_NAME)) != MODEL_CONFIG_NAME:  # about the file, not the config
             raise ConfigError(f"{ALSO_IN}={shown(place)}: expected {MODEL_CONFIG_NAME!r}, or leave it out")
+        recovery = Recovery.from_dict(fields.pop(RECOVERY)) if RECOVERY in fields else None
         version = fields.pop("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise ConfigError(f"format_version={shown(version)}: expected the integer {FORMAT_VERSION}")
@@ -212,16 +218,21 @@ class PruneConfig:
             if field not in known:
                 hint = did_you_mean(field, known)
                 raise ConfigError(f"method {name!r} has no field {shown(field)} (has: {', '.join(known)}){hint}")
-        return config_class(**fields)
+        config = config_class(**fields)
+        return config if recovery is None else config.with_recovery(recovery)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, also_in_model: bool = False) -> Path:
         """Write ``prune_config.json`` (sorted, indented) into a folder, made if need be; returns its path.
+
+        Recovered values are written beside it.
 
         Args:
             also_in_model: say in the file that the ``config.json`` there, of a pruned model, has the same config. Where
                 it no longer has, another model was saved over this one, and loading says so.
         """
         path = Path(save_directory) / CONFIG_NAME
+        if self.recovery is not None:
+            write_bytes(path.with_name(self.recovery.file), self.recovery.at_hand())
         write_text(path, self._to_json_text(**({ALSO_IN: MODEL_CONFIG_NAME} if also_in_model else {})))
         return path
 
@@ -236,7 +247,10 @@ class PruneConfig:
         """
         from .sharing import push_config
 
-        return push_config(self, repo_id, self._to_json_text().encode(), tags=tags, **kwargs)
+        files = {CONFIG_NAME: self._to_json_text().encode()}
+        if self.recovery is not None:
+            files[self.recovery.file] = self.recovery.at_hand()
+        return push_config(self, repo_id, files, tags=tags, **kwargs)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> PruneConfig:
@@ -260,6 +274,15 @@ class PruneConfig:
             unknown = "; no such folder is here, and the Hub or (offline) its cache has no such file"
             hint = "" if os.path.isdir(path_or_repo) else unknown
             raise ConfigError(f"no {CONFIG_NAME} in {name!r}{hint}")
+        return cls.read(path).completed(path_or_repo, **hub_kwargs)
+
+    @classmethod
+    def read(cls, path: Path) -> PruneConfig:
+        """What a ``prune_config.json`` says, with a ``recovery`` by its name and hash alone.
+
+        Raises:
+            ConfigError: it is not a valid config.
+        """
         try:
             return cls.from_dict(read_json(path))
         except ConfigError as error:

@@ -14,6 +14,8 @@ from .errors import ConfigError, shown
 CONFIG_NAME, MODEL_CONFIG_NAME, ADAPTER_CONFIG_NAME = "prune_config.json", "config.json", "adapter_config.json"
 MAX_FILE_BYTES = 1 << 20  # a config is a few hundred bytes; a larger file is not one
 MAX_OTHER_BYTES = 1 << 24  # of other libraries, whose files may name every class or layer
+MAX_VALUES_BYTES = 1 << 26  # of norms and biases, of which the largest models have a few millions
+VALUES = ".safetensors"
 
 
 def find_config_file(
@@ -77,7 +79,7 @@ def _downloaded(name: str, file: str, **hub_kwargs: Any) -> Path:
 
     about = hf_hub_download(name, file, dry_run=True, **hub_kwargs)
     if about.will_download:
-        _check_size(about.file_size or 0, file, f"{file!r} of {name!r}: ")
+        check_size(about.file_size or 0, file, f"{file!r} of {name!r}: ")
     elif _in_cache(name, file, **hub_kwargs) == about.local_path:  # else the cache is to learn what is the last commit
         return Path(about.local_path)
     return Path(hf_hub_download(name, file, **hub_kwargs))
@@ -122,7 +124,7 @@ def read_json(path: Path) -> Any:
     Raises:
         ConfigError: it is too large, not JSON, has a key twice, or a number that is none.
     """
-    _check_size(path.stat().st_size, CONFIG_NAME)
+    check_size(path.stat().st_size, CONFIG_NAME)
     try:
         return json.loads(
             path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
@@ -139,7 +141,7 @@ def read_other(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is too large, not JSON, or no object; the message names it.
     """
-    _check_size(path.stat().st_size, path.name, f"{path}: ")
+    check_size(path.stat().st_size, path.name, f"{path}: ")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -149,8 +151,29 @@ def read_other(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_size(size: int, file: str, where: str = "") -> None:
-    most = MAX_FILE_BYTES if file == CONFIG_NAME else MAX_OTHER_BYTES
+def read_beside(path_or_repo: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> tuple[Path, bytes]:
+    """Where a file is that a ``prune_config.json`` names, and its bytes.
+
+    Args:
+        path_or_repo: where the config is: it itself, its folder, or its repository.
+        file: a plain name, without folders.
+
+    Raises:
+        ConfigError: it is not there, or too large.
+    """
+    where = Path(path_or_repo)
+    path = find_config_file(where.parent if os.path.isfile(where) else path_or_repo, file=file, **hub_kwargs)
+    if path is None:
+        raise ConfigError(
+            f"{str(path_or_repo)!r} holds a {CONFIG_NAME} that names {file!r}, and no such file: copy or download both"
+        )
+    check_size(path.stat().st_size, file, f"{path}: ")
+    return path, path.read_bytes()
+
+
+def check_size(size: int, file: str, where: str = "") -> None:
+    """Raise ConfigError for a file that is too large to be what its name says."""
+    most = MAX_FILE_BYTES if file == CONFIG_NAME else MAX_VALUES_BYTES if file.endswith(VALUES) else MAX_OTHER_BYTES
     if size > most:
         what = "a prune config" if file == CONFIG_NAME else f"a file {file}"
         raise ConfigError(f"{where}{size} bytes; {what} has at most {most}")

@@ -15,6 +15,7 @@ from .errors import ConfigError, PruneStateError, UnsupportedModelError
 from .registry import get_adapter, list_adapters, list_methods
 from .signals import DecoderShape, Shape, Stage
 from .threads import changing, nobody_runs
+from .weights import fitting, put_in, recovery_in, take_out
 
 Model = TypeVar("Model", bound=nn.Module)
 KINDS = {"vision": "vision encoders", "decoder": "vision-language models with a decoder"}
@@ -65,19 +66,25 @@ def attach(model: Model, config: ConfigLike | None, short: bool = False) -> None
         shape = adapter.shape(stock)
         stages, asked = plan(config, shape, stacklevel=4), options(config, shape) | ({"short": True} if short else {})
         adapter.check(stock, stages, **asked)
+        values = {} if config.recovery is None else fitting(stock, config.recovery)
         with nobody_runs(stock):
             try:
                 adapter.attach(stock, stages, **asked)
                 for state in adapter.states(stock):
                     state.config = config
+                put_in(stock, values)
             except BaseException:
                 adapter.detach(stock)
+                take_out(stock)
                 raise
-            stock.config.prune_config = config.to_dict()
+            # Without a recovery: stock saving writes the values that the parameters have, and no file of them.
+            stock.config.prune_config = config.with_recovery(None).to_dict()
 
 
 def unprune(model: Model) -> Model:
     """Undo ``prune``, also on a copy: the model computes bit for bit what it did before. Returns the model.
+
+    Recovered values are taken out too; ``merge_recovery`` before keeps them.
 
     Raises:
         PruneStateError: the model is not pruned, or another thread is running it.
@@ -92,6 +99,7 @@ def unprune(model: Model) -> Model:
         adapter.check_copies(stock)
         with nobody_runs(stock):
             adapter.detach(stock)
+            take_out(stock)
             if hasattr(stock.config, "prune_config"):
                 del stock.config.prune_config
     return model
@@ -151,10 +159,11 @@ def default_config(model: nn.Module) -> PruneConfig:
 
 
 def current_config(model: nn.Module) -> PruneConfig | None:
-    """The config a model is pruned with, or None if it is dense."""
+    """The config a model is pruned with, with the recovered values that are in it now; None if it is dense."""
     # Not from model.config: it may be shared with another model, and anybody can write to it.
     stock = unwrapped(model)
-    return next((state.config for state in find_adapter(stock).states(stock)), None)
+    config: PruneConfig | None = next((state.config for state in find_adapter(stock).states(stock)), None)
+    return config and config.with_recovery(recovery_in(stock, config.recovery))
 
 
 def unwrapped(model: nn.Module) -> Any:

@@ -593,3 +593,38 @@ commit = save_pretrained(model, "out", push_to_hub=True, repo_id="me/results", r
     (result,) = index["results"]
     assert index["name"] == "results" and result["dataset"] == {"name": "me/digits", "type": "me/digits"}
     assert [metric["type"] for metric in result["metrics"]] == ["accuracy", "top5_accuracy", "agreement", "kl"]
+
+
+def test_recovered_values_go_to_the_hub_and_back(
+    hub: LoopbackHub, author: Machine, reader: Machine, tmp_path: Path
+) -> None:
+    """With a checkpoint, and with a config alone; another file than the config names is refused."""
+    _, _, wanted = push(
+        author,
+        """
+from hf_tokenprune.weights import Recovery
+values = {name: p + 0.1 for name, p in model.named_parameters() if name.endswith("bias")}
+config = config.with_recovery(Recovery.of(values))
+unprune(model)
+commit = save_pretrained(prune(model, config), "recovered", push_to_hub=True, repo_id="me/recovered")
+commit = config.push_to_hub("me/values")
+""",
+    )
+    alone = hub.repositories["me/values"].at("main")
+    assert alone is not None and set(alone.files) == {"README.md", "prune_config.json", "recovered.safetensors"}
+    tiny_model("vit", ViTForImageClassification).save_pretrained(tmp_path)
+    hub.add("base/tiny", tmp_path)
+    load = f"""
+from hf_tokenprune import *
+{LOGITS}
+one = logits(from_pretrained("me/recovered", cache_dir=cache_dir))
+other = logits(from_pretrained("base/tiny", "me/values", cache_dir=cache_dir))
+enable_auto()
+stock = logits(transformers.AutoModelForImageClassification.from_pretrained("me/recovered", cache_dir=cache_dir))
+result = [one, other, stock]
+"""
+    assert reader(load, cache_dir="cache") == [wanted] * 3
+    for name in ("me/recovered", "me/values"):
+        hub.repositories[name].commit("main", {"recovered.safetensors": b"another"})
+    with pytest.raises(RemoteError, match="is not the file that the config beside it names"):
+        reader(load, cache_dir="cache")

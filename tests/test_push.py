@@ -30,5 +30,6 @@ def test_what_is_no_part_of_a_model_is_not_uploaded(tmp_path: Path) -> None:
     assert {path.name for path in kept} == parts | {"archive.npz"}
     assert {path.name for path in left} == state | {"old.pt", "data", "trainer_state.json"}
     (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "recovered.safetensors").write_bytes(b"of a few parameters")
     with pytest.raises(ConfigError, match=r"no weights in \*\.safetensors, .* save it anew"):
         files_of_model(tmp_path)

@@ -1,5 +1,5 @@
-"""``hf-tokenprune``: list, presets, info, apply, push, eval, compare, search, bench, viz,
-export, serve, demo; one file a command.
+"""``hf-tokenprune``: list, presets, info, apply, push, eval, compare, search, recover, bench, viz, explore, export,
+serve, demo; one file a command.
 
 What a command needs besides its options is imported when it runs, so that help and completion do not wait for it.
 """
@@ -19,6 +19,7 @@ from .info import info
 from .list import list_
 from .presets import presets
 from .push import push
+from .recover import recover
 from .search import search
 from .serve import serve
 from .version import VersionOpt
@@ -44,6 +45,7 @@ app.command()(push)
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(search)
+app.command()(recover)
 app.command()(bench)
 app.command()(viz)
 app.command()(explore)

@@ -196,6 +196,11 @@ def configs_for(
         chosen = {} if own is None else {own.method: own}
     if not gmacs:
         return chosen
+    if recovered := [name for name, config in chosen.items() if config.recovery]:
+        raise ConfigError(
+            f"--gmacs would make another config of {recovered[0]!r}, whose recovered values were trained for it: leave "
+            "--gmacs out, or recover the other one"
+        )
     prompt: dict[str, Any] = {"text_tokens": text_tokens, "image_size": image_size}
     return {
         f"{name}@{budget:g}": config_for_macs(model, config, budget * 1e9, **prompt)

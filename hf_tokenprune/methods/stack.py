@@ -53,6 +53,8 @@ class StackConfig(PruneConfig):
 
     def validate(self) -> None:
         self.check(2 <= len(self.stages) <= MAX_STAGES, "stages", f"two to {MAX_STAGES} prune configs")
+        alone = all(config.recovery is None for config in self.stages)
+        self.check(alone, "stages", "none with recovered values, which are trained with all of them")
         count = len(self.stages) - len(self.decoder_parts)
         self.check(count <= 1, "stages", f"at most one method that prunes vision encoders only, not {count}")
         exact = getattr(self.tower_part, "exact_last_block", False)

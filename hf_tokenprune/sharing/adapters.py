@@ -124,8 +124,8 @@ def save_beside_adapters(model: nn.Module, save_directory: str | os.PathLike[str
 def warn_of_other_pruning(model: nn.Module, path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> None:
     """Warn where an adapter that ``model`` has got was trained on one that was pruned otherwise."""
     file, now = find_config_file(path_or_repo, **hub_kwargs), pruned_by(model)
-    then = None if file is None else PruneConfig.from_pretrained(file)
-    if then is not None and then != now:
+    then = None if file is None else PruneConfig.read(file)
+    if then is not None and not same_pruning(then, now):
         warnings.warn(
             f"the adapter {str(path_or_repo)!r} says in its {CONFIG_NAME} that the model under it was {words(then)}; "
             f"this one is {words(now)}, and gives other logits: prune(model, {str(path_or_repo)!r})",
@@ -143,4 +143,14 @@ def pruned_by(model: Any) -> PruneConfig | None:
 
 def words(config: PruneConfig | None) -> str:
     """How a model is pruned, in messages."""
-    return "dense" if config is None else f"pruned by {config}"
+    return "dense" if config is None else f"pruned by {said(config)}"
+
+
+def same_pruning(one: PruneConfig | None, other: PruneConfig | None) -> bool:
+    """Whether two configs make the same of a model, with the values that they put into it."""
+    return one == other and (one and one.recovery) == (other and other.recovery)
+
+
+def said(config: PruneConfig) -> str:
+    """A config in messages, with the values that it puts into a model, if any."""
+    return f"{config}" + (f", with {config.recovery}" if config.recovery else "")

@@ -14,6 +14,7 @@ from ..config import PruneConfig
 from ..engine import KINDS, find_adapter, options, plan
 from ..errors import ConfigError
 from ..registry import list_methods
+from ..weights import fitting
 
 NAME_LAYERS = ("layer", "layers")
 """Fields of configs that name blocks or decoder layers, by numbers from 0."""
@@ -57,6 +58,8 @@ def check_fit(model_class: Any, model_config: Any, config: PruneConfig, checkpoi
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to say is said when the model is pruned
             adapter.check(model, plan(config, shape), **options(config, shape))
+        if config.recovery is not None:
+            fitting(model, config.recovery)
     except ConfigError as error:
         raise ConfigError(f"{does_not_fit}: {error}") from error
 

@@ -12,6 +12,8 @@ from torch import nn
 from ..atomic import beside, put
 from ..config import PruneConfig
 from ..config_files import CONFIG_NAME, MODEL_CONFIG_NAME
+from ..engine import unwrapped
+from ..weights import RECOVERY_NAME, originals
 
 WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors(?P<index>\.index(?P<variant>\..+)?\.json)?")
 """Weights and indices of shards: ``model.fp16.safetensors``, but ``model.safetensors.index.fp16.json``."""
@@ -24,11 +26,11 @@ def save_in_place(model: nn.Module, config: PruneConfig, folder: Path, **kwargs:
     process killed there leaves weights that are whole, the former or the new, or a folder that loading refuses.
     """
     if kwargs.get("distributed_checkpoint"):  # written by all processes into one folder, for going on with training
-        model.save_pretrained(folder, **kwargs)  # type: ignore[operator]
+        _save(model, config, folder, **kwargs)
         config.save_pretrained(folder, also_in_model=True)
         return
     with beside(folder) as new:
-        model.save_pretrained(new, **kwargs)  # type: ignore[operator]
+        _save(model, config, new, **kwargs)
         config.save_pretrained(new, also_in_model=True)
         *names, last = sorted(os.listdir(new), key=_order)
         former = _former(folder, names)
@@ -44,6 +46,21 @@ def save_in_place(model: nn.Module, config: PruneConfig, folder: Path, **kwargs:
         put(new / last, folder / last)
 
 
+def _save(model: Any, config: PruneConfig, folder: Path, **kwargs: Any) -> None:
+    """``model.save_pretrained``, of the weights that it had before recovered values came in: these have their file."""
+    if config.recovery is None:
+        model.save_pretrained(folder, **kwargs)
+        return
+    about = unwrapped(model).config
+    carried = about.prune_config
+    about.prune_config = config.to_dict()
+    try:
+        weights = kwargs.pop("state_dict", None) or model.state_dict()
+        model.save_pretrained(folder, state_dict={**weights, **originals(model)}, **kwargs)
+    finally:
+        about.prune_config = carried
+
+
 def _order(name: str) -> int:
     """When a file is moved: the two configs first and last. In between they disagree, which loading refuses."""
     if name in (CONFIG_NAME, MODEL_CONFIG_NAME):
@@ -57,8 +74,11 @@ def _is_index(name: str) -> bool:
 
 
 def _former(folder: Path, names: list[str]) -> list[Path]:
-    """The weights in a folder that those called ``names`` take the place of: files, shards and their index."""
-    stems = {_stem(name) for name in names} - {None}
+    """The weights in a folder that those called ``names`` take the place of: files, shards and their index.
+
+    And recovered values, which belong to the config that is replaced.
+    """
+    stems = {_stem(name) for name in (*names, RECOVERY_NAME)} - {None}
     return [path for path in folder.iterdir() if _stem(path.name) in stems]
 
 

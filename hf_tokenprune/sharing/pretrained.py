@@ -27,7 +27,7 @@ from ..config_files import (
 )
 from ..engine import ConfigLike, prune
 from ..errors import ConfigError
-from .adapters import OF_PEFT, base_of, read_adapter, with_adapter
+from .adapters import OF_PEFT, base_of, read_adapter, said, same_pruning, with_adapter
 from .fit import check_fit
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -166,7 +166,7 @@ def choose_config(
     file = None if path_or_repo is None else find_config_file(path_or_repo, **hub_kwargs)
     found: list[tuple[str, PruneConfig]] = []
     if file is not None:
-        found.append((f"its {CONFIG_NAME}", PruneConfig.from_pretrained(file)))
+        found.append((f"its {CONFIG_NAME}", PruneConfig.read(file)))
     if config_key is not None:
         source = f"the key prune_config of its {MODEL_CONFIG_NAME}"
         try:
@@ -178,29 +178,33 @@ def choose_config(
         own = {name: value for name, value in hub_kwargs.items() if same or name not in OF_ONE_REPOSITORY}
         given = as_config(argument, **own)
         for source, other in found:
-            if other != given:
+            if not same_pruning(other, given):
                 warnings.warn(
-                    f"{str(path_or_repo)!r}: the argument prune_config ({given}) and {source} ({other}) disagree; "
-                    "using the former",
+                    f"{str(path_or_repo)!r}: the argument prune_config ({said(given)}) and {source} ({said(other)}) "
+                    "disagree; using the former",
                     stacklevel=3,
                 )
         return given
     if file is not None:
         _check_that_the_folder_is_true(path_or_repo, file, dict(found))
-    return found[0][1] if found else None
+    if not found:
+        return None
+    carried = found[0][1]
+    return carried if path_or_repo is None else carried.completed(path_or_repo, **hub_kwargs)
 
 
-def _check_that_the_folder_is_true(where: Any, file: Path, said: dict[str, PruneConfig]) -> None:
+def _check_that_the_folder_is_true(where: Any, file: Path, found: dict[str, PruneConfig]) -> None:
     """Raise ConfigError where ``config.json`` says something else than the file: it was saved anew, or by hand."""
     beside = file.with_name(MODEL_CONFIG_NAME)
-    if len(said) == 1 and ALSO_IN in read_json(file) and beside.is_file() and "prune_config" not in read_other(beside):
+    first, *others = found.values()
+    if not others and ALSO_IN in read_json(file) and beside.is_file() and "prune_config" not in read_other(beside):
         against = f"it was saved with a {MODEL_CONFIG_NAME} that said so too, and the one beside it is of a dense model"
-    elif len(set(said.values())) > 1:
-        against = " and ".join(f"{source} says {config}" for source, config in list(said.items())[1:])
+    elif not all(same_pruning(first, other) for other in others):
+        against = " and ".join(f"{source} says {said(config)}" for source, config in list(found.items())[1:])
     else:
         return
     raise ConfigError(
-        f"{str(where)!r}: its {CONFIG_NAME} says {next(iter(said.values()))}, but {against}. {MODEL_CONFIG_NAME} is "
+        f"{str(where)!r}: its {CONFIG_NAME} says {said(first)}, but {against}. {MODEL_CONFIG_NAME} is "
         f"written whenever a model is saved, so {CONFIG_NAME} is probably left from a model that was here before: then "
         "delete it. Otherwise save the pruned model with hf_tokenprune.save_pretrained, which writes both. To load it "
         "as it is, give prune_config=..."

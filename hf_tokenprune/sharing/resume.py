@@ -34,8 +34,8 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says in its ``trainer_state.json``."""
-        now = pruned_by(self.model)
-        return {"args": {}, "attributes": {SAID: None if now is None else now.to_dict()}}
+        now = pruned_by(self.model)  # recovered values may be trained on, and are in the checkpoint's weights
+        return {"args": {}, "attributes": {SAID: None if now is None else now.with_recovery(None).to_dict()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         now = pruned_by(model)
@@ -85,4 +85,4 @@ def _said_in(checkpoint: Path) -> PruneConfig | None:
     if whole.is_file():
         key = read_other(whole).get("prune_config")
         return None if key is None else PruneConfig.from_dict(key)
-    return next((PruneConfig.from_pretrained(file) for file in sorted(checkpoint.glob(f"**/{CONFIG_NAME}"))), None)
+    return next((PruneConfig.read(file) for file in sorted(checkpoint.glob(f"**/{CONFIG_NAME}"))), None)

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..config import PruneConfig
 from ..config_files import ADAPTER_CONFIG_NAME, CONFIG_NAME, MODEL_CONFIG_NAME
 from ..errors import ConfigError
+from ..weights import RECOVERY_NAME
 from .card import config_card, read_card
 
 CARD_NAME = "README.md"
@@ -122,7 +123,7 @@ def files_of_model(folder: Path) -> tuple[list[Path], list[Path]]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     left = [path for path in files if path.name in OF_TRAINING or _is_pickle(path)]
     kept = [path for path in files if path not in left]
-    if not any(path.suffix == ".safetensors" for path in kept):
+    if not any(path.suffix == ".safetensors" and path.name != RECOVERY_NAME for path in kept):
         raise ConfigError(
             f"the folder {str(folder)!r} holds no weights in *.safetensors, and no others are uploaded: load the model "
             "and save it anew, with hf_tokenprune.save_pretrained or `hf-tokenprune apply`"
@@ -140,8 +141,10 @@ def _is_pickle(path: Path) -> bool:
     return mark == pickle.PROTO[0] and bool(version) and version[0] <= pickle.HIGHEST_PROTOCOL
 
 
-def push_config(config: PruneConfig, repo_id: str, content: bytes, tags: Sequence[str], **kwargs: Any) -> CommitInfo:
-    """Upload a config alone, see ``PruneConfig.push_to_hub``; ``content`` is that of its file."""
+def push_config(
+    config: PruneConfig, repo_id: str, files: Mapping[str, bytes], tags: Sequence[str], **kwargs: Any
+) -> CommitInfo:
+    """Upload a config alone, see ``PruneConfig.push_to_hub``; ``files`` are those that it is written to."""
 
     def describe(repo_id: str, card: ModelCard | None, **about: Any) -> ModelCard:
         api, at = HfApi(token=kwargs.get("token")), about["revision"]
@@ -149,7 +152,7 @@ def push_config(config: PruneConfig, repo_id: str, content: bytes, tags: Sequenc
         return config_card(config, repo_id, card, tags=tags, beside=next(there, None), **about)
 
     kwargs.setdefault("commit_message", f"Upload {CONFIG_NAME} ({config.method})")
-    return upload({CONFIG_NAME: content}, describe, repo_id, **kwargs)
+    return upload(files, describe, repo_id, **kwargs)
 
 
 def _card_of(repo_id: str, revision: str | None, token: str | None) -> Path | None:
