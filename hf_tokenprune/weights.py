@@ -12,15 +12,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config_files import VALUES, check_size, read_beside
 from .errors import ConfigError, UnsupportedModelError, did_you_mean, shown
+
+if TYPE_CHECKING:  # help of the command line, and configs, do not wait for torch
+    from torch import Tensor, nn
 
 C = TypeVar("C", bound="Recoverable")
 RECOVERY = "recovery"
@@ -55,6 +53,8 @@ class Recovery:
         Raises:
             ConfigError: they are too many for a file that would be read again.
         """
+        from safetensors.torch import save
+
         content = save({name: value.detach().cpu().contiguous() for name, value in sorted(values.items())})
         check_size(len(content), RECOVERY_NAME, "recovered values: ")
         return cls(RECOVERY_NAME, hashlib.sha256(content).hexdigest(), content)
@@ -113,6 +113,9 @@ class Recovery:
         Raises:
             ConfigError: the bytes are not at hand, no safetensors, or hold something else than finite numbers.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         content = self.at_hand()
         try:
             values: dict[str, Tensor] = load(content)
@@ -198,6 +201,8 @@ def put_in(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     Args:
         values: what ``fitting`` returned.
     """
+    import torch
+
     parameters, owners = named(model), _owners(model)
     kept = {id(getattr(module, attribute)) for module, attribute in _kept(model)}
     with torch.no_grad():
@@ -211,6 +216,8 @@ def put_in(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def take_out(model: nn.Module) -> None:
     """Write back what parameters were before ``put_in``, bit for bit."""
+    import torch
+
     with torch.no_grad():
         for module, attribute in _kept(model):
             getattr(module, attribute).copy_(module._buffers[ORIGINAL + attribute])
@@ -239,6 +246,8 @@ def originals(model: nn.Module) -> dict[str, Tensor]:
 
 def recovery_in(model: nn.Module, known: Recovery | None) -> Recovery | None:
     """The file of the values that are in; ``known``, where these are still its own; None: the model has none."""
+    import torch
+
     values = values_in(model)
     if known is not None and known.content is not None:
         own = known.tensors()

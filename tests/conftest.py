@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             skipped.add(item)
     run = [item for item in items if item not in skipped]  # a test that is skipped covers nothing
     factors = [factors_of(*named(item)) for item in run]
-    kinds, alike = {**kinds_of_families(), **places_of_methods()}, kinds_of_methods()
+    kinds = {**kinds_of_families(), **places_of_methods()}
+    alike = kinds_of_methods()
 
     def some_of(part: list[int]) -> set[int]:
         return {part[i] for i in covering([factors[i] for i in part], kinds, alike)}
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--all"):
         numbers = {*one_of_each(factors, alike)}
     elif config.getoption("--rest"):
-        rest = one_of_each([factors[i] for i in quick], {**kinds_of_families(), **alike})
+        rest = one_of_each([factors[i] for i in quick], kinds)
         numbers = {quick[i] for i in rest} - some_of(quick) | some_of(slow)
     else:
         numbers = some_of(quick)
