@@ -12,6 +12,7 @@ import copy
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def main() -> None:
     times, heads, repeats = [], "", Repeats(args.rounds, 2, True)
     for b in args.batch_size:
         some = pixels[:1].repeat(b, 1, 1, 1)
-        times.append(interleave(runs, lambda name, x=some: seconds(lambda: runs[name](x)), repeats, f"batch {b}"))
+        times.append(interleave({k: partial(seconds, partial(r, some)) for k, r in runs.items()}, repeats, f"of {b}"))
         heads += f" ms, batch {b} | faster (ideal {cost(arms['pruned']).ideal_speedup:.2f}) |"
     print(f"| engine | {args.method} |{heads} top-1 | agreement | KL |\n|---|---|{'---:|' * (2 * len(times) + 3)}")
     dense, labels = torch.cat(said["eager", "dense"]), torch.tensor(images.labels)
