@@ -107,14 +107,18 @@ def test_a_case_that_fails_is_a_line_and_the_others_go_on() -> None:
         raise UnsupportedModelError("no\nmore")
 
     told: list[str] = []
-    cases = [Case("full", full), Case("refused", refused), Case("fine", lambda: report)]
+
+    def silent() -> Any:
+        raise AssertionError
+
+    cases = [Case("full", full), Case("refused", refused), Case("silent", silent), Case("fine", lambda: report)]
     lines = list(run_cases(cases, 60, told.append))
-    assert told == ["full", "refused", "fine"]
-    assert [line.note for line in lines] == ["out of memory", "UnsupportedModelError: no", ""]
-    assert lines[2].dense_seconds == report.rows[0].dense_seconds and lines[2].part == "forward"
+    assert told == ["full", "refused", "silent", "fine"]
+    assert [line.note for line in lines] == ["out of memory", "UnsupportedModelError: no", "AssertionError: ", ""]
+    assert lines[3].dense_seconds == report.rows[0].dense_seconds and lines[3].part == "forward"
     assert all(len(line.cells()) == len(HEADER) for line in lines)
     late = list(run_cases(cases, -1, told.append))
-    assert len(told) == 3 and {line.note for line in late} == {"left out: the time is spent"}
+    assert len(told) == 4 and {line.note for line in late} == {"left out: the time is spent"}
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ def run_cases(cases: Iterable[Case], seconds: float, progress: Callable[[str], N
         except torch.OutOfMemoryError:
             yield Line(case.name, note="out of memory")
         except Exception as error:  # whatever it is, the other cases are measured
-            yield Line(case.name, note=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+            first = str(error).strip().partition("\n")[0]  # some errors say nothing
+            yield Line(case.name, note=f"{type(error).__name__}: {first[:200]}")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
