@@ -64,7 +64,8 @@ def main() -> None:
 
     url = f"data:{mimetypes.guess_type(args.image)[0]};base64,{base64.b64encode(args.image.read_bytes()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": args.question}]
-    body = {"model": args.model, "messages": [{"role": "user", "content": content}], "stream": True, "temperature": 0}
+    messages = [{"role": "user", "content": content}]
+    body = {"model": args.model, "messages": messages, "stream": True, "temperature": 0, "max_tokens": 32}
     with ExitStack() as stack:
         servers = {
             "dense": start(stack, "transformers.cli.transformers", args.model, *args.server),

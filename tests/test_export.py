@@ -36,6 +36,8 @@ from .test_contract_families import KINDS
 from .test_export_shapes import CONFIGS
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
+TRAINED = {"atol": 1e-4, "rtol": 1e-4}
+"""Logits of real weights are larger, and so is what two orders of summation differ by; which orders is up to the CPU."""
 CLASSES = [pair for pair in supported_classes() if not find_adapter(tiny_model(*pair)).no_graph]
 ONE_OF_EACH_KIND = [config for config in CONFIGS if config.method in {kind.method for kind in KINDS}]
 FORMATS: list[Format] = list(FILES)
@@ -192,7 +194,7 @@ def test_the_same_classes_of_photographs(method: str, shared: Path, tmp_path: Pa
     with torch.no_grad():
         expected = model(pixel_values=pixels).logits
     found = load_exported(export(model, tmp_path))(pixels)["logits"]
-    torch.testing.assert_close(found, expected, **TOLERANCE)
+    torch.testing.assert_close(found, expected, **TRAINED)
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
 

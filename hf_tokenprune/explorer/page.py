@@ -47,8 +47,8 @@ class Page:
         self.files = TemporaryDirectory(prefix="hf_tokenprune_")  # configs to download
         with gr.Blocks(title="hf_tokenprune", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
             gr.Markdown(INTRO)
-            # The last Look, the model that the controls are for, and the layer that somebody went to.
-            self.seen, self.of, self.stop = gr.State(), gr.State(), gr.State()
+            # The last Look and what it was asked, the model that the controls are for, the layer somebody went to.
+            self.seen, self.asked, self.of, self.stop = (gr.State() for _ in range(4))
             with gr.Row():
                 with gr.Column(scale=1, min_width=320):
                     self._controls(first)
@@ -126,23 +126,23 @@ class Page:
             self.of,
             self.stop,
             self.error,
-            self.image,
             self.examples,
             self.question,
             self.texts,
             *self.methods,
             *self.fields,
         ]
-        visitors = [self.stop, self.model, self.image, self.question, self.texts, self.budget]
+        visitors = [self.asked, self.stop, self.model, self.image, self.question, self.texts, self.budget]
         parts = [part for parts in self.taken for part in parts]
-        shown = [self.error, self.seen, self.layer, *self.pictures, *self.said, self.numbers, *parts]
+        shown = [self.error, self.seen, self.asked, self.layer, *self.pictures, *self.said, self.numbers, *parts]
         self.update: dict[str, Any] = {
             "fn": self.looked, "inputs": [*visitors, *self.methods, *self.fields], "outputs": shown,
             "show_progress": "minimal",
             "trigger_mode": "always_last", "concurrency_id": "models", "concurrency_limit": 1,
         }  # fmt: skip
-        chose = gr.on([self.blocks.load, self.model.input], self.chose, [self.model, self.of], of_model)
-        chose.success(**self.update)
+        gr.on([self.blocks.load, self.model.input], self.chose, [self.model, self.of], of_model)
+        # The image after all else: its change may be seen before what is set together with it.
+        self.of.change(self.first_image, self.of, self.image).then(**self.update)
         self.examples.select(self.chose_example, self.examples, self.image)
         typed = [moment for box in (self.question, self.texts) for moment in (box.submit, box.blur)]
         gr.on([self.image.change, *typed, self.budget.change], **self.update)
@@ -187,7 +187,6 @@ class Page:
             self.of: name,
             self.stop: None,
             self.error: gr.update(visible=False),
-            **({self.image: images[0]} if images else {}),
             self.examples: gr.update(value=images, visible=bool(images)),
             self.question: gr.update(value=asked, visible=loaded.kind == "decoder"),
             self.texts: gr.update(value=", ".join(texts), visible=loaded.reads_names),
@@ -196,12 +195,18 @@ class Page:
             **{fields: {} for fields in self.fields},
         }
 
+    def first_image(self, name: str) -> Any:
+        """Of the examples that come with a model; without any, the image stays."""
+        images = PACKAGED[name].images() if name in PACKAGED else ()
+        return next(iter(images), gr.skip())
+
     def chose_example(self, images: Sequence[tuple[Image.Image, str | None]], event: gr.SelectData) -> Any:
         """The one that was clicked."""
         return images[event.index][0]
 
     def looked(
         self,
+        asked: tuple[Any, ...] | None,
         stop: int | None,
         name: str,
         image: str | None,
@@ -210,9 +215,12 @@ class Page:
         budget: float,
         *chosen: Any,
     ) -> Changes:
-        """All that is shown; or an error beside what was shown before."""
+        """All that is shown; or an error beside what was shown before. Nothing, if it is shown already."""
+        asks = (name, image, question, texts, budget, *chosen)
+        if asks == asked:
+            return {}
         if image is None:
-            return {self.error: told("Choose an image, or upload one.")}
+            return self._failed("Choose an image, or upload one.")
         methods, fields = chosen[:ARMS], chosen[ARMS:]
         choices = [
             Choice(method, fields, budget / AS_SET)
@@ -224,18 +232,22 @@ class Page:
             loaded = self.models[name]
             found = look(loaded, opened(image), choices, question, class_names)
         except READABLE as error:
-            return {self.error: told(str(error))}
+            return self._failed(str(error))
         last = len(places_of(found.trace)) - 1
         stop = last if stop is None else min(stop, last)
         return {
             self.error: gr.update(visible=False),
             self.seen: found,
+            self.asked: asks,
             self.layer: gr.update(maximum=last, value=stop),
             **dict(zip(self.pictures, self.at_layer(found, stop), strict=True)),
             **self._said(found),
             self.numbers: rows(found),
             **self._taken(found, loaded.model, PACKAGED[name].folder if name in PACKAGED else name),
         }
+
+    def _failed(self, message: str) -> Changes:
+        return {self.error: told(message), self.asked: None}
 
     def at_layer(self, found: Look | None, stop: int) -> list[Any]:
         """The pictures of all runs, where the slider stands."""
