@@ -37,7 +37,7 @@ from .test_export_shapes import CONFIGS
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 TRAINED = {"atol": 1e-4, "rtol": 1e-4}
-"""Logits of real weights are larger, and so is what two orders of summation differ by; which orders is up to the CPU."""
+"""Logits of real weights are larger, and so is what two orders of summation differ by; the order is up to the CPU."""
 CLASSES = [pair for pair in supported_classes() if not find_adapter(tiny_model(*pair)).no_graph]
 ONE_OF_EACH_KIND = [config for config in CONFIGS if config.method in {kind.method for kind in KINDS}]
 FORMATS: list[Format] = list(FILES)

@@ -145,6 +145,11 @@ def test_classes_of_a_model_with_a_text_tower(mosaic: Path, tmp_path: Path) -> N
     assert result.exit_code == 0 and "dense: 256 of 256 tokens" in result.output and "the " in result.output
 
 
+def test_a_template_needs_names(mosaic: Path, tmp_path: Path) -> None:
+    result = viz(CLIP_DIR, mosaic, "-m", "tome", "--template", "a {}", "--out", tmp_path / "a.png")
+    assert result.exit_code == 1 and "--template has no effect without --class-names" in result.stderr
+
+
 def test_without_class_names_it_is_said_what_is_missing(mosaic: Path, tmp_path: Path) -> None:
     result = viz(CLIP_DIR, mosaic, "-m", "tome", "--out", tmp_path / "a.html")
     assert result.exit_code == 0 and "give --class-names FILE" in result.stderr

@@ -20,6 +20,7 @@ from .options import (
     NewTokensOpt,
     PromptOpt,
     SetOpt,
+    TemplateOpt,
     check_effect,
     configs_for,
     device_for,
@@ -49,6 +50,7 @@ def viz(
     prompt: PromptOpt = None,
     new_tokens: NewTokensOpt = None,
     class_names: ClassNamesOpt = None,
+    template: TemplateOpt = None,
     expected: Annotated[
         str | None, typer.Option(help="The right class or answer. Default: what the dense model says.")
     ] = None,
@@ -80,7 +82,10 @@ def viz(
         raise ConfigError(f"--show {shown}: expected one of {', '.join(SHOWN)}")
     decoder = kind_of(empty_model(model)) != "vision"
     of_questions = {"--question": question, "--prompt": prompt, "--new-tokens": new_tokens}
-    check_effect(decoder, {"--class-names": class_names} if decoder else of_questions)
+    of_names = {"--class-names": class_names, "--template": template}
+    check_effect(decoder, of_names if decoder else of_questions)
+    if template and class_names is None:
+        raise ConfigError("--template has no effect without --class-names; give both, or none")
     if decoder and question is None:
         raise ConfigError(
             f"{model!r} is a vision-language model, which has to be asked something: give --question TEXT"
@@ -90,9 +95,11 @@ def viz(
     loaded = load_dense(model, *placement).eval()
     processor = processor_of(model, loaded)
     names = None if class_names is None else read_class_names(class_names)
+    texts: dict[str, Any] = {"templates": template} if template else {}
     found = trace(
         loaded, sample["image"], configs_for(loaded, model, method, set_, gmacs, prune_config), processor,
         question=question, prompt=prompt, class_names=names, expected=expected, max_new_tokens=new_tokens or NEW_TOKENS,
+        **texts,
     )  # fmt: skip
     if hasattr(loaded, "get_text_features") and names is None:
         note = "note: nothing is said of the image: give --class-names FILE, with what it may show, one a line"

@@ -121,14 +121,18 @@ def call_of(model: Any, path: str, config: PruneConfig) -> str:
     )
 
 
-def command_for(model: str, config: PruneConfig, question: str | None) -> str:
-    """The command that draws what the page shows."""
+def command_for(model: str, config: PruneConfig, question: str | None, class_names: list[str]) -> str:
+    """The command that draws what the page shows; in it, names of classes are lines of a file that bash makes."""
     own = {name: config.to_dict()[name] for name in changed(config)}
     words = ["hf-tokenprune", "viz", model, "IMAGE", "-m", config.method]
     for name, value in own.items():
         words += ["-s", f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"]
     words += [] if question is None else ["--question", question]
-    return shlex.join([*words, "--out", "picture.png"])
+    command = shlex.join([*words, "--out", "picture.png"])
+    if class_names:
+        lines = shlex.join(["printf", r"%s\n", *class_names])
+        command += f" --template {{}} --class-names <({lines})"
+    return command
 
 
 def changed(config: PruneConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..pictures.sheets import kl_of, verdict, work
 from ..pictures.tokens import draw_tokens
 from .fields import Control, controls
 from .looks import Choice, Look, call_of, command_for, look
-from .models import PACKAGED, Models
+from .models import PACKAGED, Loaded, Models
 
 READABLE = (TokenPruneError, ImportError, OSError, ValueError)
 """Errors that somebody who looks can act on."""
@@ -243,7 +243,7 @@ class Page:
             **dict(zip(self.pictures, self.at_layer(found, stop), strict=True)),
             **self._said(found),
             self.numbers: rows(found),
-            **self._taken(found, loaded.model, PACKAGED[name].folder if name in PACKAGED else name),
+            **self._taken(found, loaded, PACKAGED[name].folder if name in PACKAGED else name, class_names),
         }
 
     def _failed(self, message: str) -> Changes:
@@ -270,18 +270,19 @@ class Page:
             said[label] = gr.update(value=classes, label=f"{run.name} {mark}", visible=classes is not None)
         return said
 
-    def _taken(self, found: Look, model: Any, path: str) -> Changes:
+    def _taken(self, found: Look, loaded: Loaded, path: str, class_names: list[str]) -> Changes:
         """The config of each run, as it is used elsewhere."""
         taken: Changes = {parts[0]: gr.update(visible=False) for parts in self.taken}
         pruned = [run for run in found.trace.runs if run.config is not None]
+        names = class_names if loaded.reads_names else []
         for (whole, code, download, python, command), run in zip(self.taken, pruned, strict=False):
             assert run.config is not None
             taken |= {
                 whole: gr.update(label=f"Take it along: {run.name}", visible=True),
                 code: json.dumps(run.config.to_dict(), indent=2),
                 download: self._file(run.config),
-                python: call_of(model, path, run.config),
-                command: command_for(path, run.config, found.trace.question),
+                python: call_of(loaded.model, path, run.config),
+                command: command_for(path, run.config, found.trace.question, names),
             }
         return taken
 
