@@ -10,7 +10,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from .covering import covering, factors_of, kinds_of_families, kinds_of_methods, one_of_each, places_of_methods
+from .covering import (
+    covering,
+    each_two_in_each_function,
+    factors_of,
+    kinds_of_families,
+    kinds_of_methods,
+    one_of_each,
+    places_of_methods,
+)
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, ten times as long on a busy machine
 
@@ -32,7 +40,7 @@ def _seed() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="the whole cross product, and slow tests (make test-all)")
-    parser.addoption("--rest", action="store_true", help="what make test leaves out, and some slow tests")
+    parser.addoption("--rest", action="store_true", help="more combinations than make test, and some slow tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--all"):
         numbers = {*one_of_each(factors, alike)}
     elif config.getoption("--rest"):
-        rest = one_of_each([factors[i] for i in quick], kinds)
+        rest = each_two_in_each_function([factors[i] for i in quick], kinds)
         numbers = {quick[i] for i in rest} - some_of(quick) | some_of(slow)
     else:
         numbers = some_of(quick)

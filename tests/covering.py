@@ -76,6 +76,22 @@ def one_of_each(tests: Sequence[Sequence[Factor]], alike: Mapping[str, str]) -> 
     return sorted(chosen)
 
 
+def each_two_in_each_function(tests: Sequence[Sequence[Factor]], kinds: Mapping[str, str]) -> list[int]:
+    """Ascending positions of tests in which each two values that a function can have together, counted by their kinds,
+    meet in this function: a design of strength three, where `covering` is one of strength two.
+    """
+    chosen: list[int] = []
+    seen: set[Any] = set()
+    for test in diagonally(tests):
+        function, *parameters = tests[test]
+        values = [(name, kinds.get(value, value)) for name, value in parameters]
+        met = {(function, *sorted(some)) for size in (1, 2) for some in combinations(values, size)}
+        if not met or not met <= seen:
+            seen |= met
+            chosen.append(test)
+    return sorted(chosen)
+
+
 def diagonally(tests: Sequence[Sequence[Factor]]) -> list[int]:
     """Positions of tests along diagonals of their product."""
     numbers: dict[str, dict[str, int]] = defaultdict(dict)

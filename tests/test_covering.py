@@ -2,7 +2,7 @@
 
 from itertools import combinations, product
 
-from .covering import covering, factors_of, kinds_of_families, one_of_each
+from .covering import covering, each_two_in_each_function, factors_of, kinds_of_families, one_of_each
 
 AXES = {"method": "abcdef", "family": "uvwxyz", "where": "12"}
 
@@ -123,3 +123,22 @@ def test_a_test_that_is_asked_for_alone_is_run() -> None:
 def test_values_are_told_apart_by_name_and_place() -> None:
     first, second = factors_of("f", {"pair": (("vit", int), 1)}), factors_of("f", {"pair": (("vit", float), 1)})
     assert first[:2] == second[:2] and first[2] == ("pair.0.1", "int") and second[2] == ("pair.0.1", "float")
+
+
+def test_each_two_values_meet_in_each_function_and_no_three_need_to() -> None:
+    axes = {**AXES, "how": "345"}
+    tests = [
+        factors_of(f"test_{number}", dict(zip(axes, values, strict=True)))
+        for number in range(3)
+        for values in product(*axes.values())
+    ]
+    kinds = {repr("u"): "one", repr("v"): "one"}
+
+    def met(some: list) -> set:
+        by_kind = [(function, *((name, kinds.get(value, value)) for name, value in rest)) for function, *rest in some]
+        return {(function, *pair) for function, *rest in by_kind for pair in combinations(rest, 2)}
+
+    chosen = each_two_in_each_function(tests, kinds)
+    assert met([tests[i] for i in chosen]) == met(tests)
+    assert 3 * 6 * 5 <= len(chosen) <= len(tests) / 3, "of each function the pairs of its two largest axes at least"
+    assert each_two_in_each_function([[("function", name)] for name in "ab"], {}) == [0, 1]
