@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="times that each is asked; the median counts")
     parser.add_argument("server", nargs="*", help="options of transformers serve")
     args = parser.parse_args()
-
     url = f"data:{mimetypes.guess_type(args.image)[0]};base64,{base64.b64encode(args.image.read_bytes()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": args.question}]
     messages = [{"role": "user", "content": content}]

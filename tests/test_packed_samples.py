@@ -142,7 +142,11 @@ def test_gradients_reach_every_sample(pair: tuple[str, Case]) -> None:
         assert weight.grad is not None
         return weight.grad.clone()
 
-    torch.testing.assert_close(gradient([packed(model, alone)]), gradient(alone), rtol=1e-4, atol=1e-4)
+    expected = gradient(alone)
+    # Entries are sums that cancel: their rounding is a part of the largest, not of what is left.
+    torch.testing.assert_close(
+        gradient([packed(model, alone)]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+    )
 
 
 @pytest.mark.parametrize("filled", [False, True])
