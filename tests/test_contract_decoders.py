@@ -72,7 +72,17 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-5)
+    """Up to a part of the largest entry: sums are rounded by the size of what they add up, not by what they come to."""
+    largest = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, atol=atol * largest, rtol=1e-5)
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    assert torch.equal(actual, expected)
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    return getattr(model.config.get_text_config(), "num_experts", None) is not None
 
 
 ACROSS_KERNELS = 1e-4
@@ -532,9 +542,12 @@ def test_keep_all_is_bit_identical(family, text, attention, positions) -> None:
             output = run(model, batch, use_cache=True, output_hidden_states=True)
             assert lengths(output[CACHE_NAME]) == lengths(expected[CACHE_NAME])
             valid = batch["attention_mask"].bool()
-            assert torch.equal(output.logits[valid], expected.logits[valid])
+            # Padding, which is not the same here, goes to experts too, and how a product with a token is rounded
+            # depends on how many others its expert has.
+            alike = close if has_experts(model) and not valid.all() else same
+            alike(output.logits[valid], expected.logits[valid])
             for states, stock in zip(output.hidden_states, expected.hidden_states, strict=True):
-                assert torch.equal(states[valid], stock[valid])
+                alike(states[valid], stock[valid])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -208,6 +208,8 @@ def test_errors_are_the_librarys_own_and_break_nothing(visitor: Visitor) -> None
     visitor.expect_not("error")
     visitor.choose("model", "nowhere/to be found")
     visitor.expect("error", "there is no folder")
+    visitor.choose("model", "digits ViT")
+    visitor.expect_not("error")
     visitor.choose("model", str(MODEL_DIR))
     visitor.expect("command0", f"viz {MODEL_DIR}")
 

@@ -143,6 +143,9 @@ def test_classes_of_a_model_with_a_text_tower(mosaic: Path, tmp_path: Path) -> N
     (tmp_path / "names.txt").write_text("the 1\nthe 2\nthe 3\n")
     result = viz(CLIP_DIR, mosaic, "-m", "tome", "--class-names", tmp_path / "names.txt", "--out", tmp_path / "a.png")
     assert result.exit_code == 0 and "dense: 256 of 256 tokens" in result.output and "the " in result.output
+    names = tmp_path / "names.txt", "--template", "one {} among others"
+    other = viz(CLIP_DIR, mosaic, "-m", "tome", "--class-names", *names, "--out", tmp_path / "a.png")
+    assert other.exit_code == 0 and other.output != result.output
 
 
 def test_a_template_needs_names(mosaic: Path, tmp_path: Path) -> None:

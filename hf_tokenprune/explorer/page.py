@@ -179,7 +179,7 @@ class Page:
         try:
             loaded = self.models[name]
         except READABLE as error:
-            return {self.error: told(str(error))}
+            return {self.of: name, self.error: told(str(error))}
         packaged = PACKAGED.get(name)
         images = list(packaged.images()) if packaged else []
         asked, texts = (packaged.question, packaged.class_names) if packaged else ("What is in this image?", ())
