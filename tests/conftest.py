@@ -1,6 +1,7 @@
 """What every test may use: where the shared data is, and determinism. Tiny models come from ``tests/families.py``."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,34 +45,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    skips = {} if torch.cuda.is_available() else {"gpu": "no CUDA device"}
-    if not (config.getoption("--all") or config.getoption("--rest")):
-        skips["slow"] = "slow: run with --all"
-    skipped = set()
-    for item in items:
-        for mark in filter(item.get_closest_marker, skips):
-            item.add_marker(pytest.mark.skip(reason=skips[mark]))
-            skipped.add(item)
-    run = [item for item in items if item not in skipped]  # a test that is skipped covers nothing
-    factors = [factors_of(*named(item)) for item in run]
+    factors = [factors_of(*named(item)) for item in items]
     kinds = {**kinds_of_families(), **places_of_methods()}
     alike = kinds_of_methods()
 
-    def some_of(part: list[int]) -> set[int]:
-        return {part[i] for i in covering([factors[i] for i in part], kinds, alike)}
+    def part_of(part: list[int], design: Callable[..., list[int]], *of_values: dict[str, str]) -> set[int]:
+        return {part[i] for i in design([factors[i] for i in part], *of_values)}
 
-    slow = [i for i, item in enumerate(run) if item.get_closest_marker("slow")]
-    quick = [i for i, item in enumerate(run) if not item.get_closest_marker("slow")]
+    of_gpu = [
+        i for i, item in enumerate(items) if item.get_closest_marker("gpu")
+    ]  # where it is skipped it covers nothing
+    others = [i for i in range(len(items)) if i not in {*of_gpu}]
+    slow = [i for i in others if items[i].get_closest_marker("slow")]
+    quick = [i for i in others if i not in {*slow}]
     if config.getoption("--all"):
-        numbers = {*one_of_each(factors, alike)}
+        numbers = part_of(others, one_of_each, alike) | part_of(of_gpu, one_of_each, alike)
     elif config.getoption("--rest"):
-        rest = each_two_in_each_function([factors[i] for i in quick], kinds)
-        numbers = {quick[i] for i in rest} - some_of(quick) | some_of(slow)
+        more = part_of(quick, each_two_in_each_function, kinds) - part_of(quick, covering, kinds, alike)
+        numbers = more | part_of(slow, covering, kinds, alike)
     else:
-        numbers = some_of(quick)
-    chosen = {run[i] for i in numbers} | skipped
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = [item for item in items if item in chosen]
+        numbers = part_of(quick, covering, kinds, alike) | part_of(of_gpu, covering, kinds, alike)
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i not in numbers])
+    items[:] = [item for i, item in enumerate(items) if i in numbers]
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 def named(item: pytest.Item) -> tuple[str, dict[str, Any]]:

@@ -774,6 +774,7 @@ print(sorted(attention_after - attention), sorted(attention - attention_after))
 """
 
 
+@pytest.mark.slow
 def test_transformers_stays_as_it_is_but_for_one_key_in_the_attention_registry() -> None:
     done = subprocess.run(
         [sys.executable, "-c", UNTOUCHED],

@@ -491,6 +491,7 @@ def test_without_the_extra_only_what_needs_it_fails(tmp_path):
         assert 'pip install "hf-tokenprune[eval]"' in line
 
 
+@pytest.mark.slow
 def test_import_is_light_and_names_are_there():
     code = (
         "import sys, hf_tokenprune; before = set(sys.modules); import hf_tokenprune.evaluation as e; "

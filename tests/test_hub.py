@@ -595,6 +595,7 @@ commit = save_pretrained(model, "out", push_to_hub=True, repo_id="me/results", r
     assert [metric["type"] for metric in result["metrics"]] == ["accuracy", "top5_accuracy", "agreement", "kl"]
 
 
+@pytest.mark.slow
 def test_recovered_values_go_to_the_hub_and_back(
     hub: LoopbackHub, author: Machine, reader: Machine, tmp_path: Path
 ) -> None:

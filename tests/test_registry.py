@@ -180,6 +180,7 @@ def test_the_third_party_method_is_gone_again() -> None:
         PruneConfig.for_method("largest_norm")
 
 
+@pytest.mark.slow
 def test_entry_points_register_and_a_broken_one_only_warns(tmp_path: Path) -> None:
     """With real package metadata, in a fresh interpreter: a good plugin, one that is missing, one that raises."""
     info = tmp_path / "some_plugins-1.0.dist-info"
