@@ -1,7 +1,8 @@
 """What every test may use: where the shared data is, and determinism. Tiny models come from ``tests/families.py``."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_mixed_precision_of_former_tests() -> Iterator[None]:
+    """A `Trainer` with bf16 leaves it to every `Accelerator` of the process."""
+    yield
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    if state is not None and state._shared_state.get("_mixed_precision", "no") != "no":
+        state._reset_state()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

