@@ -2,7 +2,7 @@
 # `make test` runs a covering design of the tests (tests/covering.py): each two values meet in some test. `make test-all` runs
 # the whole product (of methods that adapters cannot tell apart, one) and slow tests. `make test-rest` lies between: what
 # `make test` leaves out, until each two values have met in each function (families with the same adapter count as one there,
-# and methods for decoders that prune in the same place), and of slow tests a covering design.
+# and methods for decoders that prune in the same place), and one test of each slow function but for the heavy ones.
 # `make docs` builds the site of docs/ into site/, in an environment without torch.
 # TRANSFORMERS=5.17.0 tests another version, in an environment beside the first; TESTS="tests/test_engine.py ..." a part.
 PYTHON ?= python3

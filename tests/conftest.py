@@ -14,6 +14,7 @@ import torch
 
 from .covering import (
     covering,
+    each_function_once,
     each_two_in_each_function,
     factors_of,
     kinds_of_families,
@@ -72,7 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         numbers = part_of(others, one_of_each, alike) | part_of(of_gpu, one_of_each, alike)
     elif config.getoption("--rest"):
         more = part_of(quick, each_two_in_each_function, kinds) - part_of(quick, covering, kinds, alike)
-        numbers = more | part_of(slow, covering, kinds, alike)
+        light = [i for i in slow if not items[i].get_closest_marker("heavy")]
+        numbers = more | part_of(light, each_function_once)
     else:
         numbers = part_of(quick, covering, kinds, alike) | part_of(of_gpu, covering, kinds, alike)
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i not in numbers])

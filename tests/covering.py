@@ -92,6 +92,12 @@ def each_two_in_each_function(tests: Sequence[Sequence[Factor]], kinds: Mapping[
     return sorted(chosen)
 
 
+def each_function_once(tests: Sequence[Sequence[Factor]]) -> list[int]:
+    """Ascending positions of one test of each function."""
+    first = {tests[test][0]: test for test in reversed(diagonally(tests))}
+    return sorted(first.values())
+
+
 def diagonally(tests: Sequence[Sequence[Factor]]) -> list[int]:
     """Positions of tests along diagonals of their product."""
     numbers: dict[str, dict[str, int]] = defaultdict(dict)

@@ -197,6 +197,7 @@ def test_a_preset_that_there_is_not() -> None:
         PruneConfig.preset("salience_merge/deit-tiny@0.9g")
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_rule_presets_are_what_their_script_makes(tmp_path: Path) -> None:
     out = tmp_path / "presets.json"

@@ -133,6 +133,7 @@ def captions(out: Path) -> Iterator[tuple[str, str]]:
             yield row["key"], row.get("caption", "cannot be read")
 
 
+@pytest.mark.heavy
 def test_processes_that_are_killed_and_started_again(
     llava: Path,
     parquet: Path,
@@ -214,6 +215,7 @@ def cluster() -> Iterator[str]:
             ray.shutdown()
 
 
+@pytest.mark.heavy
 def test_ray_that_is_killed_and_started_again(
     llava: Path,
     parquet: Path,

@@ -61,6 +61,7 @@ def test_dense_and_pruned_are_compiled_once_a_batch_size(compiled: list[Any]) ->
     assert snapshot(model) == before
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_of_a_vision_language_model_the_prefill_is_compiled(compiled: list[Any]) -> None:
     """In several graphs, and generate could not be measured: it is told before."""
@@ -89,6 +90,7 @@ def test_a_twin_is_pruned_alone_and_shares_the_weights() -> None:
         assert one is two
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_command_line_with_generated_code() -> None:
     options = ["bench", str(MODEL_DIR), "-m", "uniform", "-b", "1", "--rounds", "1", "--compile", "--json"]

@@ -2,7 +2,14 @@
 
 from itertools import combinations, product
 
-from .covering import covering, each_two_in_each_function, factors_of, kinds_of_families, one_of_each
+from .covering import (
+    covering,
+    each_function_once,
+    each_two_in_each_function,
+    factors_of,
+    kinds_of_families,
+    one_of_each,
+)
 
 AXES = {"method": "abcdef", "family": "uvwxyz", "where": "12"}
 
@@ -142,3 +149,8 @@ def test_each_two_values_meet_in_each_function_and_no_three_need_to() -> None:
     assert met([tests[i] for i in chosen]) == met(tests)
     assert 3 * 6 * 5 <= len(chosen) <= len(tests) / 3, "of each function the pairs of its two largest axes at least"
     assert each_two_in_each_function([[("function", name)] for name in "ab"], {}) == [0, 1]
+
+
+def test_of_each_function_one_test() -> None:
+    tests = [[("function", name), ("family", family)] for name in "abc" for family in "xyz"[: "abc".index(name) + 1]]
+    assert [tests[i][0][1] for i in each_function_once(tests)] == ["a", "b", "c"]

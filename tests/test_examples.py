@@ -126,6 +126,7 @@ def test_llava_answer(arguments: tuple[object, ...], left: str, tiny_llava: Path
     assert re.search(r"counted for one image.*:\n  [1-9]\d?\.\d% of the prefill", output), "less than the dense model"
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_llava_batch(tiny_llava: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
@@ -159,6 +160,7 @@ def test_llava_batch_tells_a_mistaken_run_before_it_starts(tmp_path: Path) -> No
         run("llava_batch.py", "questions.jsonl", "--model", "not-there-either", *runs, cwd=tmp_path)
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_serve_and_ask(tmp_path: Path) -> None:
     pytest.importorskip("uvicorn", reason="pip install transformers[serving]")
@@ -225,6 +227,7 @@ def test_finetune_pruned(tmp_path: Path) -> None:
     assert cost(from_pretrained(tmp_path / "out")).ratio <= 0.4
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_engines_table(tmp_path: Path) -> None:
     for module in ("torchao", "onnxruntime", "onnxscript", "openvino"):

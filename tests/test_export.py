@@ -162,6 +162,7 @@ def test_zero_shot_from_the_command_line(tmp_path: Path) -> None:
     torch.testing.assert_close(load_exported(file)(pixels)["logits"], expected, **TOLERANCE)
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_same_classes_of_digits_and_in_int8_nearly_all(tmp_path: Path) -> None:
     import onnx
@@ -188,6 +189,7 @@ def test_the_same_classes_of_digits_and_in_int8_nearly_all(tmp_path: Path) -> No
     assert same.float().mean() >= 0.95
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["salience_merge", "tome", "zero_tprune"])
 def test_the_same_classes_of_photographs(method: str, shared: Path, tmp_path: Path) -> None:
@@ -263,6 +265,7 @@ def test_there_is_nothing_to_load(tmp_path: Path) -> None:
         load_exported(tmp_path)
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_bench_times_exports_of_the_three_arms(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -549,6 +549,7 @@ def test_the_former_name_of_the_cache(pair) -> None:
 # -- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "order"), [("language model", "prune, then compile"), ("model", "compile and run, then prune")]

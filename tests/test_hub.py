@@ -377,6 +377,7 @@ def test_no_answer_to_a_push(hub: LoopbackHub, author: Machine) -> None:
     assert card(repository).text.startswith("# Theirs, and new\n")
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_without_a_hub_it_is_said_that_the_config_is_not_known(hub: LoopbackHub, tmp_path: Path) -> None:
     """Stock loading goes on from its cache then, and so does ours; a config may be missed, so there is a warning."""

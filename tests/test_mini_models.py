@@ -95,6 +95,7 @@ def test_the_llava_sees_with_the_clips_eyes(llava: Any, clip: Any) -> None:
         assert id(parameter) in unread or torch.equal(parameter, tower[name])
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_llava_answers_questions_about_digits_it_has_not_seen(llava: Any, processor: Any) -> None:
     report = evaluate_answers(llava, asked(100), processor, {}, batch_size=50, max_new_tokens=8, progress=False)
@@ -106,6 +107,7 @@ def test_llava_answers_questions_about_digits_it_has_not_seen(llava: Any, proces
     assert reported >= 95 and abs(100 * dense.overall.accuracy - reported) < 3, "the card is about 1000 questions"
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_llava_reads_small_digits_on_black(llava: Any, processor: Any) -> None:
     questions = asked(100, "sparse")
@@ -113,6 +115,7 @@ def test_llava_reads_small_digits_on_black(llava: Any, processor: Any) -> None:
     assert dense.overall.n == 300 and all(score.accuracy >= 0.95 for score in dense.kinds.values())
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_clip_knows_which_digit_and_where(clip: Any) -> None:
     single = list(Mosaics(TEST, 200, single=True))

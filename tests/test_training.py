@@ -106,6 +106,7 @@ def test_packed_questions_are_answered_as_one_by_one() -> None:
                 assert targets[targets >= 0].tolist() == [*right, processor.tokenizer.eos_token_id]
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_scripts_make_models_that_load(tmp_path: Path) -> None:
     common = ("--steps", 2, "--every", 2, "--batch-size", 4, "--test-size", 4)
@@ -137,6 +138,7 @@ def test_every_method_has_a_row_in_the_table_and_meets_ratios() -> None:
             assert left == int(keep * 256)
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_table_is_measured_once(tmp_path: Path) -> None:
     command = ("mini_llava_table.py", "--layout", "sparse", "--out", "out", "--rows", "uniform", "resize")
@@ -158,6 +160,7 @@ def test_the_table_is_measured_once(tmp_path: Path) -> None:
     assert again.count("measured") == again.count("measured sparse: uniform") == 1, "that was of other questions"
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_photographs_come_alone_first(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="photographs come as a dataset: pip install hf-tokenprune[eval]")

@@ -184,6 +184,7 @@ def test_logits_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held[28] <= held[4] and 0 < held[29] <= held[5]
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_logits_of_answers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many batches and variants there were, when one is measured there are the dense model's logits alone."""
