@@ -133,7 +133,6 @@ def captions(out: Path) -> Iterator[tuple[str, str]]:
             yield row["key"], row.get("caption", "cannot be read")
 
 
-@pytest.mark.heavy
 def test_processes_that_are_killed_and_started_again(
     llava: Path,
     parquet: Path,

@@ -160,7 +160,6 @@ def test_llava_batch_tells_a_mistaken_run_before_it_starts(tmp_path: Path) -> No
         run("llava_batch.py", "questions.jsonl", "--model", "not-there-either", *runs, cwd=tmp_path)
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_serve_and_ask(tmp_path: Path) -> None:
     pytest.importorskip("uvicorn", reason="pip install transformers[serving]")

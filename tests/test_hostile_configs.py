@@ -167,7 +167,7 @@ def check_round_trip(config: PruneConfig) -> None:
     assert dataclasses.replace(config) == config
 
 
-CASES = [pytest.param(150, id="few"), pytest.param(5000, id="many", marks=[pytest.mark.slow, pytest.mark.heavy])]
+CASES = [pytest.param(150, id="few"), pytest.param(5000, id="many", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("cases", CASES)
