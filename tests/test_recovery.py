@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
@@ -242,6 +243,42 @@ def test_a_clip_is_compared_by_its_similarities_or_embeddings_and_its_texts_stay
         assert same(state_of(unprune(model)), before)
 
 
+def test_a_run_does_not_go_on_with_other_texts(tmp_path: Path) -> None:
+    model, of_clip = tiny_clip()
+    prune(model, CONFIG)
+    recover(model, noise(8), of_clip, **QUICK, class_names=["cat", "dog"], checkpoint=tmp_path / "state")
+    with pytest.raises(ConfigError, match=r"class_names=\['cat', 'dog'\], this one has \['cat', 'owl'\]"):
+        recover(model, noise(8), of_clip, **QUICK, class_names=["cat", "owl"], checkpoint=tmp_path / "state")
+
+
+def test_the_classes_of_a_clip_are_read_in_templates() -> None:
+    model, of_clip = tiny_clip()
+    dense, names, templates = copy.deepcopy(model), ["cat", "dog", "bird"], ["{}", "the {}"]
+    shown = noise(24)
+    report = recover(prune(model, CONFIG), shown, of_clip, **QUICK, class_names=names, templates=templates)
+    _, judges = split(shown.names, 0.1)
+    pixels = torch.cat([of_clip(images=[shown[i]["image"]], return_tensors="pt")["pixel_values"] for i in judges])
+    with torch.no_grad():
+        texts = torch.stack(
+            [
+                torch.stack([F.normalize(embedded(dense, of_clip, t.replace("{}", n)), dim=-1) for t in templates])
+                for n in names
+            ]
+        )
+        texts = F.normalize(texts.mean(1), dim=-1)
+        wanted, found = (
+            F.normalize(m.get_image_features(pixel_values=pixels).pooler_output, dim=-1) @ texts.T * m.logit_scale.exp()
+            for m in (dense, model)
+        )
+    kl = F.kl_div(found.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
+    assert report.after == pytest.approx(float(kl), rel=1e-3)
+
+
+def embedded(model: Any, of_clip: Any, text: str) -> torch.Tensor:
+    features: torch.Tensor = model.get_text_features(**of_clip(text=[text], return_tensors="pt")).pooler_output[0]
+    return features
+
+
 @pytest.mark.parametrize(("family", "cls"), [("dinov2", Dinov2Model), ("siglip_vision_model", SiglipVisionModel)])
 def test_an_encoder_without_a_head_is_compared_by_its_features(family: str, cls: Any) -> None:
     model = tiny_model(family, cls, num_hidden_layers=2)
@@ -301,6 +338,8 @@ def test_what_recover_refuses() -> None:
         (TokenPruneError, "processor is missing", lambda: recover(model, noise(4), progress=False)),
         (ConfigError, "class_names have no effect", lambda: recover(model, noise(4), processor, class_names=["a"])),
         (TokenPruneError, "answers no questions", lambda: recover(model, asked(), processor)),
+        (ConfigError, "templates have no effect", lambda: recover(model, noise(4), processor, templates=["{}"])),
+        (ConfigError, "prompt has no effect", lambda: recover(model, noise(4), processor, prompt="{}")),
     ]
     for name, value in (("passes", 0), ("learning_rate", 0.0), ("batch_size", 0), ("held_out", 1.0), ("seed", -1)):
         refusals.append((ConfigError, f"{name}={value}", lambda k=name, v=value: recover(model, noise(4), **{k: v})))

@@ -134,7 +134,7 @@ def test_texts_in_many_batches_and_of_any_length(monkeypatch):
     whole = zero_shot_classifier(model, processor, NAMES, TEMPLATES)
     monkeypatch.setattr("hf_tokenprune.evaluation.zero_shot._TEXTS", 5)
     torch.testing.assert_close(zero_shot_classifier(model, processor, NAMES, TEMPLATES), whole, rtol=0, atol=1e-5)
-    long = zero_shot_classifier(model, processor, ["a" * 100, "a" * 100 + "b"], ["{}"])  # 40 positions
+    long = zero_shot_classifier(model, processor, ["a" * 100, "a" * 100 + "b", "c"], ["{}"])  # 40 positions
     torch.testing.assert_close(long[0], long[1])
 
 
@@ -182,6 +182,17 @@ def test_bad_names_and_templates(names, templates, says):
         zero_shot_classifier(model, processor, names, templates)
     with pytest.raises(DataError, match=says):
         evaluate_zero_shot(model, labelled(2), processor, names, {}, templates)
+
+
+def test_texts_that_the_model_cannot_tell_apart():
+    """Such as prompts that are cut in front of the name, or words that a tokenizer does not know."""
+    model, processor = tiny_clip()
+    long = "a" * 60 + " {}"
+    says = r"the texts of all 8 classes are one to the model, such as 'a+ \w+': shorter ones, or words that it knows"
+    with pytest.raises(DataError, match=says):
+        zero_shot_classifier(model, processor, NAMES, (long,))
+    assert zero_shot_classifier(model, processor, NAMES, (long, "{}")).shape == (8, 16)
+    assert zero_shot_classifier(model, processor, NAMES[:1], (long,)).shape == (1, 16)
 
 
 def test_models_and_processors_that_cannot_do_it():

@@ -23,6 +23,7 @@ from .options import (
     QuestionOpt,
     SetOpt,
     SplitOpt,
+    TemplateOpt,
     check_effect,
     empty_model,
     kind_of,
@@ -42,8 +43,8 @@ def recover(
     set_: SetOpt = None,
     gmacs: MacsOpt = None,
     prune_config: ConfigOpt = None,
-    passes: Annotated[int, typer.Option(min=1, help="Over the images, at most.")] = 5,
-    learning_rate: Annotated[float, typer.Option(help="The highest of AdamW.")] = 3e-4,
+    passes: Annotated[int, typer.Option(min=1, help="Over the images, at most.")] = 10,
+    learning_rate: Annotated[float, typer.Option(help="The highest of AdamW.")] = 1e-3,
     batch_size: Annotated[int | None, typer.Option(min=1, help="A step. Default: 32; with a decoder 4.")] = None,
     held_out: Annotated[float, typer.Option(help="Part of the images that decides what is kept.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the images.")] = 0,
@@ -51,6 +52,7 @@ def recover(
     limit: LimitOpt = None,
     image_column: ImageColumnOpt = None,
     class_names: ClassNamesOpt = None,
+    template: TemplateOpt = None,
     question: QuestionOpt = None,
     prompt: PromptOpt = None,
     new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer, at most. Default: 16.")] = None,
@@ -69,7 +71,7 @@ def recover(
     empty = empty_model(model)
     decoder = kind_of(empty) != "vision"
     of_texts = {"--question": question, "--prompt": prompt, "--new-tokens": new_tokens}
-    check_effect(decoder, {"--class-names": class_names} if decoder else of_texts)
+    check_effect(decoder, {"--class-names": class_names, "--template": template} if decoder else of_texts)
     _, config = one_config("recover trains with", empty, model, method, set_, gmacs, prune_config)
     writable_folder(out)
 
@@ -81,7 +83,8 @@ def recover(
     with telling_on_interrupt(left):
         report = recover_checkpoint(
             model, load_dense(model, "cpu"), images, config, out, split=split, limit=limit,
-            image_column=image_column or "image", class_names=lines_of(class_names), questions=question,
+            image_column=image_column or "image", class_names=lines_of(class_names), templates=template,
+            questions=question,
             passes=passes, learning_rate=learning_rate, batch_size=batch_size or (4 if decoder else 32),
             held_out=held_out, seed=seed, prompt=prompt, accelerator=accelerator, progress=not as_json, **settings,
         )  # fmt: skip

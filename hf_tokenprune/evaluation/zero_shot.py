@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_tokenprune.errors import DataError, TokenPruneError, UnsupportedModelError
+from hf_tokenprune.errors import DataError, TokenPruneError, UnsupportedModelError, shown
 from hf_tokenprune.evaluation.classes import any_is_known, in_classes_of
 from hf_tokenprune.evaluation.images import ImageDataset
 from hf_tokenprune.evaluation.loop import place
@@ -124,14 +124,21 @@ def zero_shot_classifier(
         ``(C, D)`` float32 of length 1, on the model's device.
 
     Raises:
-        DataError: no class names, an empty one or one that comes twice; no templates, or one without ``{}``.
+        DataError: no class names, an empty one or one that comes twice; no templates, or one without ``{}``; the model
+            cannot tell their texts apart.
         TokenPruneError: what `embed_texts` raises.
     """
     _check_class_names(class_names)
     _check_templates(templates)
     texts = [template.replace("{}", name) for name in class_names for template in templates]
     embeddings = embed_texts(model, processor, texts).unflatten(0, (len(class_names), len(templates)))
-    return F.normalize(embeddings.mean(dim=1), dim=-1)
+    classes = F.normalize(embeddings.mean(dim=1), dim=-1)
+    if len(classes) > 1 and torch.allclose(classes, classes[:1], rtol=0.0, atol=1e-6):
+        raise DataError(
+            f"the texts of all {len(classes)} classes are one to the model, such as {shown(texts[0])}: shorter ones, "
+            "or words that it knows, may differ (templates, class_names)"
+        )
+    return classes
 
 
 def similarity_to_classes(

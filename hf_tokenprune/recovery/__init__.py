@@ -29,12 +29,13 @@ def recover(
     images: ImageDataset | PreprocessedImages | QuestionDataset,
     processor: Callable[..., Any] | None = None,
     *,
-    passes: int = 5,
-    learning_rate: float = 3e-4,
+    passes: int = 10,
+    learning_rate: float = 1e-3,
     batch_size: int = 32,
     held_out: float = 0.1,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
     prompt: str | None = None,
     new_tokens: int = 16,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -66,6 +67,7 @@ def recover(
         seed: of the order of the images.
         class_names: for a two-tower model, what its images are compared with; None: their embeddings are what is
             learned.
+        templates: texts with ``{}`` where a class name goes; None: "a photo of a {}.".
         prompt: for a vision-language model, see ``collect_answers``.
         new_tokens: of an answer, at most.
         checkpoint: a file that is written after each pass, and from which the same call goes on if it is there.
@@ -74,15 +76,17 @@ def recover(
 
     Raises:
         PruneStateError: the model is not pruned.
-        ConfigError: a number out of range, or ``checkpoint`` is of other arguments.
-        DataError: an image cannot be read, or there are fewer than two.
+        ConfigError: a number out of range, an argument that has no effect, or ``checkpoint`` is of other arguments.
+        DataError: an image cannot be read, there are fewer than two, or class names and templates cannot be used.
         UnsupportedModelError: the model is in float16, or its parameters are offloaded or sharded.
         ImportError: `accelerate` is not installed.
     """
     from .training import Settings, train
 
     settings = Settings(passes, learning_rate, batch_size, held_out, seed)
-    texts: dict[str, Any] = {"class_names": class_names, "prompt": prompt, "new_tokens": new_tokens}
+    texts: dict[str, Any] = {
+        "class_names": class_names, "templates": templates, "prompt": prompt, "new_tokens": new_tokens,
+    }  # fmt: skip
     return train(model, images, processor, settings, texts, checkpoint, accelerator, progress)
 
 

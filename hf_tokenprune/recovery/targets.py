@@ -18,7 +18,7 @@ from ..evaluation.preprocess import collate
 from ..evaluation.prompts import prompts
 from ..evaluation.scores import as_logits, kl_divergence
 from ..evaluation.teacher_forcing import answer_logits, mean_kl, up_to_end
-from ..evaluation.zero_shot import ImageTower, similarity_to_classes
+from ..evaluation.zero_shot import TEMPLATES, ImageTower, similarity_to_classes
 
 AsDense = Callable[[], AbstractContextManager[Any]]
 
@@ -58,6 +58,7 @@ def target_of(
     images: ImageDataset | PreprocessedImages | QuestionDataset,
     processor: Any,
     class_names: Sequence[str] | None,
+    templates: Sequence[str] | None,
     prompt: str | None,
     new_tokens: int,
 ) -> Target:
@@ -70,11 +71,15 @@ def target_of(
     if find_adapter(stock).shape(stock).kind == "decoder":
         if not isinstance(images, QuestionDataset):
             raise TokenPruneError("a vision-language model is asked questions: give what load_questions returns")
-        if class_names is not None:
-            raise ConfigError("class_names have no effect on a vision-language model; leave them out")
+        if class_names is not None or templates is not None:
+            raise ConfigError("class_names and templates have no effect on a vision-language model; leave them out")
         return Answers(model, images, processor, prompt, new_tokens)
     if isinstance(images, QuestionDataset):
         raise TokenPruneError(f"{type(stock).__name__} answers no questions: give what load_images returns")
+    if prompt is not None:
+        raise ConfigError(f"prompt has no effect: {type(stock).__name__} is asked no questions; leave it out")
+    if templates is not None and class_names is None:
+        raise ConfigError("templates have no effect without class_names; give both, or neither")
     if isinstance(images, ImageDataset):
         if processor is None:
             raise TokenPruneError("processor is missing: pass AutoImageProcessor.from_pretrained(the model's path)")
@@ -83,7 +88,7 @@ def target_of(
         if class_names is None:
             tower = ImageTower(stock)
             return Features(images, lambda inputs: tower(**inputs), stock)
-        return Logits(images, similarity_to_classes(stock, processor, class_names), stock)
+        return Logits(images, similarity_to_classes(stock, processor, class_names, templates or TEMPLATES), stock)
     if class_names is not None:
         raise ConfigError("class_names have no effect: this model has no text tower; leave them out")
     first = in_dtype_of(stock, collate([images[0]])["inputs"])

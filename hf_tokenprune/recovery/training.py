@@ -93,7 +93,8 @@ def train(
             trained = Trained(model, now, settings.learning_rate)
             # The values of a PeftModel's adapters are its own; others are put in and taken out here.
             plain = config if of_peft else config.with_recovery(None)
-            run = _Run(model, plain, target, trained, settings, accelerator, progress)
+            about = {**asdict(settings), **texts, "config": plain.to_dict()}
+            run = _Run(model, plain, target, trained, settings, about, accelerator, progress)
             report, found = run.passes(None if checkpoint is None else Path(checkpoint))
     finally:
         if current_config(model) is not None:
@@ -108,7 +109,7 @@ def train(
 
 
 class _Run:
-    """One recovery of a model that is dense."""
+    """One recovery of a model that is dense; ``about`` has the arguments that a state has to be of."""
 
     def __init__(
         self,
@@ -117,9 +118,11 @@ class _Run:
         target: Target,
         trained: Trained,
         settings: Settings,
+        about: Mapping[str, Any],
         accelerator: Any,
         progress: bool,
     ) -> None:
+        self.about = about
         self.model, self.config, self.target, self.trained = model, config, target, trained
         self.settings, self.accelerator = settings, accelerator
         self.progress = progress and accelerator.is_main_process
@@ -136,7 +139,7 @@ class _Run:
         trained, settings = self.trained, self.settings
         try:
             with alone(self.model, trained.parameters):
-                about = {**asdict(settings), "config": self.config.to_dict(), "steps_a_pass": self.steps_a_pass}
+                about = {**self.about, "steps_a_pass": self.steps_a_pass}
                 if checkpoint is not None and checkpoint.exists():
                     best, done = trained.load(checkpoint)
                     check_same(done["of"], about, checkpoint)
