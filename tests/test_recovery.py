@@ -338,7 +338,7 @@ def test_what_recover_refuses() -> None:
         (TokenPruneError, "processor is missing", lambda: recover(model, noise(4), progress=False)),
         (ConfigError, "class_names have no effect", lambda: recover(model, noise(4), processor, class_names=["a"])),
         (TokenPruneError, "answers no questions", lambda: recover(model, asked(), processor)),
-        (ConfigError, "templates have no effect", lambda: recover(model, noise(4), processor, templates=["{}"])),
+        (ConfigError, "templates= has no effect", lambda: recover(model, noise(4), processor, templates=["{}"])),
         (ConfigError, "prompt has no effect", lambda: recover(model, noise(4), processor, prompt="{}")),
     ]
     for name, value in (("passes", 0), ("learning_rate", 0.0), ("batch_size", 0), ("held_out", 1.0), ("seed", -1)):

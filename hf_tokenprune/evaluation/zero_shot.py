@@ -136,7 +136,7 @@ def zero_shot_classifier(
     if len(classes) > 1 and torch.allclose(classes, classes[:1], rtol=0.0, atol=1e-6):
         raise DataError(
             f"the texts of all {len(classes)} classes are one to the model, such as {shown(texts[0])}: shorter ones, "
-            "or words that it knows, may differ (templates, class_names)"
+            "or words that it knows, may differ: give others as templates= or class_names="
         )
     return classes
 

@@ -79,7 +79,7 @@ def target_of(
     if prompt is not None:
         raise ConfigError(f"prompt has no effect: {type(stock).__name__} is asked no questions; leave it out")
     if templates is not None and class_names is None:
-        raise ConfigError("templates have no effect without class_names; give both, or neither")
+        raise ConfigError("templates= has no effect without class_names=; give both, or neither")
     if isinstance(images, ImageDataset):
         if processor is None:
             raise TokenPruneError("processor is missing: pass AutoImageProcessor.from_pretrained(the model's path)")
