@@ -270,6 +270,8 @@ def test_the_classes_of_a_clip_are_read_in_templates() -> None:
             F.normalize(m.get_image_features(pixel_values=pixels).pooler_output, dim=-1) @ texts.T * m.logit_scale.exp()
             for m in (dense, model)
         )
+    with pytest.raises(DataError, match=r"templates=\(\): expected"):
+        recover(model, shown, of_clip, **QUICK, class_names=names, templates=())
     kl = F.kl_div(found.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
     assert report.after == pytest.approx(float(kl), rel=1e-3)
 

@@ -84,9 +84,9 @@ def recover(
         report = recover_checkpoint(
             model, load_dense(model, "cpu"), images, config, out, split=split, limit=limit,
             image_column=image_column or "image", class_names=lines_of(class_names), templates=template,
-            questions=question,
-            passes=passes, learning_rate=learning_rate, batch_size=batch_size or (4 if decoder else 32),
-            held_out=held_out, seed=seed, prompt=prompt, accelerator=accelerator, progress=not as_json, **settings,
+            questions=question, passes=passes, learning_rate=learning_rate,
+            batch_size=batch_size or (4 if decoder else 32), held_out=held_out, seed=seed, prompt=prompt,
+            accelerator=accelerator, progress=not as_json, **settings,
         )  # fmt: skip
     if accelerator.is_main_process:
         show(as_json, {**report.to_dict(), "config": str(out)}, f"{report.summary()}\n{out}")

@@ -88,7 +88,8 @@ def target_of(
         if class_names is None:
             tower = ImageTower(stock)
             return Features(images, lambda inputs: tower(**inputs), stock)
-        return Logits(images, similarity_to_classes(stock, processor, class_names, templates or TEMPLATES), stock)
+        templates = TEMPLATES if templates is None else templates
+        return Logits(images, similarity_to_classes(stock, processor, class_names, templates), stock)
     if class_names is not None:
         raise ConfigError("class_names have no effect: this model has no text tower; leave them out")
     first = in_dtype_of(stock, collate([images[0]])["inputs"])
