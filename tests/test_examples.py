@@ -230,7 +230,7 @@ def test_finetune_pruned(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_engines_table(tmp_path: Path) -> None:
     for module in ("torchao", "onnxruntime", "onnxscript", "openvino"):
-        pytest.importorskip(module)
+        pytest.importorskip(module, reason="engines are extras: pip install hf-tokenprune[openvino] torchao")
     sizes = {"image_size": CANVAS, "patch_size": 8, "num_labels": 10, "num_hidden_layers": 2}
     tiny_model("vit", ViTForImageClassification, **sizes).save_pretrained(tmp_path / "vit")
     shutil.copy(Path(MODEL_DIR, "preprocessor_config.json"), tmp_path / "vit")
