@@ -13,6 +13,7 @@ from hf_tokenprune import PruneConfig, list_methods
 from hf_tokenprune.adapters.vision._block import merge_tokens
 from hf_tokenprune.config import Where
 from hf_tokenprune.engine import options
+from hf_tokenprune.methods.zero_tprune import ZeroTPruneStage
 from hf_tokenprune.registry import get_method
 from hf_tokenprune.signals import DecoderShape, Merging, ModelShape, Shape, Signals, Stage, Transition
 
@@ -62,25 +63,25 @@ TOKEN_AXES = {
 METHODS_AND_KINDS = [(name, kind) for kind in SHAPES for name in methods_for(kind)]
 
 
-def decoder_stages() -> list[Stage]:
+def stages_of(kind: str) -> list[Stage]:
     """Every stage of every method's default config, and with each choice of its own that makes another stage."""
-    found: dict[Stage, Stage] = {}
-    for name in methods_for("decoder"):
+    shape, found = SHAPES[kind], dict[Stage, Stage]()
+    for name in methods_for(kind):
         default = get_method(name)()
-        for config in (default, *with_choices(default, DECODER_SHAPE).values()):
-            for stage in config.stages_for(DECODER_SHAPE):
+        for config in (default, *with_choices(default, shape).values()):
+            for stage in config.stages_for(shape):
                 alike = replace(stage, positions="contiguous", newlines="prune", budget="sample")
                 found.setdefault(alike, stage)
     return list(found.values())
 
 
-DECODER_STAGES = decoder_stages()
+DECODER_STAGES = stages_of("decoder")
 
 
 def all_stages() -> list[Stage]:
-    """Every stage of every method's default config; between attention and MLP too in a vision encoder."""
-    vision = [stage for name in methods_for("vision") for stage in get_method(name)().stages_for(SHAPE)]
-    return [*vision, *(replace(stage, where="mid_block") for stage in vision), *DECODER_STAGES]
+    """Those of both kinds; between attention and MLP too in a vision encoder."""
+    vision = stages_of("vision")
+    return [*dict.fromkeys((*vision, *(replace(stage, where="mid_block") for stage in vision))), *DECODER_STAGES]
 
 
 def test_messages_name_methods_by_their_stages() -> None:
@@ -297,6 +298,8 @@ def test_follows_a_permutation_or_ignores_the_content(stage: Stage) -> None:
     keep = reduction.keep
     if reduction.tokens is not None or isinstance(reduction, Merging):
         return  # what is merged into what may go by position
+    if isinstance(stage, ZeroTPruneStage) and stage.config.partition == "random":
+        return  # it deals tokens out by position
     if signals.columns is not None and not torch.equal(keep, keep_of(stage, replace(signals, columns=1))):
         return  # it looks at neighbours in the image
     if torch.equal(keep, keep_of(stage, signals_for(stage, seed=5))):
