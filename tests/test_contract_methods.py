@@ -64,14 +64,14 @@ METHODS_AND_KINDS = [(name, kind) for kind in SHAPES for name in methods_for(kin
 
 
 def stages_of(kind: str) -> list[Stage]:
-    """Every stage of every method's default config, and with each choice of its own that makes another stage."""
+    """Every stage of every method's default config, and one with each choice of its own that makes another stage."""
     shape, found = SHAPES[kind], dict[Stage, Stage]()
     for name in methods_for(kind):
         default = get_method(name)()
-        for config in (default, *with_choices(default, shape).values()):
-            for stage in config.stages_for(shape):
-                alike = replace(stage, positions="contiguous", newlines="prune", budget="sample")
-                found.setdefault(alike, stage)
+        chosen = [config.stages_for(shape) for config in with_choices(default, shape).values()]
+        for stage in (*default.stages_for(shape), *(stages[len(stages) // 2] for stages in chosen)):
+            alike = replace(stage, positions="contiguous", newlines="prune", budget="sample")
+            found.setdefault(alike, stage)
     return list(found.values())
 
 
